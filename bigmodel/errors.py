@@ -1,0 +1,118 @@
+"""The exception tree. Everything that bigmodel raises on purpose is one of these.
+
+::
+
+    BigModelError
+    |-- CheckpointError              the files are not what they should be
+    |   |-- MissingFilesError        named by the index, or needed, and not there
+    |   |-- MalformedFileError       truncated, overlapping, out of range, unknown dtype
+    |   |-- UnsafeFileError          leaves the folder, or a pickle with code in it
+    |   |-- UnsupportedCheckpointError   pre-quantised, or of a format that is not read
+    |   `-- KeyMismatchError         missing, unexpected or mis-shaped weights
+    |-- InvalidArgumentError         a wrong size, map, dtype or option (also a ValueError)
+    |   `-- DeviceMapError           unknown or uncovered names, unknown tiers
+    |-- DoesNotFitError              a tier's limit is too small: needed, available, what would do
+    `-- StreamingError               while a loaded model runs
+        |-- ReadError                the bytes of a unit could not be read
+        |-- WeightNotResidentError   a weight was used where it cannot be shown
+        |-- MoveRefusedError         .to(), .half() and the like on a streamed model
+        |-- GradientRefusedError     a streamed unit was entered with gradients to keep
+        `-- ForkedError              a forward in a forked child
+
+Foreign errors (OSError, safetensors, huggingface_hub, pickle) are translated where the foreign package is owned.
+"""
+
+__all__ = [
+    "BigModelError",
+    "CheckpointError",
+    "DeviceMapError",
+    "DoesNotFitError",
+    "ForkedError",
+    "GradientRefusedError",
+    "InvalidArgumentError",
+    "KeyMismatchError",
+    "MalformedFileError",
+    "MissingFilesError",
+    "MoveRefusedError",
+    "ReadError",
+    "StreamingError",
+    "UnsafeFileError",
+    "UnsupportedCheckpointError",
+    "WeightNotResidentError",
+]
+
+
+class BigModelError(Exception):
+    """Base of every error that bigmodel raises on purpose."""
+
+
+class CheckpointError(BigModelError):
+    """The files of a checkpoint are not what they should be."""
+
+
+class MissingFilesError(CheckpointError, FileNotFoundError):
+    """Files that the checkpoint needs are not there; the message says which of how many."""
+
+
+class MalformedFileError(CheckpointError):
+    """A file contradicts itself or its size: truncated, overlapping, out of range, unknown dtype."""
+
+
+class UnsafeFileError(CheckpointError):
+    """A file name leaves the checkpoint's folder, or a pickle holds more than weights."""
+
+
+class UnsupportedCheckpointError(CheckpointError):
+    """A checkpoint that is sound but not read, such as a pre-quantised one."""
+
+
+class KeyMismatchError(CheckpointError):
+    """Weights of the checkpoint and parameters of the model do not match; all differences are listed."""
+
+
+class InvalidArgumentError(BigModelError, ValueError):
+    """An argument has a value that means nothing here; the message names it and what would do."""
+
+
+class DeviceMapError(InvalidArgumentError):
+    """A device map names unknown modules or tiers, or leaves weights uncovered."""
+
+
+class DoesNotFitError(BigModelError):
+    """A tier's limit is too small.
+
+    Attributes:
+        tier: the tier's name, such as ``"cpu"`` or ``"cuda:0"``.
+        needed_bytes: what would have to be there.
+        available_bytes: what the limit leaves.
+    """
+
+    def __init__(self, message: str, *, tier: str, needed_bytes: int, available_bytes: int) -> None:
+        super().__init__(message)
+        self.tier = tier
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
+
+
+class StreamingError(BigModelError):
+    """Something went wrong, or was refused, while a loaded model ran."""
+
+
+class ReadError(StreamingError):
+    """The bytes of a unit could not be read; raised at the next step, with the unit's name."""
+
+
+class WeightNotResidentError(StreamingError):
+    """A weight was used outside its unit's forward where its bytes cannot be shown within the budget."""
+
+
+class MoveRefusedError(StreamingError):
+    """A streamed model cannot be moved or cast in place."""
+
+
+class GradientRefusedError(StreamingError):
+    """A streamed unit was entered in grad mode with an input or a parameter that requires grad."""
+
+
+class ForkedError(StreamingError):
+    """A streamed model was run in a forked child, where its reader threads do not exist."""

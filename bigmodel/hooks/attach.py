@@ -1,0 +1,245 @@
+"""Puts the streamer's verbs on a model with public hooks, and guards what would give wrong numbers."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigmodel.errors import ForkedError, GradientRefusedError, MoveRefusedError, StreamingError
+from bigmodel.hooks.stats import StreamStats
+from bigmodel.hooks.streamer import Streamer
+
+__all__ = ["Attachment", "PassCheck"]
+
+COPY_REFUSED = (
+    "A model whose weights stream, or whose passes are checked against a budget, cannot be copied: the copy would share its "
+    "slots. Load it a second time, or call bigmodel.materialize(model) first."
+)
+PICKLE_REFUSED = "A streamed model cannot be pickled. Use bigmodel.save(model, folder)."
+# Looks at a pass before it begins and raises DoesNotFitError when it would not fit.
+PassCheck = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
+
+
+class Attachment:
+    """The hooks of one model, and everything that goes when they go.
+
+    Args:
+        model: the root; its forward is a pass.
+        streamer: moves the units; None where nothing streams and only passes are checked.
+        sites: per unit number, the modules whose forward uses it.
+        check_pass: called at the root before each pass.
+        sizes: resident and mapped bytes, for the statistics.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        streamer: Streamer | None,
+        sites: Mapping[int, Sequence[tuple[str, nn.Module]]],
+        check_pass: PassCheck | None,
+        sizes: StreamStats,
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._streamer = streamer
+        self._check_pass = check_pass
+        self._sizes = sizes
+        self._pid = os.getpid()
+        self._lock = _PassLock()
+        self._pass_started_s: float | None = None
+        self._num_passes = 0
+        self._pass_s = 0.0
+        self._handles: list[Any] = []
+        for number, modules in sites.items():
+            for name, module in modules:
+                hook = _UnitHook(self, number, name)
+                self._handles.append(module.register_forward_pre_hook(hook.enter, prepend=True, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(hook.leave, always_call=True))
+        # After the units' own hooks, so that a root that is a unit begins its pass first and ends it last.
+        self._handles.append(model.register_forward_pre_hook(self._begin_pass, prepend=True, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(self._end_pass, always_call=True))
+        if streamer is not None:
+            model.__dict__["_apply"] = _MoveGuard(model)
+            # Threads and slots go with the model, also when nobody calls unload.
+            self._finalizer = weakref.finalize(model, streamer.close)
+
+    def detach(self) -> None:
+        """Take the hooks off and stop the reader threads; parameters go to rest and stay right."""
+        model = self._model()
+        with self._lock:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+            if self._streamer is not None:
+                self._finalizer.detach()
+                self._streamer.close()
+                if model is not None:
+                    model.__dict__.pop("_apply", None)
+
+    def stats(self) -> StreamStats:
+        """Counts so far."""
+        counts = self._streamer.counts() if self._streamer is not None else StreamStats()
+        return replace(
+            counts,
+            num_passes=self._num_passes,
+            pass_s=self._pass_s,
+            resident_bytes=self._sizes.resident_bytes,
+            mapped_bytes=self._sizes.mapped_bytes,
+        )
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Attachment:
+        raise StreamingError(COPY_REFUSED)
+
+    def __reduce__(self) -> str:
+        raise StreamingError(PICKLE_REFUSED)
+
+    def _begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._refuse_fork()
+        if self._check_pass is not None:
+            self._check_pass(module, args, kwargs)
+        self._lock.acquire()
+        if self._pass_started_s is not None or self._lock.depth > 1:
+            # An interrupt (Ctrl-C) ends a pass where no hook sees it: what it left is put to rest now.
+            self._lock.depth = 1
+        if self._streamer is not None:
+            self._streamer.reset()
+        self._pass_started_s = time.perf_counter()
+
+    def _end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._pass_started_s is None or not self._lock.is_mine():
+            return
+        self._pass_s += time.perf_counter() - self._pass_started_s
+        self._num_passes += output is not None
+        self._pass_started_s = None
+        self._lock.release()
+
+    def _refuse_fork(self) -> None:
+        if os.getpid() != self._pid and self._streamer is not None:
+            raise ForkedError(
+                f"This model was loaded in process {self._pid} and streams with threads that do not exist in its forked "
+                f"child {os.getpid()}. Load it in the child, or start the child with the 'spawn' method."
+            )
+
+
+class _UnitHook:
+    """Enter and leave for one module of one unit."""
+
+    __slots__ = ("_attachment", "_name", "_number", "_streamer")
+
+    def __init__(self, attachment: Attachment, number: int, name: str) -> None:
+        assert attachment._streamer is not None
+        self._attachment, self._number, self._name = attachment, number, name
+        self._streamer = attachment._streamer
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._attachment._refuse_fork()
+        if torch.is_grad_enabled():
+            self._refuse_gradients(module, args, kwargs)
+        # A submodule may be called without the root: then each unit takes its turn on its own.
+        self._attachment._lock.acquire()
+        try:
+            self._streamer.enter(self._number)
+        except BaseException:
+            self._attachment._lock.release()
+            raise
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._attachment._lock.is_mine() or not self._streamer.is_entered(self._number):
+            return
+        try:
+            self._streamer.leave(self._number)
+        finally:
+            self._attachment._lock.release()
+
+    def _refuse_gradients(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        what = None
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            what = "has a parameter that requires grad"
+        elif _any_requires_grad((args, kwargs)):
+            what = "was given an input that requires grad"
+        if what is not None:
+            raise GradientRefusedError(
+                f"{self._name} {what}, and its weights are streamed: they would be overwritten before backward, and the "
+                "gradient would be wrong. Run under torch.no_grad() or torch.inference_mode(), or call "
+                "bigmodel.materialize(model) to train it."
+            )
+
+
+class _PassLock:
+    """One pass at a time; re-entrant; taken over from a thread that died in the middle of one."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition(threading.Lock())
+        self._owner: threading.Thread | None = None
+        self.depth = 0
+
+    def acquire(self) -> None:
+        me = threading.current_thread()
+        with self._condition:
+            while self._owner is not None and self._owner is not me:
+                if not self._owner.is_alive():
+                    self.depth = 0
+                    break
+                self._condition.wait(timeout=0.5)
+            self._owner = me
+            self.depth += 1
+
+    def release(self) -> None:
+        with self._condition:
+            self.depth -= 1
+            if self.depth <= 0:
+                self.depth = 0
+                self._owner = None
+                self._condition.notify()
+
+    def is_mine(self) -> bool:
+        return self._owner is threading.current_thread()
+
+    __enter__ = acquire
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+def _any_requires_grad(values: Any) -> bool:
+    if isinstance(values, torch.Tensor):
+        return values.requires_grad
+    if isinstance(values, Mapping):
+        return any(map(_any_requires_grad, values.values()))
+    if isinstance(values, (tuple, list)):
+        return any(map(_any_requires_grad, values))
+    return False
+
+
+class _MoveGuard:
+    """Refuses moves and casts before anything is changed: the one method that is replaced, on the root instance alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)  # weak: it stands in the model itself
+
+    def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        model = self._model()
+        assert model is not None
+        kinds = {(tensor.dtype, tensor.device) for tensor in (*model.parameters(), *model.buffers())}
+        for dtype, device in sorted(kinds, key=str):
+            after = fn(torch.empty(0, dtype=dtype, device=device))
+            if after.dtype != dtype or after.device != device:
+                raise MoveRefusedError(
+                    f"This model streams its weights and cannot be moved or cast in place: {dtype} on {device} would become "
+                    f"{after.dtype} on {after.device}. Call bigmodel.materialize(model, device) to have all weights in one "
+                    "place, or load it again with another dtype= or device_map=."
+                )
+        return model
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _MoveGuard:
+        raise StreamingError(COPY_REFUSED)
+
+    def __reduce__(self) -> str:
+        raise StreamingError(PICKLE_REFUSED)

@@ -1,0 +1,67 @@
+"""What comes next: the order of units, learned from the passes that were seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+__all__ = ["Schedule"]
+
+# Contexts of two units tell apart where a unit that is used twice in a pass is followed by different ones.
+_CONTEXT = 2
+
+
+class Schedule:
+    """Predicts which units are entered next.
+
+    Before anything was seen it is the order of definition, wrapping around. Afterwards it is what followed the last time that
+    the same units were entered in the same order, so that the end of a pass leads to the beginning of the next, an
+    encoder to its decoder, and a branch that was taken to the branch taken last. A wrong guess costs time, never correctness.
+
+    Args:
+        num_units: units are numbered from 0 in order of definition.
+    """
+
+    def __init__(self, num_units: int) -> None:
+        self._num_units = num_units
+        self._history: list[int] = []
+        self._last_seen: dict[tuple[int, ...], int] = {}
+        # Long enough for a pass in which units are used several times; then the older half is forgotten.
+        self._keep = max(64, 8 * num_units)
+
+    def entered(self, unit: int) -> None:
+        """Note that `unit` is entered now."""
+        history = self._history
+        # A context points at its latest *completed* occurrence, that is one that something followed.
+        for length in range(1, _CONTEXT + 1):
+            if len(history) >= length:
+                self._last_seen[tuple(history[-length:])] = len(history)
+        history.append(unit)
+        if len(history) > 2 * self._keep:
+            self._forget()
+
+    def upcoming(self, num_units: int) -> Iterator[int]:
+        """The next entries, the soonest first; at most `num_units`, with repetitions where a unit comes twice."""
+        context = self._history[-_CONTEXT:]
+        position: int | None = None
+        for _ in range(num_units):
+            if position is None or position >= len(self._history):
+                position = self._find(context)
+            if position is None:
+                following = (context[-1] + 1) % self._num_units if context else 0
+            else:
+                following = self._history[position]
+                position += 1
+            yield following
+            context = [*context, following][-_CONTEXT:]
+
+    def _find(self, context: list[int]) -> int | None:
+        for length in range(min(_CONTEXT, len(context)), 0, -1):
+            position = self._last_seen.get(tuple(context[-length:]))
+            if position is not None and position < len(self._history):
+                return position
+        return None
+
+    def _forget(self) -> None:
+        cut = len(self._history) - self._keep
+        self._history = self._history[cut:]
+        self._last_seen = {key: at - cut for key, at in self._last_seen.items() if at - cut >= len(key)}

@@ -1,0 +1,138 @@
+"""Slots: fixed buffers, allocated once, into which units are fetched in turn; and how a parameter is bound to one."""
+
+from __future__ import annotations
+
+import enum
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from bigmodel.hooks.streams import Event
+from bigmodel.offload.arena import Arena
+from bigmodel.offload.reader import Ticket
+
+__all__ = ["Binding", "DataBinding", "EntryBinding", "Slot", "SlotState", "view_in", "views_of"]
+
+
+class SlotState(enum.Enum):
+    EMPTY = enum.auto()
+    FILLING = enum.auto()  # a ticket is under way, or done and not yet waited for
+    READY = enum.auto()  # holds a unit's weights; may be given to another unit
+    IN_USE = enum.auto()  # parameters are bound to it
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """One buffer of a lane. What is in flight travels with it: the ticket that fills it, the event that frees it.
+
+    Attributes:
+        arena: the memory.
+        unit: number of the unit whose weights it holds or is getting.
+        ticket: the filling under way.
+        freed: after this event nothing reads the slot any more.
+        views: unit number -> its parameters' views of this slot.
+    """
+
+    arena: Arena
+    state: SlotState = SlotState.EMPTY
+    unit: int | None = None
+    ticket: Ticket | None = None
+    freed: Event | None = None
+    views: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+
+class DataBinding:
+    """A parameter that can be shown at rest by one tensor: only its storage changes, never its identity.
+
+    Ties, adapters and optimizers that hold the Parameter keep seeing it.
+    """
+
+    __slots__ = ("_parameter", "_rest", "_rest_address", "_version", "name", "shape_dtype")
+
+    def __init__(self, name: str, parameter: nn.Parameter, rest: torch.Tensor) -> None:
+        self.name = name
+        self.shape_dtype = (tuple(rest.shape), rest.dtype)
+        self._parameter = parameter
+        self._rest = rest
+        self._rest_address = rest.data_ptr()
+        self.release()
+
+    def is_unchanged(self) -> bool:
+        """Whether the parameter still shows the bytes that it was put to rest with, as far as torch can tell."""
+        return self._parameter.data_ptr() == self._rest_address and self._parameter._version == self._version
+
+    def bind(self, view: torch.Tensor) -> None:
+        """Show `view`, a tensor of the parameter's shape and dtype in a slot."""
+        self._parameter.data = view
+
+    def release(self) -> None:
+        """Show the bytes where they rest."""
+        self._parameter.data = self._rest
+        self._version = self._parameter._version
+
+
+class EntryBinding:
+    """A parameter that no single tensor shows at rest: during a pass a plain Parameter takes its place in its modules.
+
+    Args:
+        name: fully qualified name.
+        resting: the parameter that stands there at rest and reads its bytes when it is used.
+        owners: (module, attribute) for every place that holds it.
+    """
+
+    __slots__ = ("_nothing", "_owners", "_plain", "_resting", "name", "shape_dtype")
+
+    def __init__(self, name: str, resting: nn.Parameter, owners: Sequence[tuple[nn.Module, str]]) -> None:
+        self.name = name
+        self.shape_dtype = (tuple(resting.shape), resting.dtype)
+        self._resting = resting
+        self._nothing = torch.empty(0, dtype=resting.dtype)
+        self._plain = nn.Parameter(self._nothing, requires_grad=False)
+        # Weak: the modules hold the hooks, the hooks hold this, and a model that nobody holds must go at once.
+        self._owners = [(weakref.ref(module), attribute) for module, attribute in owners]
+        self.release()
+
+    def is_unchanged(self) -> bool:
+        """Whether the resting parameter still stands at its places."""
+        return all(
+            module is None or module._parameters.get(attribute) is self._resting
+            for module, attribute in ((reference(), attribute) for reference, attribute in self._owners)
+        )
+
+    def bind(self, view: torch.Tensor) -> None:
+        self._plain.data = view
+        self._put(self._plain)
+
+    def release(self) -> None:
+        self._put(self._resting)
+        self._plain.data = self._nothing
+
+    def _put(self, parameter: nn.Parameter) -> None:
+        for reference, attribute in self._owners:
+            module = reference()
+            if module is not None:
+                module._parameters[attribute] = parameter
+
+
+Binding = DataBinding | EntryBinding
+
+
+def views_of(bindings: Sequence[Binding], places: dict[str, int], arena: Arena) -> list[torch.Tensor]:
+    """A tensor per binding that shows its parameter in `arena`; made once, outside inference mode (see design of slots)."""
+    views = []
+    with torch.inference_mode(False), torch.no_grad():
+        for binding in bindings:
+            shape, dtype = binding.shape_dtype
+            views.append(view_in(arena.tensor, places[binding.name], shape, dtype))
+    return views
+
+
+def view_in(memory: torch.Tensor, at_byte: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of `shape` and `dtype` over bytes of `memory` (uint8) from `at_byte` on."""
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    return memory[at_byte : at_byte + nbytes].view(dtype).view(shape)
+
+

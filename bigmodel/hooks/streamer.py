@@ -1,0 +1,256 @@
+"""Three verbs move units through slots: prefetch (issue), enter (wait, bind, prefetch ahead), leave (release)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch.profiler import record_function
+
+from bigmodel.errors import StreamingError
+from bigmodel.hooks.schedule import Schedule
+from bigmodel.hooks.slots import Binding, Slot, SlotState, views_of
+from bigmodel.hooks.stats import StreamStats
+from bigmodel.hooks.streams import HostStreams, Streams
+from bigmodel.offload.arena import Arena
+from bigmodel.offload.store import Store
+
+__all__ = ["StreamedUnit", "Streamer"]
+
+logger = logging.getLogger("bigmodel.hooks")
+
+
+@dataclass(eq=False, slots=True)
+class StreamedUnit:
+    """A unit that is fetched for each use.
+
+    Attributes:
+        name: for errors and logs.
+        bindings: its parameters.
+        places: parameter name -> first byte in a slot.
+        lane: number of the lane whose slots it takes turns in.
+    """
+
+    name: str
+    bindings: Sequence[Binding]
+    places: dict[str, int]
+    lane: int
+    slot: Slot | None = None
+    depth: int = 0
+    is_bound: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Lane:
+    """Slots of one size."""
+
+    slots: list[Slot] = field(default_factory=list)
+
+
+class Streamer:
+    """Keeps the slots filled ahead of the computation. Used by one thread at a time; the reader threads only set tickets.
+
+    Args:
+        units: in order of definition; their numbers are their positions.
+        lanes: per lane, number of slots and bytes of each.
+        store: fills slots.
+        streams: orders a slot's reuse after the work that reads it.
+    """
+
+    def __init__(
+        self, units: Sequence[StreamedUnit], lanes: Sequence[tuple[int, int]], store: Store, streams: Streams | None = None
+    ) -> None:
+        self._units = units
+        self._lanes = [Lane([Slot(Arena(slot_bytes)) for _ in range(num_slots)]) for num_slots, slot_bytes in lanes]
+        self._store = store
+        self._streams = streams or HostStreams()
+        self._schedule = Schedule(len(units))
+        self._is_closed = False
+        self.stall_s = 0.0
+        self.num_reads = self.read_bytes = self.num_hits = self.num_misses = 0
+        self.slot_bytes = sum(slot.arena.nbytes for lane in self._lanes for slot in lane.slots)
+        for number, unit in enumerate(units):
+            for slot in self._lanes[unit.lane].slots:
+                slot.views[number] = views_of(unit.bindings, unit.places, slot.arena)
+
+    def enter(self, number: int) -> None:
+        """Make a unit's weights be there: wait for them, bind them, and issue what comes next.
+
+        Raises:
+            ReadError: with the unit's name, when its weights could not be read. The unit is left at rest.
+        """
+        unit = self._units[number]
+        unit.depth += 1
+        if unit.depth > 1:
+            return
+        self._schedule.entered(number)
+        if unit.slot is None:
+            self.num_misses += 1
+            self._claim_for_now(number)
+        else:
+            self.num_hits += 1
+        slot = unit.slot
+        if slot is None:
+            # Every slot is held by a unit that encloses this one: it runs on its weights where they rest, slower.
+            logger.debug("%s found no free slot and runs on its weights at rest", unit.name)
+            return
+        self.prefetch()
+        if slot.ticket is not None:
+            self._wait(unit, slot)
+        slot.state = SlotState.IN_USE
+        self._check_unchanged(unit, slot)
+        unit.is_bound = True
+        for binding, view in zip(unit.bindings, slot.views[number], strict=True):
+            binding.bind(view)
+
+    def leave(self, number: int) -> None:
+        """Put a unit back to rest and give its slot to what comes next. Does nothing for a unit that was not entered."""
+        unit = self._units[number]
+        if unit.depth == 0:
+            return
+        unit.depth -= 1
+        if unit.depth == 0:
+            self._release(unit)
+            self.prefetch()
+
+    def is_entered(self, number: int) -> bool:
+        """Whether a unit was entered and not yet left."""
+        return self._units[number].depth > 0
+
+    def prefetch(self) -> None:
+        """Issue reads for the units that come next, into slots whose weights are needed later than theirs."""
+        if self._is_closed:
+            return
+        distance: dict[int, int] = {}
+        open_lanes = set(range(len(self._lanes)))
+        horizon = len(self._units)
+        for ahead, number in enumerate(self._schedule.upcoming(horizon)):
+            distance.setdefault(number, ahead)
+        for number, ahead in distance.items():
+            unit = self._units[number]
+            if unit.slot is not None or unit.lane not in open_lanes or unit.depth:
+                continue
+            slot = self._free_slot(unit.lane, distance, later_than=ahead)
+            if slot is None:
+                open_lanes.discard(unit.lane)
+                if not open_lanes:
+                    return
+                continue
+            self._fill(number, slot, is_urgent=False)
+
+    def reset(self) -> None:
+        """Put every unit back to rest, after a pass that was interrupted where no hook could see it."""
+        for unit in self._units:
+            unit.depth = 0
+            self._release(unit)
+
+    def close(self) -> None:
+        """Stop reading and put every unit to rest. The slots' memory goes with this object."""
+        self._is_closed = True
+        self.reset()
+        self._store.close()
+        for lane in self._lanes:
+            for slot in lane.slots:
+                slot.views.clear()
+        for unit in self._units:
+            unit.slot = None
+        self._lanes = []
+
+    def counts(self) -> StreamStats:
+        """The streamer's part of the statistics."""
+        return StreamStats(
+            stall_s=self.stall_s,
+            num_reads=self.num_reads,
+            read_bytes=self.read_bytes,
+            num_hits=self.num_hits,
+            num_misses=self.num_misses,
+            slot_bytes=self.slot_bytes,
+        )
+
+    def _wait(self, unit: StreamedUnit, slot: Slot) -> None:
+        ticket = slot.ticket
+        assert ticket is not None
+        try:
+            if not ticket.done.is_set():
+                started = time.perf_counter()
+                with record_function(f"bigmodel::wait {unit.name}"):
+                    ticket.done.wait()
+                self.stall_s += time.perf_counter() - started
+            ticket.wait()
+        except BaseException:
+            # Also on Ctrl-C while waiting: the slot goes on filling, and is taken back by `_evict` when it is claimed.
+            if ticket.error is not None:
+                self._empty(slot)
+            unit.depth = 0
+            raise
+        slot.ticket = None
+
+    def _check_unchanged(self, unit: StreamedUnit, slot: Slot) -> None:
+        changed = [binding.name for binding in unit.bindings if not binding.is_unchanged()]
+        if changed:
+            slot.state, unit.depth = SlotState.READY, 0
+            raise StreamingError(
+                f"{', '.join(changed)} changed while resting on disk, and streaming would lose the change. "
+                "Call bigmodel.materialize(model) before changing weights, or load the changed checkpoint."
+            )
+
+    def _claim_for_now(self, number: int) -> None:
+        lane = self._units[number].lane
+        distance: dict[int, int] = {}
+        for ahead, upcoming in enumerate(self._schedule.upcoming(len(self._units))):
+            distance.setdefault(upcoming, ahead)
+        slot = self._free_slot(lane, distance, later_than=-1)
+        if slot is None:
+            filling = [slot for slot in self._lanes[lane].slots if slot.state is SlotState.FILLING]
+            if not filling:
+                return
+            slot = max(filling, key=lambda slot: distance.get(-1 if slot.unit is None else slot.unit, len(distance) + 1))
+            self._cancel(slot)
+        self._fill(number, slot, is_urgent=True)
+
+    def _free_slot(self, lane: int, distance: dict[int, int], *, later_than: int) -> Slot | None:
+        """An empty slot, or the one whose weights are needed last, if that is later than `later_than` entries ahead."""
+        best: Slot | None = None
+        best_distance = later_than
+        for slot in self._lanes[lane].slots:
+            if slot.state is SlotState.EMPTY:
+                return slot
+            if slot.state is SlotState.READY:
+                assert slot.unit is not None
+                ahead = distance.get(slot.unit, len(self._units) + 1)
+                if ahead > best_distance:
+                    best, best_distance = slot, ahead
+        return best
+
+    def _fill(self, number: int, slot: Slot, *, is_urgent: bool) -> None:
+        self._empty(slot)
+        if slot.freed is not None:
+            slot.freed.synchronize()
+            slot.freed = None
+        unit = self._units[number]
+        slot.ticket = self._store.fetch(unit.name, slot.arena, is_urgent=is_urgent)
+        slot.state, slot.unit, unit.slot = SlotState.FILLING, number, slot
+        self.num_reads += 1
+        self.read_bytes += self._store.read_bytes(unit.name)
+
+    def _cancel(self, slot: Slot) -> None:
+        assert slot.ticket is not None
+        slot.ticket.cancel()
+        slot.ticket.done.wait()
+
+    def _empty(self, slot: Slot) -> None:
+        if slot.unit is not None:
+            self._units[slot.unit].slot = None
+        slot.state, slot.unit, slot.ticket = SlotState.EMPTY, None, None
+
+    def _release(self, unit: StreamedUnit) -> None:
+        slot = unit.slot
+        if unit.is_bound:
+            for binding in unit.bindings:
+                binding.release()
+            unit.is_bound = False
+        if slot is not None and slot.state is SlotState.IN_USE:
+            slot.freed = self._streams.mark()
+            slot.state = SlotState.READY

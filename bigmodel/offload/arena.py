@@ -1,0 +1,48 @@
+"""Host memory that weights are read into: anonymous, page-aligned, in huge pages where they help."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import torch
+
+__all__ = ["ALIGN_BYTES", "Arena"]
+
+# Direct reads want file offset, length and address aligned to the device's logical block, 512 or 4096 bytes; 4096 serves both.
+ALIGN_BYTES = 4096
+_HUGE_PAGE_BYTES = 2 << 20
+# Below this a huge page wastes more memory than it saves page faults.
+_HUGE_FROM_BYTES = 8 << 20
+
+
+class Arena:
+    """One anonymous private mapping, given back when the last tensor that views it is gone.
+
+    First touch of fresh 4 KiB pages runs at 1-2.5 GB/s, of huge pages at 14-23 GB/s (measured), and torch's allocator does not
+    ask for huge pages: weights that are read from a fast disk would wait for the page faults.
+
+    Attributes:
+        nbytes: usable bytes.
+        tensor: uint8 tensor of shape (nbytes,), starting at a multiple of ALIGN_BYTES; uninitialised (zero).
+        memory: the same bytes as a writable memoryview, for `os.preadv`.
+    """
+
+    __slots__ = ("memory", "nbytes", "tensor")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        is_huge = nbytes >= _HUGE_FROM_BYTES
+        slack = _HUGE_PAGE_BYTES if is_huge else 0
+        mapping = mmap.mmap(-1, max(nbytes, 1) + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        start = 0
+        if is_huge:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+            start = -address % _HUGE_PAGE_BYTES
+            # Whole huge pages only: the tail keeps 4 KiB pages, so that no more than `nbytes` becomes resident.
+            whole = nbytes - nbytes % _HUGE_PAGE_BYTES
+            mapping.madvise(mmap.MADV_HUGEPAGE, start, whole)
+        self.memory = memoryview(mapping)[start : start + nbytes]
+        # Built outside inference mode whatever the caller's mode is: such views could not be written by another thread.
+        with torch.inference_mode(False):
+            self.tensor = torch.frombuffer(self.memory, dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
