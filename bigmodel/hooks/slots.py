@@ -68,6 +68,11 @@ class DataBinding:
         """Show `view`, a tensor of the parameter's shape and dtype in a slot."""
         self._parameter.data = view
 
+    def settle(self, tensor: torch.Tensor) -> None:
+        """Show `tensor` for good, unless the parameter was changed at rest: then it keeps what it was given."""
+        if self.is_unchanged():
+            self._parameter.data = tensor
+
     def release(self) -> None:
         """Show the bytes where they rest."""
         self._parameter.data = self._rest
@@ -105,6 +110,11 @@ class EntryBinding:
     def bind(self, view: torch.Tensor) -> None:
         self._plain.data = view
         self._put(self._plain)
+
+    def settle(self, tensor: torch.Tensor) -> None:
+        """Put a plain Parameter with `tensor` at the places for good, unless somebody else did."""
+        if self.is_unchanged():
+            self.bind(tensor)
 
     def release(self) -> None:
         self._put(self._resting)

@@ -96,6 +96,8 @@ class Streamer:
             # Every slot is held by a unit that encloses this one: it runs on its weights where they rest, slower.
             logger.debug("%s found no free slot and runs on its weights at rest", unit.name)
             return
+        if slot.state is SlotState.READY:
+            slot.state = SlotState.IN_USE  # before prefetch looks for slots to take
         self.prefetch()
         if slot.ticket is not None:
             self._wait(unit, slot)
@@ -123,11 +125,11 @@ class Streamer:
         """Issue reads for the units that come next, into slots whose weights are needed later than theirs."""
         if self._is_closed:
             return
-        distance: dict[int, int] = {}
-        open_lanes = set(range(len(self._lanes)))
-        horizon = len(self._units)
-        for ahead, number in enumerate(self._schedule.upcoming(horizon)):
-            distance.setdefault(number, ahead)
+        takeable = (SlotState.EMPTY, SlotState.READY)
+        open_lanes = {n for n, lane in enumerate(self._lanes) if any(slot.state in takeable for slot in lane.slots)}
+        if not open_lanes:
+            return
+        distance = self._distances()
         for number, ahead in distance.items():
             unit = self._units[number]
             if unit.slot is not None or unit.lane not in open_lanes or unit.depth:
@@ -198,9 +200,7 @@ class Streamer:
 
     def _claim_for_now(self, number: int) -> None:
         lane = self._units[number].lane
-        distance: dict[int, int] = {}
-        for ahead, upcoming in enumerate(self._schedule.upcoming(len(self._units))):
-            distance.setdefault(upcoming, ahead)
+        distance = self._distances()
         slot = self._free_slot(lane, distance, later_than=-1)
         if slot is None:
             filling = [slot for slot in self._lanes[lane].slots if slot.state is SlotState.FILLING]
@@ -209,6 +209,13 @@ class Streamer:
             slot = max(filling, key=lambda slot: distance.get(-1 if slot.unit is None else slot.unit, len(distance) + 1))
             self._cancel(slot)
         self._fill(number, slot, is_urgent=True)
+
+    def _distances(self) -> dict[int, int]:
+        """Unit number -> entries until its next predicted use, the soonest first."""
+        distance: dict[int, int] = {}
+        for ahead, number in enumerate(self._schedule.upcoming(len(self._units))):
+            distance.setdefault(number, ahead)
+        return distance
 
     def _free_slot(self, lane: int, distance: dict[int, int], *, later_than: int) -> Slot | None:
         """An empty slot, or the one whose weights are needed last, if that is later than `later_than` entries ahead."""

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -48,12 +48,20 @@ class FileStamp:
     mtime_ns: int
 
     @classmethod
-    def of(cls, path: str) -> FileStamp:
-        return cls._from(os.stat(path))
+    def of(cls, file: str | int) -> FileStamp:
+        """The stamp of a path or an open file."""
+        stat = os.stat(file)
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
     @classmethod
-    def _from(cls, stat: os.stat_result) -> FileStamp:
-        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    def check(cls, fd: int, path: str, stamps: Mapping[str, FileStamp]) -> None:
+        """Raise ReadError where the open file is not the one that was stamped under `path`."""
+        then, now = stamps.get(path), cls.of(fd)
+        if then is not None and now != then:
+            raise ReadError(
+                f"{path} has changed since the model was loaded ({then.size} bytes then, {now.size} now). "
+                "Its weights would not be the same model's: load it again."
+            )
 
 
 @dataclass(eq=False, slots=True)
@@ -97,7 +105,7 @@ class Reader:
         bounce_bytes: size of each thread's buffer for blocks that cannot be read straight into place; 0 where none exist.
     """
 
-    def __init__(self, *, num_threads: int, stamps: dict[str, FileStamp], bounce_bytes: int = 0) -> None:
+    def __init__(self, *, num_threads: int, stamps: Mapping[str, FileStamp], bounce_bytes: int = 0) -> None:
         self._queue: deque[tuple[Ticket, Block, memoryview, torch.Tensor] | None] = deque()
         self._ready = threading.Condition(threading.Lock())
         self._stamps = stamps
@@ -183,7 +191,7 @@ class Reader:
     def _read(self, block: Block, memory: memoryview, tensor: torch.Tensor, bounce: Arena | None) -> None:
         fd = os.open(block.file, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self._check_unchanged(fd, block.file)
+            FileStamp.check(fd, block.file, self._stamps)
             is_cached = page_cache.cached_fraction(fd, block.offset, block.needed) >= _CACHED_ENOUGH
             direct = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT
             if not is_cached:
@@ -203,14 +211,6 @@ class Reader:
                 _read_indirect(fd, block, tensor, bounce, is_direct=not is_cached)
         finally:
             os.close(fd)
-
-    def _check_unchanged(self, fd: int, file: str) -> None:
-        stamp = self._stamps.get(file)
-        if stamp is not None and FileStamp._from(os.fstat(fd)) != stamp:
-            raise ReadError(
-                f"{file} has changed since the model was loaded ({stamp.size} bytes then, {os.fstat(fd).st_size} now). "
-                "Its weights would not be the same model's: load again."
-            )
 
 
 def _read_fully(fd: int, memory: memoryview, offset: int, needed: int, file: str) -> None:

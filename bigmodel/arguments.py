@@ -1,0 +1,73 @@
+"""What stands on a command line, as values: sizes per tier, device maps, prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigmodel.errors import InvalidArgumentError
+from bigmodel.units import parse_bytes
+
+if TYPE_CHECKING:
+    from bigmodel.device_map.plan import Plan
+
+__all__ = ["parse_device_map", "parse_limits", "read_prompt"]
+
+
+def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    """The text of --prompt, or of the file that --prompt-file names, without the newline that ends the file."""
+    if (prompt is None) == (prompt_file is None):
+        raise InvalidArgumentError("Give the text with --prompt or with --prompt-file, one of the two.")
+    if prompt is not None:
+        return prompt
+    assert prompt_file is not None
+    try:
+        text = sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError(f"--prompt-file {prompt_file} cannot be read: {error}.") from error
+    return text.removesuffix("\n")
+
+
+def parse_limits(text: str | None) -> dict[int | str, int] | None:
+    """``cpu=8GiB,disk=500GB,0=20GiB`` as max_memory takes it."""
+    if text is None:
+        return None
+    limits: dict[int | str, int] = {}
+    for part in text.split(","):
+        tier, equals, size = (piece.strip() for piece in part.partition("="))
+        if not (tier and equals and size):
+            raise InvalidArgumentError(f"--max-memory has {part!r}. Give TIER=SIZE pairs, such as cpu=8GiB,disk=500GB.")
+        key = int(tier) if tier.isdecimal() else tier
+        if key in limits:
+            raise InvalidArgumentError(f"--max-memory names {tier} twice. Give each tier once.")
+        limits[key] = parse_bytes(int(size) if size.isdecimal() else size, f"--max-memory {tier}")
+    return limits
+
+
+def parse_device_map(text: str) -> str | dict[str, Any] | Plan:
+    """A map's name as it is; a JSON object, here or in a file, as a dict or as the plan that it is."""
+    if text == "disk":
+        return {"": "disk"}
+    if text.endswith(".json") or (os.sep in text and not text.lstrip().startswith("{")):
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidArgumentError(f"--device-map {text} cannot be read: {error}.") from error
+    elif not text.lstrip().startswith("{"):
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InvalidArgumentError(f"--device-map is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise InvalidArgumentError(
+            f"--device-map holds a JSON {type(value).__name__}. Give an object of names and tiers."
+        )
+    if isinstance(value.get("placements"), list):
+        from bigmodel.device_map.plan import Plan
+
+        return Plan.from_json(text)
+    return value

@@ -1,0 +1,277 @@
+"""Carries a plan out: puts every weight of a module on meta where the plan says it rests, and hooks what streams."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bigmodel.checkpoint.spec import Source
+from bigmodel.device_map.plan import Plan
+from bigmodel.device_map.unit import Unit
+from bigmodel.errors import InvalidArgumentError
+from bigmodel.hooks.attach import Attachment, PassCheck
+from bigmodel.hooks.slots import Binding, DataBinding, EntryBinding
+from bigmodel.hooks.stats import StreamStats
+from bigmodel.hooks.streamer import StreamedUnit, Streamer
+from bigmodel.offload.converted import cached_conversions
+from bigmodel.offload.direct import DirectReads
+from bigmodel.offload.disk import DiskStore
+from bigmodel.offload.file_map import FileMap
+from bigmodel.offload.ranges import Layout, lay_out
+from bigmodel.offload.reader import BLOCK_BYTES, GAP_BYTES, FileStamp, Reader
+from bigmodel.offload.resident import NUM_READERS, ResidentLoad
+from bigmodel.offload.resting import resting_parameter
+
+__all__ = ["Assembled", "Assembly", "assembled", "layout_of"]
+
+logger = logging.getLogger("bigmodel.loading")
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(eq=False, kw_only=True)
+class Assembled:
+    """What is known of a model that was put together; goes with the model.
+
+    Attributes:
+        plan: what was carried out.
+        attachment: its hooks; None for a plain resident model.
+        streamed: sources of the parameters that rest on disk, by first name.
+        bindings: how each of those is shown.
+        stamps: of every file that they are read from.
+        sizes: resident and mapped bytes.
+    """
+
+    plan: Plan
+    attachment: Attachment | None
+    streamed: Mapping[str, Source]
+    bindings: Mapping[str, Binding]
+    stamps: Mapping[str, FileStamp]
+    sizes: StreamStats
+
+
+_ASSEMBLED: weakref.WeakKeyDictionary[nn.Module, Assembled] = weakref.WeakKeyDictionary()
+
+
+def assembled(model: nn.Module) -> tuple[nn.Module, Assembled]:
+    """The model, or the first module inside it, that bigmodel loaded, and what is known of it.
+
+    Raises:
+        InvalidArgumentError: bigmodel did not load it.
+    """
+    for module in model.modules():
+        if module in _ASSEMBLED:
+            return module, _ASSEMBLED[module]
+    raise InvalidArgumentError(
+        f"This {type(model).__name__} was not loaded by bigmodel (or was unloaded). Load it with bigmodel.load_sharded(path)."
+    )
+
+
+def forget(model: nn.Module) -> None:
+    """Make a model a plain one again, as far as this module knows it."""
+    _ASSEMBLED.pop(model, None)
+
+
+def layout_of(sources: Sequence[Source]) -> Layout:
+    """The layout of parameters in a slot or an arena; those that need a conversion are left out."""
+    plain = [source for source in sources if source.conversion is None]
+    return lay_out(plain, block_bytes=BLOCK_BYTES, gap_bytes=GAP_BYTES)
+
+
+class Assembly:
+    """A module on meta, and where its bytes are, on the way to a model that runs.
+
+    Args:
+        model: parameters on meta, buffers real.
+        sources: first name of every distinct parameter, and of persistent buffers -> where its bytes are.
+        units: the model's units.
+        stamps: of the checkpoint's files, taken when their headers were checked.
+        content_key: identifies the checkpoint's bytes, for caches made from them.
+        cache_folder: where converted weights are kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sources: Mapping[str, Source],
+        units: Sequence[Unit],
+        *,
+        stamps: Mapping[str, FileStamp],
+        content_key: str,
+        cache_folder: Path,
+    ) -> None:
+        self._model = model
+        self._sources = dict(sources)
+        self._units = units
+        self._stamps = dict(stamps)
+        self._content_key = content_key
+        self._cache_folder = cache_folder
+        self._direct = DirectReads(self._stamps)
+        self._owners = _owners(model)
+        self._names = {name: parameter for name, parameter in model.named_parameters()}
+
+    def begin_resident(self, names: set[str], *, may_map: bool, progress: Progress | None) -> ResidentLoad:
+        """Begin to read the parameters that stay, and all buffers that the checkpoint holds."""
+        wanted = [source for name, source in self._sources.items() if name in names or name not in self._names]
+        return ResidentLoad(wanted, stamps=self._stamps, may_map=may_map, progress=progress)
+
+    def resident_names(self, plan: Plan) -> set[str]:
+        """Parameters whose unit rests in host memory by the plan."""
+        homes = {placement.unit: placement.home for placement in plan.placements}
+        return {name for unit in self._units for name in unit.parameters if homes[unit.name] == "cpu"}
+
+    def carry_out(
+        self, plan: Plan, load: ResidentLoad, *, check_pass: PassCheck | None, disk_limit_bytes: int
+    ) -> Assembled:
+        """Put every weight where the plan says. On any error nothing is left running, and the module is not usable."""
+        resident = self.resident_names(plan)
+        away = {name: self._sources[name] for name in self._names if name not in resident and name in self._sources}
+        away |= self._cache_converted(away, disk_limit_bytes)
+        bindings = self._rest(away)
+        tensors = load.finish()
+        for name, tensor in tensors.items():
+            if name in self._names:
+                self._replace(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self._replace_buffer(name, tensor)
+        sizes = StreamStats(resident_bytes=load.private_bytes + load.mapped_bytes, mapped_bytes=load.mapped_bytes)
+        streamer, sites = self._streamer(plan, away, bindings)
+        try:
+            attachment = None
+            if streamer is not None or check_pass is not None:
+                attachment = Attachment(self._model, streamer, sites, check_pass, sizes)
+        except BaseException:
+            if streamer is not None:
+                streamer.close()
+            raise
+        if streamer is not None:
+            _mark_streamed(self._model, plan)
+        result = Assembled(plan=plan, attachment=attachment, streamed=away, bindings=bindings, stamps=self._stamps, sizes=sizes)
+        _ASSEMBLED[self._model] = result
+        return result
+
+    def _cache_converted(self, away: Mapping[str, Source], disk_limit_bytes: int) -> dict[str, Source]:
+        converting = [source for source in away.values() if source.conversion is not None]
+        if not converting:
+            return {}
+        cached = cached_conversions(
+            converting,
+            self._direct.stored,
+            folder=self._cache_folder,
+            content_key=self._content_key,
+            limit_bytes=disk_limit_bytes,
+        )
+        for source in cached.values():
+            for extent in source.extents:
+                self._stamps.setdefault(extent.file, FileStamp.of(extent.file))
+        return cached
+
+    def _rest(self, away: Mapping[str, Source]) -> dict[str, Binding]:
+        """Put parameters at rest where their bytes live."""
+        maps: dict[str, FileMap] = {}
+        bindings: dict[str, Binding] = {}
+        for name, source in away.items():
+            if source.is_view:
+                file = source.extents[0].file
+                view = maps.setdefault(file, FileMap(file)).view(source)
+                parameter = nn.Parameter(view, requires_grad=False)
+                self._replace(name, parameter)
+                bindings[name] = DataBinding(name, parameter, view)
+            else:
+                resting = resting_parameter(source, self._direct.parameter, name, torch.device("cpu"))
+                owners = self._replace(name, resting)
+                bindings[name] = EntryBinding(name, resting, owners)
+        return bindings
+
+    def _streamer(
+        self, plan: Plan, away: Mapping[str, Source], bindings: Mapping[str, Binding]
+    ) -> tuple[Streamer | None, dict[int, list[tuple[str, nn.Module]]]]:
+        lane_of = {name: number for number, group in enumerate(plan.slots) for name in group.units}
+        units = [unit for unit in self._units if unit.name in lane_of]
+        if not units:
+            return None, {}
+        layouts = {unit.name: layout_of([away[name] for name in unit.parameters if name in away]) for unit in units}
+        modules = dict(self._model.named_modules(remove_duplicate=False))
+        sites = {number: [(unit.name, modules[site]) for site in unit.sites] for number, unit in enumerate(units)}
+        lanes = []
+        for group in plan.slots:
+            slot_bytes = max(layouts[name].nbytes for name in group.units)
+            lanes.append((group.num_slots, slot_bytes))
+        bounce_bytes = max(layout.staging_bytes for layout in layouts.values())
+        reader = Reader(num_threads=NUM_READERS, stamps=self._stamps, bounce_bytes=bounce_bytes)
+        try:
+            streamed = [
+                StreamedUnit(
+                    unit.name,
+                    [bindings[name] for name in unit.parameters if name in away],
+                    layouts[unit.name].places,
+                    lane_of[unit.name],
+                )
+                for unit in units
+            ]
+            return Streamer(streamed, lanes, DiskStore(reader, layouts)), sites
+        except BaseException:
+            reader.close()
+            raise
+
+    def _replace(self, name: str, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+        """Put a parameter at every place that held the one on meta, with its attributes."""
+        old = self._names[name]
+        parameter.__dict__.update({key: value for key, value in old.__dict__.items() if key not in parameter.__dict__})
+        owners = self._owners[id(old)]
+        for module, attribute in owners:
+            module._parameters[attribute] = parameter
+        return owners
+
+    def _replace_buffer(self, name: str, tensor: torch.Tensor) -> None:
+        parent, _, attribute = name.rpartition(".")
+        old = self._model.get_submodule(parent)._buffers[attribute]
+        for module in self._model.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is old:
+                    module._buffers[key] = tensor
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((module, attribute))
+    return owners
+
+
+class _IoHook:
+    """What transformers' generate looks for on the encoder of a model with a device map, instead of adding Accelerate's hook."""
+
+    io_same_device = False
+
+
+def _mark_streamed(model: nn.Module, plan: Plan) -> None:
+    """Tell transformers and PEFT what they ask of a model that was dispatched."""
+    model.hf_device_map = {placement.unit: torch.device(placement.run_on) for placement in plan.placements}  # type: ignore[assignment]
+    generation_config = getattr(model, "generation_config", None)
+    if generation_config is not None:
+        # A compiled graph would keep the slot's bytes of the pass in which it was made.
+        generation_config.disable_compile = True
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        model.get_encoder()._hf_hook = _IoHook()
+
+
+def unmark_streamed(model: nn.Module) -> None:
+    """Take back what `_mark_streamed` set."""
+    model.__dict__.pop("hf_device_map", None)
+    for module in model.modules():
+        if isinstance(module.__dict__.get("_hf_hook"), _IoHook):
+            del module._hf_hook
+
+
+
+

@@ -1,0 +1,335 @@
+"""The ``bigmodel`` command: run, plan and env.
+
+What was asked for goes to stdout: the generated text, the plan, the list of versions. What is said about it goes to
+stderr: the plan of a run, progress, figures, errors. So ``bigmodel run ... > answer.txt`` writes the answer alone.
+
+Exit status: 0 done; 1 an error, told in a sentence; 2 wrong usage; 3 it does not fit; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import bigmodel
+from bigmodel.arguments import parse_device_map, parse_limits, read_prompt
+from bigmodel.errors import BigModelError, DoesNotFitError, InvalidArgumentError
+from bigmodel.units import format_bytes
+
+if TYPE_CHECKING:
+    from bigmodel.device_map.plan import Plan
+    from bigmodel.hooks.stats import StreamStats
+    from bigmodel.text import TextStream
+
+__all__ = ["app", "main"]
+
+DOES_NOT_FIT, INTERRUPTED, BROKEN_PIPE = 3, 130, 141
+
+app = typer.Typer(
+    name="bigmodel",
+    help="Load and run models that are larger than memory, exactly and within a budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Options that several commands share.
+PathArgument = Annotated[
+    str, typer.Argument(metavar="PATH", help="A checkpoint: folder, weight file, index file, or Hub repo id.")
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        "-m",
+        metavar="LIMITS",
+        help="What may be used, such as [bold]cpu=8GiB[/bold] or [bold]cpu=8GiB,disk=500GB[/bold]. "
+        "What is not stated: what is free.",
+    ),
+]
+DeviceMap = Annotated[
+    str,
+    typer.Option(
+        "--device-map",
+        metavar="MAP",
+        help="[bold]auto[/bold], [bold]cpu[/bold], [bold]disk[/bold], a JSON object such as "
+        """[bold]'{"": "disk", "lm_head": "cpu"}'[/bold], or a file with such an object or a saved plan.""",
+    ),
+]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, or a torch dtype such as bfloat16.")]
+Revision = Annotated[
+    str | None, typer.Option("--revision", rich_help_panel="Checkpoint", help="Branch, tag or commit of a Hub repo.")
+]
+Subfolder = Annotated[
+    str | None, typer.Option("--subfolder", rich_help_panel="Checkpoint", help="Folder inside the checkpoint.")
+]
+Variant = Annotated[
+    str | None,
+    typer.Option("--variant", rich_help_panel="Checkpoint", help="Such as fp16, for model.fp16.safetensors."),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", rich_help_panel="Checkpoint", help="Let Python code that comes with the checkpoint run."
+    ),
+]
+WithTraceback = Annotated[bool, typer.Option("--traceback", help="On an error, show where it was raised.")]
+
+
+def main() -> None:
+    """Entry point of the ``bigmodel`` script; ends the process with its exit status."""
+    app(prog_name="bigmodel")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"bigmodel {bigmodel.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+bigmodel run ./model --chat --prompt "What is the capital of France?"
+
+bigmodel run ./model --prompt-file question.txt --max-memory cpu=8GiB > answer.txt
+
+bigmodel run org/name --prompt "Once" --sample --temperature 0.8 --seed 1
+
+The text goes to stdout; the plan, progress and figures go to stderr."""
+)
+def run(
+    path: PathArgument,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue or to answer.")] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option("--prompt-file", metavar="FILE", help="A file that holds it; - reads stdin.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Generate at most this many tokens.")
+    ] = 128,
+    max_memory: MaxMemory = None,
+    device_map: DeviceMap = "auto",
+    dtype: Dtype = "auto",
+    sample: Annotated[
+        bool,
+        typer.Option("--sample", rich_help_panel="Sampling", help="Draw tokens at random instead of the likeliest."),
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", rich_help_panel="Sampling", help="With --sample: > 0.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", rich_help_panel="Sampling", help="With --sample: 0 to 1.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, rich_help_panel="Sampling", help="With --sample.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", rich_help_panel="Sampling", help="With --sample: makes the draw repeatable.")
+    ] = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    variant: Variant = None,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The text only: no plan, no bars, no figures.")] = False,
+    with_traceback: WithTraceback = False,
+) -> None:
+    """Load a model, stream the text that it generates, and tell what it took."""
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    with _told_in_a_sentence(with_traceback):
+        if not sample and (seed is not None or any(value is not None for value in sampling.values())):
+            raise InvalidArgumentError("--temperature, --top-p, --top-k and --seed mean something only with --sample.")
+        text = read_prompt(prompt, prompt_file)
+        limits = parse_limits(max_memory)
+        where = parse_device_map(device_map)
+
+        import torch
+
+        from bigmodel.checkpoint import open_checkpoint
+        from bigmodel.footprint import PeakFootprint, footprint_bytes
+        from bigmodel.text import TextStream, encode_prompt, load_tokenizer
+
+        checkpoint = open_checkpoint(path, revision=revision, subfolder=subfolder, variant=variant)
+        tokenizer = load_tokenizer(checkpoint.path, subfolder=subfolder, trust_remote_code=trust_remote_code)
+        inputs = encode_prompt(tokenizer, text, chat=chat)
+        workload = bigmodel.Workload(prompt_tokens=inputs["input_ids"].shape[1], new_tokens=max_new_tokens)
+        before_bytes = footprint_bytes()
+        with PeakFootprint() as memory:
+            model = bigmodel.load_sharded(
+                path,
+                device_map=where,
+                max_memory=limits,
+                dtype=dtype,
+                workload=workload,
+                revision=revision,
+                subfolder=subfolder,
+                variant=variant,
+                trust_remote_code=trust_remote_code,
+                progress=False if quiet else None,
+            )
+            if not hasattr(model, "generate") or not model.can_generate():
+                raise InvalidArgumentError(
+                    f"{path} is a {type(model).__name__}, which does not generate text. "
+                    "Load it with bigmodel.load_sharded and call it."
+                )
+            plan = bigmodel.plan_of(model)
+            if not quiet:
+                typer.echo(plan.explain(), err=True)
+            if seed is not None:
+                torch.manual_seed(seed)
+            stream = TextStream(tokenizer, _write)
+            stats_before = bigmodel.stats_of(model)
+            start_s = time.perf_counter()
+            model.generate(
+                **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+                **_generation_options(model, sample, sampling),
+                max_new_tokens=max_new_tokens,
+                streamer=stream,
+            )
+            end_s = time.perf_counter()
+            stats = bigmodel.stats_of(model) - stats_before
+        _write("\n")
+        if not quiet:
+            baseline_bytes = max(before_bytes, plan.estimate.baseline_bytes)
+            peak_bytes = max(0, memory.peak_bytes - baseline_bytes) + stats.mapped_bytes
+            typer.echo(_figures(stream, stats, start_s, end_s, peak_bytes, plan), err=True)
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+bigmodel plan ./model --max-memory cpu=8GiB
+
+bigmodel plan ./model --prompt-tokens 4096 --new-tokens 512 --batch-size 4 --json > plan.json
+
+bigmodel run ./model --device-map plan.json --prompt "Once"
+
+Only the headers of the weight files are read."""
+)
+def plan(
+    path: PathArgument,
+    max_memory: MaxMemory = None,
+    device_map: DeviceMap = "auto",
+    dtype: Dtype = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at once.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of each prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=0, help="Tokens generated after it.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON, as --device-map reads it.")] = False,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    variant: Variant = None,
+    trust_remote_code: TrustRemoteCode = False,
+    with_traceback: WithTraceback = False,
+) -> None:
+    """Show where every weight would rest and what the peak of each tier would be, without loading anything."""
+    with _told_in_a_sentence(with_traceback):
+        limits = parse_limits(max_memory)
+        where = parse_device_map(device_map)
+
+        made = bigmodel.make_plan(
+            path,
+            device_map=where,
+            max_memory=limits,
+            dtype=dtype,
+            workload=bigmodel.Workload(batch_size=batch_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens),
+            revision=revision,
+            subfolder=subfolder,
+            variant=variant,
+            trust_remote_code=trust_remote_code,
+        )
+        typer.echo(made.to_json() if as_json else made.explain())
+
+
+@app.command()
+def env(with_traceback: WithTraceback = False) -> None:
+    """List versions and hardware, for a bug report."""
+    with _told_in_a_sentence(with_traceback):
+        from bigmodel.environment import describe_environment
+
+        for name, value in describe_environment().items():
+            typer.echo(f"{name + ':':<17} {value}")
+
+
+@contextmanager
+def _told_in_a_sentence(with_traceback: bool) -> Iterator[None]:
+    """Ends the command with an error's exit status; its message goes to stderr, the traceback before it if wanted."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        if with_traceback:
+            traceback.print_exc()
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # Who read the text has had enough. Python would complain once more when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(BROKEN_PIPE) from None
+    except Exception as error:
+        if with_traceback:
+            traceback.print_exc()
+        if isinstance(error, BigModelError):
+            text = str(error)
+        else:  # foreign: it says little without its type, and often runs over many lines
+            text = f"{type(error).__name__}: {' '.join(str(error).split())} (--traceback shows where)"
+        typer.echo(f"error: {text}", err=True)
+        raise typer.Exit(_status_of(error)) from None
+
+
+def _status_of(error: Exception) -> int:
+    if isinstance(error, DoesNotFitError):
+        return DOES_NOT_FIT
+    return 2 if isinstance(error, InvalidArgumentError) else 1
+
+
+def _write(text: str) -> None:
+    """Text on its way to a person or a pipe: at once, and whatever stdout's encoding cannot show as a question mark."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def _generation_options(model: Any, sample: bool, sampling: Mapping[str, float | None]) -> dict[str, Any]:
+    """What generate is asked for. The model's own sampling defaults count when it samples, and only then."""
+    options: dict[str, Any] = {"do_sample": sample, "num_beams": 1}  # a stream cannot take back what a beam drops
+    if sample:
+        options |= {name: value for name, value in sampling.items() if value is not None}
+    if model.generation_config.pad_token_id is None:
+        end = model.generation_config.eos_token_id
+        options["pad_token_id"] = end[0] if isinstance(end, list) else end  # what generate does too, without saying so
+    return options
+
+
+def _figures(stream: TextStream, stats: StreamStats, start_s: float, end_s: float, peak_bytes: int, plan: Plan) -> str:
+    """The last line of a run: TTFT, tokens/s, bytes read per token, share of the time waiting, peak and budget."""
+    if stream.first_token_s is None or stream.last_token_s is None:
+        return "no token was generated"
+    parts = [f"TTFT {stream.first_token_s - start_s:.2f} s"]
+    decode_s = stream.last_token_s - stream.first_token_s
+    if stream.num_tokens > 1 and decode_s > 0:
+        parts.append(f"{(stream.num_tokens - 1) / decode_s:.2f} tokens/s over {stream.num_tokens} tokens")
+    parts.append(f"{format_bytes(stats.read_bytes / stream.num_tokens)} read per token")
+    parts.append(f"{stats.stall_s / (end_s - start_s):.0%} of the time waiting for weights")
+    limit_bytes = plan.limits.get("cpu")
+    budget = f" of {format_bytes(limit_bytes)} allowed" if limit_bytes is not None else ""
+    parts.append(f"peak memory {format_bytes(peak_bytes)}{budget}")
+    return ", ".join(parts)

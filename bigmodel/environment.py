@@ -1,0 +1,78 @@
+"""Versions and hardware of this process, as a bug report needs them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+__all__ = ["describe_environment"]
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "huggingface_hub",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "accelerate",
+    "peft",
+    "diffusers",
+    "deepspeed",
+)
+# They change what is loaded, from where, or how fast.
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HUB_OFFLINE",
+    "MALLOC_ARENA_MAX",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "THP_MEM_ALLOC_ENABLE",
+)
+
+
+def describe_environment() -> dict[str, str]:
+    """What to copy into a report: name -> value, in a fixed order."""
+    import torch
+
+    import bigmodel
+    from bigmodel.device_map.machine import Machine
+
+    facts = {"bigmodel": bigmodel.__version__, "python": platform.python_version()}
+    facts |= {name: version for name in PACKAGES if (version := _version(name)) is not None}
+    facts["system"] = f"{platform.system()} {platform.release()} {platform.machine()}"
+    facts["processor"] = f"{_processor_name()}, {torch.backends.cpu.get_cpu_capability()}"
+    machine = Machine.probe()
+    facts["machine"] = str(machine)
+    facts["threads"] = str(torch.get_num_threads())
+    facts["huge pages"] = _read_line("/sys/kernel/mm/transparent_hugepage/enabled") or "unknown"
+    facts["variables"] = " ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ) or "none"
+    return facts
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor_name() -> str:
+    for line in _read("/proc/cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or "unknown processor"
+
+
+def _read_line(path: str) -> str:
+    return _read(path).partition("\n")[0]
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""

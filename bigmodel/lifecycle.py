@@ -1,0 +1,109 @@
+"""What can be asked of, and done to, a model that bigmodel loaded."""
+
+from __future__ import annotations
+
+
+import torch
+from torch import nn
+
+from bigmodel.assembly import assembled, forget, unmark_streamed
+from bigmodel.device_map.machine import Machine
+from bigmodel.device_map.plan import Plan
+from bigmodel.errors import DoesNotFitError, MoveRefusedError
+from bigmodel.hooks.stats import StreamStats
+from bigmodel.offload.resident import ResidentLoad
+from bigmodel.units import format_bytes
+
+__all__ = ["materialize", "plan_of", "stats_of", "unload"]
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that was carried out when the model was loaded.
+
+    Args:
+        model: what `load_sharded` returned, or a module (such as a PEFT model) that holds it.
+
+    Raises:
+        InvalidArgumentError: bigmodel did not load it.
+    """
+    return assembled(model)[1].plan
+
+
+def stats_of(model: nn.Module) -> StreamStats:
+    """What the model did since it was loaded. Subtract two for what happened in between.
+
+    Args:
+        model: what `load_sharded` returned, or a module (such as a PEFT model) that holds it.
+
+    Raises:
+        InvalidArgumentError: bigmodel did not load it.
+    """
+    _, state = assembled(model)
+    return state.sizes if state.attachment is None else state.attachment.stats()
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take the hooks off and stop the reader threads; returns the same module.
+
+    What was resident stays; what streamed stays at rest, showing its true bytes from the files: right, and slow to run.
+    `materialize` puts all weights in memory instead.
+
+    Raises:
+        InvalidArgumentError: bigmodel did not load it.
+    """
+    root, state = assembled(model)
+    if state.attachment is not None:
+        state.attachment.detach()
+    unmark_streamed(root)
+    forget(root)
+    return model
+
+
+def materialize(model: nn.Module, device: str | torch.device = "cpu") -> nn.Module:
+    """Put all weights in place and take the hooks off; returns the same module, now a plain one.
+
+    Parameters keep their identity where one tensor shows them at rest, so ties, adapters and optimizers keep seeing them.
+
+    Args:
+        model: what `load_sharded` returned, or a module that holds it.
+        device: where all weights go.
+
+    Raises:
+        InvalidArgumentError: bigmodel did not load it.
+        DoesNotFitError: the streamed weights are larger than the free host memory.
+        MoveRefusedError: `device` is not there.
+        ReadError: a file could not be read; the model is as before.
+    """
+    device = torch.device(device)
+    _refuse_missing(device)
+    root, state = assembled(model)
+    needed = sum(source.nbytes for source in state.streamed.values())
+    available = Machine.probe().unstated_limit_bytes("cpu")
+    if needed > available:
+        raise DoesNotFitError(
+            f"The weights that stream take {format_bytes(needed)} of host memory, and {format_bytes(available)} is free. "
+            "Free some, or keep streaming.",
+            tier="cpu",
+            needed_bytes=needed,
+            available_bytes=available,
+        )
+    load = ResidentLoad(list(state.streamed.values()), stamps=state.stamps, may_map=False)
+    tensors = load.finish()
+    if state.attachment is not None:
+        state.attachment.detach()
+    for name, binding in state.bindings.items():
+        binding.settle(tensors[name])
+    unmark_streamed(root)
+    forget(root)
+    if device.type != "cpu":
+        root.to(device)
+    return model
+
+
+def _refuse_missing(device: torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise MoveRefusedError(f"There is no device {device} here ({str(error).splitlines()[0]}). Give another one.") from error
+
+

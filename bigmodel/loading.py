@@ -1,0 +1,233 @@
+"""The front door: a path becomes a plan, and a plan a model that runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigmodel.assembly import Assembly, layout_of
+from bigmodel.checkpoint import Checkpoint, open_checkpoint
+from bigmodel.checkpoint.rewritten import default_cache_folder
+from bigmodel.checkpoint.spec import Source
+from bigmodel.device_map.machine import Machine
+from bigmodel.device_map.plan import Plan, Workload
+from bigmodel.device_map.unit import Unit, find_units
+from bigmodel.errors import DeviceMapError, DoesNotFitError, InvalidArgumentError
+from bigmodel.models import Skeleton, build_skeleton, example_inputs, load_generation_config
+from bigmodel.offload.reader import stamp_files
+from bigmodel.progress import progress_bar
+from bigmodel.units import format_bytes
+
+__all__ = ["load_sharded", "make_plan"]
+
+logger = logging.getLogger("bigmodel.loading")
+
+DeviceMap = str | Mapping[str, Any] | Plan
+Progress = Callable[[str, int, int], None]
+_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def load_sharded(
+    path: str | os.PathLike[str],
+    device_map: DeviceMap = "auto",
+    max_memory: Mapping[int | str, int | str] | None = None,
+    dtype: str | torch.dtype = "auto",
+    workload: Workload | None = None,
+    allow_cpu_compute: bool = False,
+    offload_folder: str | os.PathLike[str] | None = None,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    no_split_module_classes: Collection[str] | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    strict: bool = True,
+    trust_remote_code: bool = False,
+    progress: bool | Progress | None = None,
+) -> Any:
+    """Load a checkpoint, keep in memory what fits, and stream the rest from disk while it runs.
+
+    Args:
+        path: a folder, a ``*.safetensors`` or ``*.index.json`` file, ``.bin``/``.pt`` weights (read weights-only), or a Hub
+            repo id.
+        device_map: ``"auto"``; ``"cpu"`` (all resident, or DoesNotFitError); a dict of module or parameter names to
+            ``"cpu"`` or ``"disk"`` in Accelerate's grammar, saying where weights rest; or a Plan.
+        max_memory: tier -> limit, such as ``{"cpu": "8GiB"}``: bytes, or strings with a unit. What is left out is what is
+            free now, less max(1 GiB, 5%).
+        dtype: ``"auto"`` (what from_pretrained gives each parameter), a torch dtype, or its name.
+        workload: what the budget must hold beside the weights; ``Workload()`` if None.
+        allow_cpu_compute: beside an accelerator, whether units may run on the CPU. Without one they do anyway.
+        offload_folder: where weights that must be converted are kept; a private cache if None.
+        model: an nn.Module with its parameters on meta, or a callable that builds one; None for the class in config.json.
+        no_split_module_classes: classes whose modules are never divided into smaller units, beside the model's own.
+        revision, subfolder, variant: as in from_pretrained.
+        key_mapping: regular expression -> replacement for checkpoint keys.
+        strict: whether missing and unexpected weights are errors; if False they are initialised and listed, or ignored.
+        trust_remote_code: whether code from the checkpoint may run.
+        progress: True, False, None (bars where stderr is a terminal), or a callable ``(phase, done bytes, total bytes)``.
+
+    Returns:
+        The model: its own class, in eval mode, no parameter requiring grad.
+
+    Raises:
+        CheckpointError: the files, or the keys in them, are not what they should be; all problems of a kind at once.
+        DeviceMapError: unknown or uncovered names in `device_map`.
+        InvalidArgumentError: any other argument that means nothing.
+        DoesNotFitError: a limit is too small; with both numbers and what would do.
+    """
+    started_s = time.perf_counter()
+    prepared = _Prepared.of(
+        path,
+        model=model,
+        dtype=dtype,
+        key_mapping=key_mapping,
+        strict=strict,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        subfolder=subfolder,
+        variant=variant,
+        offload_folder=offload_folder,
+        no_split=no_split_module_classes,
+    )
+    bars = nullcontext(progress) if callable(progress) else progress_bar(progress)
+    with bars as report:
+        loaded = prepared.load(
+            device_map=device_map, max_memory=max_memory, workload=workload or Workload(), progress=report
+        )
+    logger.info("%s loaded in %.2f s", path, time.perf_counter() - started_s)
+    return loaded
+
+
+def make_plan(
+    path_or_model: str | os.PathLike[str] | nn.Module,
+    machine: Machine | None = None,
+    workload: Workload | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    device_map: DeviceMap = "auto",
+    allow_cpu_compute: bool = False,
+    **load_options: Any,
+) -> Plan:
+    """What `load_sharded` would do, from headers alone: where every unit rests, and the peak memory that follows.
+
+    Args:
+        path_or_model: as in `load_sharded`; or a module, on meta or real.
+        machine: the machine to plan for; this one if None.
+        workload, max_memory, device_map, allow_cpu_compute: as in `load_sharded`.
+        load_options: `dtype`, `model`, `key_mapping`, `strict`, `revision`, `subfolder`, `variant`, `trust_remote_code`
+            and `no_split_module_classes`, as in `load_sharded`.
+
+    Returns:
+        A plan, to look at (`explain()`), to keep (`to_json()`), or to load with (`load_sharded(path, device_map=plan)`).
+
+    Raises:
+        As `load_sharded`.
+    """
+    no_split = load_options.pop("no_split_module_classes", None)
+    if isinstance(path_or_model, nn.Module):
+        if load_options:
+            raise InvalidArgumentError(f"{', '.join(load_options)} say how to read a checkpoint, and a module was given.")
+        prepared = _Prepared.of_module(path_or_model, no_split)
+    else:
+        prepared = _Prepared.of(path_or_model, no_split=no_split, **load_options)
+    return prepared.plan(machine=machine, device_map=device_map, max_memory=max_memory, workload=workload or Workload())
+
+
+@dataclass(eq=False, kw_only=True)
+class _Prepared:
+    """A checkpoint and its module on meta: everything known, nothing read."""
+
+    skeleton: Skeleton
+    checkpoint: Checkpoint | None
+    cache_folder: Path
+    no_split: frozenset[str]
+
+    @classmethod
+    def of(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: nn.Module | Callable[[], nn.Module] | None = None,
+        dtype: str | torch.dtype = "auto",
+        key_mapping: Mapping[str, str] | None = None,
+        strict: bool = True,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        variant: str | None = None,
+        offload_folder: str | os.PathLike[str] | None = None,
+        no_split: Collection[str] | None = None,
+    ) -> _Prepared:
+        cache_folder = Path(offload_folder) if offload_folder is not None else default_cache_folder()
+        checkpoint = open_checkpoint(
+            path, revision=revision, subfolder=subfolder, variant=variant, cache_folder=offload_folder
+        )
+        skeleton = build_skeleton(
+            checkpoint,
+            model=model,
+            dtype=dtype,
+            key_mapping=dict(key_mapping) if key_mapping else None,
+            strict=strict,
+            trust_remote_code=trust_remote_code,
+        )
+        return cls(
+            skeleton=skeleton,
+            checkpoint=checkpoint,
+            cache_folder=cache_folder,
+            no_split=skeleton.no_split | frozenset(no_split or ()),
+        )
+
+    @classmethod
+    def of_module(cls, model: nn.Module, no_split: Collection[str] | None) -> _Prepared:
+        own = getattr(model, "_no_split_modules", None) or ()
+        skeleton = Skeleton(model=model, sources={}, initialised=(), unexpected=(), no_split=frozenset(own))
+        return cls(
+            skeleton=skeleton,
+            checkpoint=None,
+            cache_folder=default_cache_folder(),
+            no_split=skeleton.no_split | frozenset(no_split or ()),
+        )
+
+    def plan(
+        self,
+        *,
+        device_map: DeviceMap,
+        max_memory: Mapping[int | str, int | str] | None,
+        workload: Workload,
+        machine: Machine | None = None,
+    ) -> Plan:
+        return self._decide(device_map, max_memory, workload, machine)[0]
+
+    def load(
+        self,
+        *,
+        device_map: DeviceMap,
+        max_memory: Mapping[int | str, int | str] | None,
+        workload: Workload,
+        progress: Progress,
+    ) -> nn.Module:
+        assert self.checkpoint is not None
+        plan, units, check = self._decide(device_map, max_memory, workload, None)
+        assembly = Assembly(
+            self.skeleton.model,
+            self.skeleton.sources,
+            units,
+            stamps=stamp_files({spec.file for spec in self.checkpoint.tensors.values()}),
+            content_key=self.checkpoint.content_key,
+            cache_folder=self.cache_folder,
+        )
+        load = assembly.begin_resident(assembly.resident_names(plan), may_map=not plan.slots, progress=progress)
+        try:
+            assembly.carry_out(plan, load, check_pass=check, disk_limit_bytes=plan.limits["disk"])
+        finally:
+            load.close()
+        load_generation_config(self.skeleton.model, self.checkpoint)
+        return self.skeleton.model

@@ -1,0 +1,435 @@
+"""A model without its weights, and where the bytes of each weight come from. The owner of transformers.
+
+A transformers model is filled by transformers' own loading code, which is handed tensors without bytes (conversion.py):
+its renames, merges, splits, casts and ties happen as written there, for every architecture, and what ends up in a
+parameter says which bytes of which file it is made of. Nothing of its rules is repeated here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from bigmodel.checkpoint import Checkpoint, refuse_prequantised
+from bigmodel.conversion import trace
+from bigmodel.errors import CheckpointError, InvalidArgumentError, UnsupportedCheckpointError
+from bigmodel.skeleton import Skeleton, change_tensors, match_names, refuse_mismatch, take_sources
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["Skeleton", "build_skeleton", "example_inputs", "load_generation_config"]
+
+
+def build_skeleton(
+    checkpoint: Checkpoint,
+    *,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    dtype: str | torch.dtype = "auto",
+    key_mapping: Mapping[str, str] | None = None,
+    strict: bool = True,
+    trust_remote_code: bool = False,
+) -> Skeleton:
+    """Builds the model of a checkpoint on meta and finds out where the bytes of its weights are. Reads headers only.
+
+    Two weights that the model says are tied, and that are both stored, are compared: only these are read.
+
+    Args:
+        checkpoint: opened.
+        model: a module on meta, or a callable without arguments that builds one (called once, its parameters put on
+            meta as they are created, its buffers real). None: the class that config.json names.
+        dtype: "auto" gives each parameter the dtype that `from_pretrained` gives it, and one of a plain module the
+            dtype that it is stored in; or a floating-point torch dtype, or its name, with the exceptions that the
+            model's class makes.
+        key_mapping: regular expression -> replacement, applied to the checkpoint's keys before all other rules.
+        strict: refuse missing and unexpected keys, but for what the class declares ignorable, tied aliases and
+            non-persistent buffers. Otherwise missing weights are initialised by the model's own rule.
+        trust_remote_code: whether Python code of the checkpoint may be run.
+
+    Raises:
+        UnsupportedCheckpointError: pre-quantised, or a class that is not known or cannot be built.
+        KeyMismatchError: keys that are missing, unexpected or mis-shaped, all of them together.
+        InvalidArgumentError: a dtype, key_mapping or model that means nothing here.
+    """
+    refuse_prequantised(checkpoint)
+    wanted = _parse_dtype(dtype)
+    renames = _parse_key_mapping(key_mapping)
+    with torch.inference_mode(False), torch.no_grad():
+        if model is None:
+            built, main_dtype = _build_from_config(checkpoint, wanted, trust_remote_code=trust_remote_code)
+            filled = _fill_pretrained(built, checkpoint, main_dtype, renames, strict=strict)
+        else:
+            given = _call_on_meta(model) if not isinstance(model, nn.Module) else _refuse_real(model)
+            if _is_pretrained(given):
+                main_dtype = _cast_given(given, checkpoint, wanted)
+                filled = _fill_pretrained(given, checkpoint, main_dtype, renames, strict=strict)
+            else:
+                filled = match_names(given, checkpoint, dtype=wanted, key_mapping=renames, strict=strict)
+        _refuse_meta_buffers(filled.model)
+        filled.model.requires_grad_(False).eval()
+    return filled
+
+
+def load_generation_config(model: nn.Module, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> None:
+    """Gives a transformers model the generation settings that stand beside its weights, as `from_pretrained` does.
+
+    Args:
+        model: any module; one that cannot generate is left as it is.
+        checkpoint: its folder may hold generation_config.json; without it the settings come from config.json.
+        trust_remote_code: whether the folder's own generate function, where it has one, may replace the model's.
+    """
+    if not _is_pretrained(model):
+        return
+    known: Any = model
+    known.name_or_path = known.config.name_or_path = str(checkpoint.path)
+    if not known.can_generate() or not (checkpoint.path / "config.json").is_file():
+        return
+    try:
+        known.adjust_generation_fn(
+            None,
+            False,
+            False,
+            str(checkpoint.path),
+            cache_dir=None,
+            force_download=False,
+            proxies=None,
+            local_files_only=True,
+            token=None,
+            revision=None,
+            subfolder="",
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"The generation settings in {checkpoint.path} cannot be read: {error}. Mend or remove "
+            "generation_config.json."
+        ) from error
+
+
+def example_inputs(model: nn.Module, batch_size: int, num_tokens: int) -> dict[str, torch.Tensor] | None:
+    """Keyword arguments for one forward pass of a transformers model, made in the modes that the caller has set.
+
+    Args:
+        model: built; may be on meta.
+        batch_size: sequences, or images.
+        num_tokens: per sequence. An encoder-decoder gets as many on either side: the most that a pass can hold.
+
+    Returns:
+        CPU tensors, zeros: token ids int64 [batch, tokens], images and audio features in the model's dtype. None where
+        the class does not say what it needs.
+    """
+    if not _is_pretrained(model):
+        return None
+    known: Any = model
+    main: str = known.main_input_name
+    config = known.config
+    accepted = inspect.signature(known.forward).parameters
+    inputs: dict[str, torch.Tensor] = {}
+
+    def tokens() -> torch.Tensor:
+        return torch.zeros(batch_size, num_tokens, dtype=torch.int64, device="cpu")
+
+    if main == "input_ids":
+        inputs[main] = tokens()
+    # A model that generates text takes text alone; one that compares text and images takes both.
+    if main == "pixel_values" or ("pixel_values" in accepted and not known.can_generate()):
+        shape = _image_shape(config)
+        if shape is None:
+            return None
+        inputs["pixel_values"] = torch.zeros(batch_size, *shape, dtype=known.dtype, device="cpu")
+    if main == "input_features":
+        bins, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+        if bins is None or positions is None:
+            return None
+        # two convolutions halve the frames once
+        inputs[main] = torch.zeros(batch_size, bins, 2 * positions, dtype=known.dtype, device="cpu")
+    if config.is_encoder_decoder and "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = tokens()
+    return inputs if main in inputs else None
+
+
+def _image_shape(config: Any) -> tuple[int, ...] | None:
+    """(channels, height, width) of the images that a config asks for."""
+    for part in (config, getattr(config, "vision_config", None)):
+        size, channels = getattr(part, "image_size", None), getattr(part, "num_channels", 3)
+        if isinstance(size, int):
+            size = (size, size)
+        if isinstance(size, (list, tuple)) and len(size) == 2:
+            return (channels, *size)
+    return None
+
+
+# --- What the arguments mean
+
+
+def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """None for "auto"."""
+    if isinstance(dtype, str) and dtype == "auto":
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    # 8-bit floats are formats to store: torch neither computes in them nor takes one as its default
+    if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2:
+        return found
+    raise InvalidArgumentError(
+        f"dtype is {dtype!r}, which is not a dtype that a model can run in. Give 'auto', or one such as 'bfloat16', "
+        "'float16' or 'float32'."
+    )
+
+
+def _parse_key_mapping(key_mapping: Mapping[str, str] | None) -> dict[str, str]:
+    for pattern, replacement in (key_mapping or {}).items():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise InvalidArgumentError(
+                f"key_mapping has {pattern!r}, which is not a regular expression: {error}. Give patterns of checkpoint "
+                "keys -> what to put in place."
+            ) from None
+        if not isinstance(replacement, str):
+            raise InvalidArgumentError(f"key_mapping maps {pattern!r} to {replacement!r}. Give a string.")
+    return dict(key_mapping or {})
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    """Whether a module is a transformers model; where transformers was never imported, none is."""
+    owner = sys.modules.get("transformers.modeling_utils")
+    return owner is not None and isinstance(model, owner.PreTrainedModel)
+
+
+def _refuse_real(model: nn.Module) -> nn.Module:
+    real = [name for name, parameter in model.named_parameters() if parameter.device.type != "meta"]
+    if real:
+        raise InvalidArgumentError(
+            f"model= holds {len(real)} parameters with memory of their own, {real[0]!r} the first, on "
+            f"{model.get_parameter(real[0]).device}. Build it under torch.device('meta'), or give a callable that "
+            "builds it: its parameters are then put on meta as they are created."
+        )
+    return model
+
+
+def _call_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """What `build` gives, its parameters on meta from the moment they are registered, its buffers real on the CPU."""
+    if not callable(build):
+        raise InvalidArgumentError(f"model= is {build!r}. Give an nn.Module on meta or a callable that builds one.")
+    builder = threading.get_ident()
+    on_meta: Any = WeakTensorKeyDictionary()  # one parameter registered at two names stays one
+
+    def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.device.type == "meta" or threading.get_ident() != builder:
+            return None
+        if nn.parameter.is_lazy(parameter):
+            raise InvalidArgumentError(
+                f"model= built a {type(module).__name__} whose {name!r} gets its shape at the first forward pass. Give "
+                "its shape when building it."
+            )
+        if parameter not in on_meta:
+            on_meta[parameter] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        return cast(nn.Parameter, on_meta[parameter])
+
+    hook = register_module_parameter_registration_hook(cast(Any, move))
+    try:
+        with torch.device("cpu"):
+            model = build()
+    finally:
+        hook.remove()
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError(f"model= built {model!r}. Give a callable that builds an nn.Module.")
+    return _refuse_real(model)
+
+
+def _refuse_meta_buffers(model: nn.Module) -> None:
+    lost = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta"]
+    if lost:
+        raise InvalidArgumentError(
+            f"model= has {len(lost)} buffers on meta that are not in the checkpoint, {lost[0]!r} the first: their "
+            "values are lost. Give a callable that builds the module instead: its buffers are then real."
+        )
+
+
+# --- Transformers models
+
+
+def _build_from_config(
+    checkpoint: Checkpoint, wanted: torch.dtype | None, *, trust_remote_code: bool
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """The model that config.json names, wholly on meta, and its main dtype; as `from_pretrained` builds it."""
+    if checkpoint.config is None:
+        raise InvalidArgumentError(
+            f"{checkpoint.path} has no config.json, so the model's class is not known. Give model=, a callable that "
+            "builds it."
+        )
+    from transformers.monkey_patching import patch_output_recorders
+
+    model_class = _find_class(checkpoint, checkpoint.config, trust_remote_code=trust_remote_code)
+    try:
+        config = cast(Any, model_class.config_class).from_pretrained(str(checkpoint.path))
+        config.name_or_path = str(checkpoint.path)
+        config, dtype = _settle_dtype(config, checkpoint, wanted)
+        with contextlib.ExitStack() as contexts:
+            for context in model_class.get_init_context(dtype, False, False, False):
+                contexts.enter_context(context)
+            model = model_class(config)
+            patch_output_recorders(model)
+    except Exception as error:  # whatever a model's own code raises
+        raise UnsupportedCheckpointError(
+            f"{model_class.__name__} could not be built from {checkpoint.path / 'config.json'}: "
+            f"{type(error).__name__}: {error}. Check the file against the model's documentation, or give model=, a "
+            "callable that builds it."
+        ) from error
+    return model, dtype
+
+
+def _find_class(checkpoint: Checkpoint, stated: Mapping[str, Any], *, trust_remote_code: bool) -> type[PreTrainedModel]:
+    import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    names = [name for name in stated.get("architectures") or () if isinstance(name, str)]
+    own_code = {
+        kind: reference
+        for kind, reference in (stated.get("auto_map") or {}).items()
+        if kind.startswith("AutoModel") and isinstance(reference, str)
+    }
+    if trust_remote_code and own_code:
+        named = [reference for reference in own_code.values() if reference.rpartition(".")[2] in names]
+        reference = (named or [own_code[max(own_code, key=len)]])[0]  # AutoModelForX says more than AutoModel
+        try:
+            own_class: Any = get_class_from_dynamic_module(reference, str(checkpoint.path))
+        except Exception as error:  # whatever the checkpoint's own code raises
+            raise UnsupportedCheckpointError(
+                f"The code of {checkpoint.path} could not be loaded ({reference}): {type(error).__name__}: {error}."
+            ) from error
+        own_class.register_for_auto_class("AutoModel")  # as from_pretrained marks a class that is not transformers' own
+        return cast("type[PreTrainedModel]", own_class)
+    for name in names:
+        found = getattr(transformers, name, None)
+        if inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    if not names and "model_type" in stated:
+        with contextlib.suppress(Exception):  # no class for this type: told below
+            config = transformers.AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True)
+            found = transformers.MODEL_MAPPING[type(config)]
+            return cast("type[PreTrainedModel]", found[0] if isinstance(found, (list, tuple)) else found)
+    what = f"the class {names[0]!r}" if names else f"the model type {stated.get('model_type')!r} and no class"
+    remedy = "Give model=, a callable that builds it, or install a newer transformers."
+    if own_code:
+        remedy = "The checkpoint brings code of its own: trust_remote_code=True lets it run on this machine."
+    raise UnsupportedCheckpointError(
+        f"config.json of {checkpoint.path} names {what}, which transformers {transformers.__version__} does not have. "
+        f"{remedy}"
+    )
+
+
+def _settle_dtype(
+    config: Any, checkpoint: Checkpoint, wanted: torch.dtype | None
+) -> tuple[PreTrainedConfig, torch.dtype]:
+    """transformers' own choice of the main dtype, written into the config and its sub-configs."""
+    from transformers.modeling_utils import _get_dtype
+
+    first_file = next((spec.file for spec in checkpoint.tensors.values()), "")
+    stored = {
+        name: torch.empty((), dtype=spec.dtype, device="meta")
+        for name, spec in checkpoint.tensors.items()
+        if spec.file == first_file
+    }
+    config, dtype = _get_dtype(wanted or "auto", None, config, None, stored, True)
+    return config, dtype
+
+
+def _cast_given(model: Any, checkpoint: Checkpoint, wanted: torch.dtype | None) -> torch.dtype:
+    """Gives a model that somebody else built the dtypes of a loaded one; returns the main dtype.
+
+    What has the dtype of most of the model was built in the default dtype, and follows; what differs, the class asked
+    for.
+    """
+    _, dtype = _settle_dtype(model.config, checkpoint, wanted)
+    size_of: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            size_of[parameter.dtype] = size_of.get(parameter.dtype, 0) + parameter.numel()
+    built = max(size_of, key=lambda key: size_of[key], default=dtype)
+    if built != dtype:
+        transient = {id(buffer) for _, buffer in model.named_non_persistent_buffers()}
+        change_tensors(
+            model, lambda tensor: tensor.to(dtype) if tensor.dtype == built and id(tensor) not in transient else None
+        )
+    return dtype
+
+
+def _fill_pretrained(
+    model: Any, checkpoint: Checkpoint, dtype: torch.dtype, renames: Mapping[str, str], *, strict: bool
+) -> Skeleton:
+    """Runs transformers' own loading on tensors without bytes, then takes these out of the model again."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    real_buffers = {
+        name: buffer for name, buffer in model.named_non_persistent_buffers() if buffer.device.type != "meta"
+    }
+    shape_of = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    settings = LoadStateDictConfig(
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=cast(Any, get_model_conversion_mapping(model, dict(renames) or None)),
+        # Where anything may be on disk it takes one tensor after the other; threads would only wait for each other.
+        device_map={"": "cpu", "(none)": "disk"},
+    )
+    with _no_progress_bar():
+        info, _ = convert_and_load_state_dict_in_model(
+            model, {name: trace(spec) for name, spec in checkpoint.tensors.items()}, settings
+        )
+    model.mark_tied_weights_as_initialized(info)
+    # from_pretrained ties last. Tying first tells what is truly missing, before memory is given to it.
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    absent = set(info.missing_keys)
+    model._adjust_missing_and_unexpected_keys(info)
+    refuse_mismatch(
+        model,
+        checkpoint,
+        missing={name: shape_of[name] for name in sorted(info.missing_keys)} if strict else {},
+        unexpected=sorted(info.unexpected_keys) if strict else [],
+        misshaped={name: (tuple(found), tuple(needed)) for name, found, needed in sorted(info.mismatched_keys)},
+        failed={name: _reason(text) for name, text in info.conversion_errors.items()},
+    )
+
+    sources = take_sources(model)
+    model._move_missing_keys_from_meta_to_device(absent, None, None, None)
+    model._initialize_missing_keys(False)
+    model.tie_weights(recompute_mapping=False)
+    for name, buffer in real_buffers.items():  # as their builder made them; the rule above knows transformers' own only
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, buffer)
+    return Skeleton(
+        model=model,
+        sources=sources,
+        initialised=tuple(sorted(absent)),
+        unexpected=tuple(sorted(info.unexpected_keys)),
+        no_split=frozenset(model._no_split_modules or ()),
+    )
+
+
+def _reason(text: str) -> str:
+    """What went wrong, of the traceback that transformers keeps for a conversion that failed."""
+    return text.partition("\nError: ")[0].splitlines()[-1]
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Nothing is loaded yet: transformers' "Loading weights" would say otherwise."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    before = set_tqdm_hook(lambda make, args, kwargs: make(*args, **{**kwargs, "disable": True}))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)

@@ -1,0 +1,112 @@
+"""Reader threads: errors reach whoever waits, a changed file is an error, and nothing is left behind."""
+
+import gc
+import os
+import threading
+
+import pytest
+import torch
+
+from bigmodel.checkpoint.spec import Extent, Source
+from bigmodel.errors import ReadError
+from bigmodel.offload import page_cache
+from bigmodel.offload.arena import Arena
+from bigmodel.offload.ranges import lay_out
+from bigmodel.offload.reader import Reader, stamp_files
+
+NBYTES = 3 * (1 << 20) + 123
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "w.bin"
+    path.write_bytes(os.urandom(NBYTES + 50))
+    return Source("w", torch.uint8, (NBYTES,), torch.uint8, (Extent(str(path), 7, NBYTES, 0),))
+
+
+def read(source, stamps=None, block_bytes=1 << 20):
+    layout = lay_out([source], block_bytes=block_bytes, gap_bytes=0)
+    slab = Arena(layout.nbytes)
+    reader = Reader(num_threads=3, stamps=stamps or {})
+    try:
+        reader.submit("layers.7", layout, slab).wait()
+    finally:
+        reader.close()
+    return slab.tensor[layout.places["w"] :][: source.nbytes]
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_direct_and_buffered_reads_give_the_same_bytes(source, is_cached):
+    path = source.extents[0].file
+    with open(path, "rb") as file:
+        content = file.read()
+        os.fsync(file.fileno())
+        if not is_cached:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        cached = page_cache.cached_fraction(file.fileno(), 0, len(content))
+    if (cached == 1.0) is not is_cached:
+        pytest.skip("this file system does not give up its page cache")
+    assert read(source).numpy().tobytes() == content[7 : 7 + NBYTES]
+
+
+def test_a_file_cut_after_load_is_named(source):
+    os.truncate(source.extents[0].file, NBYTES // 2)
+    with pytest.raises(ReadError, match=r"w\.bin ends at byte .* more bytes are needed"):
+        read(source)
+
+
+def test_a_file_that_changed_since_its_header_was_read_is_refused(source):
+    path = source.extents[0].file
+    stamps = stamp_files([path])
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ReadError, match="has changed since the model was loaded"):
+        read(source, stamps)
+
+
+def test_a_missing_file_is_an_error_with_the_units_name(source):
+    os.unlink(source.extents[0].file)
+    with pytest.raises(ReadError, match=r"weights of layers\.7 could not be read"):
+        read(source)
+
+
+def test_a_reader_recovers_after_an_error(source, tmp_path):
+    good = lay_out([source], block_bytes=1 << 20, gap_bytes=0)
+    missing = Source("w", torch.uint8, (9,), torch.uint8, (Extent(str(tmp_path / "none"), 0, 9, 0),))
+    bad = lay_out([missing], block_bytes=1 << 20, gap_bytes=0)
+    slab = Arena(good.nbytes)
+    reader = Reader(num_threads=1, stamps={})
+    try:
+        failing = reader.submit("bad", bad, slab)
+        fine = reader.submit("good", good, slab)
+        with pytest.raises(ReadError):
+            failing.wait()
+        fine.wait()
+    finally:
+        reader.close()
+
+
+def test_closing_ends_threads_and_gives_memory_back(source):
+    before = set(threading.enumerate())
+    layout = lay_out([source], block_bytes=1 << 20, gap_bytes=0)
+    slab = Arena(layout.nbytes)
+    reader = Reader(num_threads=4, stamps={})
+    reader.submit("w", layout, slab).wait()
+    reader.close()
+    assert set(threading.enumerate()) == before
+    assert not [fd for fd in os.listdir("/proc/self/fd") if _target(fd) == source.extents[0].file]
+    mapped = _anonymous_bytes()
+    del slab
+    gc.collect()
+    assert _anonymous_bytes() <= mapped - NBYTES // 2
+
+
+def _target(fd):
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return None
+
+
+def _anonymous_bytes():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon"))

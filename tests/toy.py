@@ -1,0 +1,104 @@
+"""A small module whose blocks stream from a store in memory, and stores that are slow or fail."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+from torch import nn
+
+from bigmodel.hooks.attach import Attachment
+from bigmodel.hooks.slots import DataBinding
+from bigmodel.hooks.stats import StreamStats
+from bigmodel.hooks.streamer import StreamedUnit, Streamer
+from bigmodel.offload.arena import Arena
+from bigmodel.offload.reader import Ticket
+
+WIDTH = 16
+UNIT_BYTES = 4 * (WIDTH * WIDTH + WIDTH)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH)
+        self.fail = False
+
+    def forward(self, x):
+        if self.fail:
+            raise RuntimeError("broken block")
+        return torch.tanh(x @ self.lin.weight.T + self.lin.bias)
+
+
+class Stack(nn.Module):
+    """Runs its blocks in an order that may change between passes."""
+
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(num_blocks))
+        self.order = list(range(num_blocks))
+
+    def forward(self, x):
+        for number in self.order:
+            x = self.blocks[number](x)
+        return x
+
+
+class MemoryStore:
+    """A store over tensors; a fetch takes `delay_s` in a thread of its own, and fails for the units in `broken`."""
+
+    def __init__(self, content: dict[str, torch.Tensor], delay_s: float = 0.0) -> None:
+        self.content = content
+        self.delay_s = delay_s
+        self.broken: set[str] = set()
+        self.fetched: list[str] = []
+        self.threads: list[threading.Thread] = []
+
+    def fetch(self, unit: str, slot: Arena, *, is_urgent: bool) -> Ticket:
+        self.fetched.append(unit)
+        ticket = Ticket(unit, 1, time.perf_counter())
+        thread = threading.Thread(target=self._fill, args=(unit, slot, ticket))
+        self.threads.append(thread)
+        thread.start()
+        return ticket
+
+    def _fill(self, unit: str, slot: Arena, ticket: Ticket) -> None:
+        time.sleep(self.delay_s)
+        if unit in self.broken:
+            ticket.error = OSError("disk on fire")
+        else:
+            slot.tensor[:UNIT_BYTES].copy_(self.content[unit])
+        ticket.num_left = 0
+        ticket.done.set()
+
+    def read_bytes(self, unit: str) -> int:
+        return UNIT_BYTES
+
+    def close(self) -> None:
+        for thread in self.threads:
+            thread.join()
+
+
+def streamed_stack(num_blocks: int = 5, num_slots: int = 2, delay_s: float = 0.0, check_pass=None):
+    """A Stack that streams, an equal one that does not, the attachment and the store."""
+    torch.manual_seed(0)
+    reference = Stack(num_blocks).eval().requires_grad_(False)
+    model = Stack(num_blocks).eval().requires_grad_(False)
+    model.load_state_dict(reference.state_dict())
+    content, units, sites = {}, [], {}
+    for number, block in enumerate(model.blocks):
+        name = f"blocks.{number}"
+        weight, bias = block.lin.weight, block.lin.bias
+        content[name] = torch.cat([weight.flatten(), bias]).clone().view(torch.uint8)
+        bindings = [
+            DataBinding(f"{name}.lin.weight", weight, weight.detach().clone()),
+            DataBinding(f"{name}.lin.bias", bias, bias.detach().clone()),
+        ]
+        places = {f"{name}.lin.weight": 0, f"{name}.lin.bias": 4 * WIDTH * WIDTH}
+        units.append(StreamedUnit(name, bindings, places, 0))
+        sites[number] = [(name, block)]
+    store = MemoryStore(content, delay_s)
+    streamer = Streamer(units, [(num_slots, UNIT_BYTES)], store)
+    attachment = Attachment(model, streamer, sites, check_pass, StreamStats())
+    return model, reference, attachment, store
