@@ -27,8 +27,9 @@ from bigmodel.offload.ranges import Layout, lay_out
 from bigmodel.offload.reader import BLOCK_BYTES, GAP_BYTES, FileStamp, Reader
 from bigmodel.offload.resident import NUM_READERS, ResidentLoad
 from bigmodel.offload.resting import resting_parameter
+from bigmodel.offload.spill import Spill
 
-__all__ = ["Assembled", "Assembly", "assembled", "layout_of"]
+__all__ = ["Assembled", "Assembly", "assembled", "forget", "layout_of", "mark_streamed", "unmark_streamed"]
 
 logger = logging.getLogger("bigmodel.loading")
 
@@ -94,6 +95,7 @@ class Assembly:
         stamps: of the checkpoint's files, taken when their headers were checked.
         content_key: identifies the checkpoint's bytes, for caches made from them.
         cache_folder: where converted weights are kept.
+        disk_limit_bytes: what may be written there.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Assembly:
         stamps: Mapping[str, FileStamp],
         content_key: str,
         cache_folder: Path,
+        disk_limit_bytes: int,
     ) -> None:
         self._model = model
         self._sources = dict(sources)
@@ -112,6 +115,8 @@ class Assembly:
         self._stamps = dict(stamps)
         self._content_key = content_key
         self._cache_folder = cache_folder
+        self._disk_limit_bytes = disk_limit_bytes
+        self._spill = Spill(limit_bytes=disk_limit_bytes)
         self._direct = DirectReads(self._stamps)
         self._owners = _owners(model)
         self._names = {name: parameter for name, parameter in model.named_parameters()}
@@ -126,13 +131,11 @@ class Assembly:
         homes = {placement.unit: placement.home for placement in plan.placements}
         return {name for unit in self._units for name in unit.parameters if homes[unit.name] == "cpu"}
 
-    def carry_out(
-        self, plan: Plan, load: ResidentLoad, *, check_pass: PassCheck | None, disk_limit_bytes: int
-    ) -> Assembled:
+    def carry_out(self, plan: Plan, load: ResidentLoad, *, check_pass: PassCheck | None) -> Assembled:
         """Put every weight where the plan says. On any error nothing is left running, and the module is not usable."""
         resident = self.resident_names(plan)
         away = {name: self._sources[name] for name in self._names if name not in resident and name in self._sources}
-        away |= self._cache_converted(away, disk_limit_bytes)
+        away |= self._cache_converted(away)
         bindings = self._rest(away)
         tensors = load.finish()
         for name, tensor in tensors.items():
@@ -150,13 +153,13 @@ class Assembly:
             if streamer is not None:
                 streamer.close()
             raise
-        if streamer is not None:
-            _mark_streamed(self._model, plan)
-        result = Assembled(plan=plan, attachment=attachment, streamed=away, bindings=bindings, stamps=self._stamps, sizes=sizes)
+        result = Assembled(
+            plan=plan, attachment=attachment, streamed=away, bindings=bindings, stamps=self._stamps, sizes=sizes
+        )
         _ASSEMBLED[self._model] = result
         return result
 
-    def _cache_converted(self, away: Mapping[str, Source], disk_limit_bytes: int) -> dict[str, Source]:
+    def _cache_converted(self, away: Mapping[str, Source]) -> dict[str, Source]:
         converting = [source for source in away.values() if source.conversion is not None]
         if not converting:
             return {}
@@ -165,7 +168,7 @@ class Assembly:
             self._direct.stored,
             folder=self._cache_folder,
             content_key=self._content_key,
-            limit_bytes=disk_limit_bytes,
+            limit_bytes=self._disk_limit_bytes,
         )
         for source in cached.values():
             for extent in source.extents:
@@ -184,7 +187,9 @@ class Assembly:
                 self._replace(name, parameter)
                 bindings[name] = DataBinding(name, parameter, view)
             else:
-                resting = resting_parameter(source, self._direct.parameter, name, torch.device("cpu"))
+                resting = resting_parameter(
+                    source, self._direct.parameter, name, torch.device("cpu"), spill=self._spill
+                )
                 owners = self._replace(name, resting)
                 bindings[name] = EntryBinding(name, resting, owners)
         return bindings
@@ -253,8 +258,10 @@ class _IoHook:
     io_same_device = False
 
 
-def _mark_streamed(model: nn.Module, plan: Plan) -> None:
-    """Tell transformers and PEFT what they ask of a model that was dispatched."""
+def mark_streamed(model: nn.Module, plan: Plan) -> None:
+    """Tell transformers and PEFT what they ask of a model that was dispatched; does nothing to a resident one."""
+    if all(placement.home == placement.run_on for placement in plan.placements):
+        return
     model.hf_device_map = {placement.unit: torch.device(placement.run_on) for placement in plan.placements}  # type: ignore[assignment]
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
@@ -266,12 +273,8 @@ def _mark_streamed(model: nn.Module, plan: Plan) -> None:
 
 
 def unmark_streamed(model: nn.Module) -> None:
-    """Take back what `_mark_streamed` set."""
+    """Take back what `mark_streamed` set."""
     model.__dict__.pop("hf_device_map", None)
     for module in model.modules():
         if isinstance(module.__dict__.get("_hf_hook"), _IoHook):
             del module._hf_hook
-
-
-
-

@@ -7,6 +7,9 @@ import os
 import platform
 from pathlib import Path
 
+import bigmodel
+from bigmodel.units import format_bytes
+
 __all__ = ["describe_environment"]
 
 PACKAGES = (
@@ -37,7 +40,6 @@ def describe_environment() -> dict[str, str]:
     """What to copy into a report: name -> value, in a fixed order."""
     import torch
 
-    import bigmodel
     from bigmodel.device_map.machine import Machine
 
     facts = {"bigmodel": bigmodel.__version__, "python": platform.python_version()}
@@ -45,8 +47,17 @@ def describe_environment() -> dict[str, str]:
     facts["system"] = f"{platform.system()} {platform.release()} {platform.machine()}"
     facts["processor"] = f"{_processor_name()}, {torch.backends.cpu.get_cpu_capability()}"
     machine = Machine.probe()
-    facts["machine"] = str(machine)
-    facts["threads"] = str(torch.get_num_threads())
+    total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    unstated = format_bytes(machine.unstated_limit_bytes("cpu"))
+    facts["processors"] = (
+        f"{machine.num_processors} usable of {os.cpu_count()}, {torch.get_num_threads()} torch threads"
+    )
+    facts["memory"] = (
+        f"{format_bytes(machine.host_bytes)} free of {format_bytes(total_bytes)}, {unstated} used unless stated"
+    )
+    facts["disk"] = f"{format_bytes(machine.disk_bytes)} free"
+    for accelerator in machine.accelerators:
+        facts[accelerator.device] = f"{accelerator.name}, {format_bytes(accelerator.memory_bytes)} free"
     facts["huge pages"] = _read_line("/sys/kernel/mm/transparent_hugepage/enabled") or "unknown"
     facts["variables"] = " ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ) or "none"
     return facts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import nn
 
@@ -104,6 +103,6 @@ def _refuse_missing(device: torch.device) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise MoveRefusedError(f"There is no device {device} here ({str(error).splitlines()[0]}). Give another one.") from error
-
-
+        raise MoveRefusedError(
+            f"There is no device {device} here ({str(error).splitlines()[0]}). Give another one."
+        ) from error

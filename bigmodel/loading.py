@@ -7,33 +7,20 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bigmodel.assembly import Assembly, layout_of
-from bigmodel.checkpoint import Checkpoint, open_checkpoint
-from bigmodel.checkpoint.rewritten import default_cache_folder
-from bigmodel.checkpoint.spec import Source
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.plan import Plan, Workload
-from bigmodel.device_map.unit import Unit, find_units
-from bigmodel.errors import DeviceMapError, DoesNotFitError, InvalidArgumentError
-from bigmodel.models import Skeleton, build_skeleton, example_inputs, load_generation_config
-from bigmodel.offload.reader import stamp_files
+from bigmodel.errors import InvalidArgumentError
+from bigmodel.preparation import DeviceMap, Prepared, Progress
 from bigmodel.progress import progress_bar
-from bigmodel.units import format_bytes
 
 __all__ = ["load_sharded", "make_plan"]
 
 logger = logging.getLogger("bigmodel.loading")
-
-DeviceMap = str | Mapping[str, Any] | Plan
-Progress = Callable[[str, int, int], None]
-_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def load_sharded(
@@ -85,7 +72,7 @@ def load_sharded(
         DoesNotFitError: a limit is too small; with both numbers and what would do.
     """
     started_s = time.perf_counter()
-    prepared = _Prepared.of(
+    prepared = Prepared.of(
         path,
         model=model,
         dtype=dtype,
@@ -134,100 +121,10 @@ def make_plan(
     no_split = load_options.pop("no_split_module_classes", None)
     if isinstance(path_or_model, nn.Module):
         if load_options:
-            raise InvalidArgumentError(f"{', '.join(load_options)} say how to read a checkpoint, and a module was given.")
-        prepared = _Prepared.of_module(path_or_model, no_split)
+            raise InvalidArgumentError(
+                f"{', '.join(load_options)} say how to read a checkpoint, and a module was given."
+            )
+        prepared = Prepared.of_module(path_or_model, no_split)
     else:
-        prepared = _Prepared.of(path_or_model, no_split=no_split, **load_options)
+        prepared = Prepared.of(path_or_model, no_split=no_split, **load_options)
     return prepared.plan(machine=machine, device_map=device_map, max_memory=max_memory, workload=workload or Workload())
-
-
-@dataclass(eq=False, kw_only=True)
-class _Prepared:
-    """A checkpoint and its module on meta: everything known, nothing read."""
-
-    skeleton: Skeleton
-    checkpoint: Checkpoint | None
-    cache_folder: Path
-    no_split: frozenset[str]
-
-    @classmethod
-    def of(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        model: nn.Module | Callable[[], nn.Module] | None = None,
-        dtype: str | torch.dtype = "auto",
-        key_mapping: Mapping[str, str] | None = None,
-        strict: bool = True,
-        trust_remote_code: bool = False,
-        revision: str | None = None,
-        subfolder: str | None = None,
-        variant: str | None = None,
-        offload_folder: str | os.PathLike[str] | None = None,
-        no_split: Collection[str] | None = None,
-    ) -> _Prepared:
-        cache_folder = Path(offload_folder) if offload_folder is not None else default_cache_folder()
-        checkpoint = open_checkpoint(
-            path, revision=revision, subfolder=subfolder, variant=variant, cache_folder=offload_folder
-        )
-        skeleton = build_skeleton(
-            checkpoint,
-            model=model,
-            dtype=dtype,
-            key_mapping=dict(key_mapping) if key_mapping else None,
-            strict=strict,
-            trust_remote_code=trust_remote_code,
-        )
-        return cls(
-            skeleton=skeleton,
-            checkpoint=checkpoint,
-            cache_folder=cache_folder,
-            no_split=skeleton.no_split | frozenset(no_split or ()),
-        )
-
-    @classmethod
-    def of_module(cls, model: nn.Module, no_split: Collection[str] | None) -> _Prepared:
-        own = getattr(model, "_no_split_modules", None) or ()
-        skeleton = Skeleton(model=model, sources={}, initialised=(), unexpected=(), no_split=frozenset(own))
-        return cls(
-            skeleton=skeleton,
-            checkpoint=None,
-            cache_folder=default_cache_folder(),
-            no_split=skeleton.no_split | frozenset(no_split or ()),
-        )
-
-    def plan(
-        self,
-        *,
-        device_map: DeviceMap,
-        max_memory: Mapping[int | str, int | str] | None,
-        workload: Workload,
-        machine: Machine | None = None,
-    ) -> Plan:
-        return self._decide(device_map, max_memory, workload, machine)[0]
-
-    def load(
-        self,
-        *,
-        device_map: DeviceMap,
-        max_memory: Mapping[int | str, int | str] | None,
-        workload: Workload,
-        progress: Progress,
-    ) -> nn.Module:
-        assert self.checkpoint is not None
-        plan, units, check = self._decide(device_map, max_memory, workload, None)
-        assembly = Assembly(
-            self.skeleton.model,
-            self.skeleton.sources,
-            units,
-            stamps=stamp_files({spec.file for spec in self.checkpoint.tensors.values()}),
-            content_key=self.checkpoint.content_key,
-            cache_folder=self.cache_folder,
-        )
-        load = assembly.begin_resident(assembly.resident_names(plan), may_map=not plan.slots, progress=progress)
-        try:
-            assembly.carry_out(plan, load, check_pass=check, disk_limit_bytes=plan.limits["disk"])
-        finally:
-            load.close()
-        load_generation_config(self.skeleton.model, self.checkpoint)
-        return self.skeleton.model

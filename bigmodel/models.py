@@ -8,7 +8,9 @@ parameter says which bytes of which file it is made of. Nothing of its rules is 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
+import itertools
 import re
 import sys
 import threading
@@ -64,7 +66,7 @@ def build_skeleton(
     refuse_prequantised(checkpoint)
     wanted = _parse_dtype(dtype)
     renames = _parse_key_mapping(key_mapping)
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         if model is None:
             built, main_dtype = _build_from_config(checkpoint, wanted, trust_remote_code=trust_remote_code)
             filled = _fill_pretrained(built, checkpoint, main_dtype, renames, strict=strict)
@@ -160,7 +162,7 @@ def example_inputs(model: nn.Module, batch_size: int, num_tokens: int) -> dict[s
 
 def _image_shape(config: Any) -> tuple[int, ...] | None:
     """(channels, height, width) of the images that a config asks for."""
-    for part in (config, getattr(config, "vision_config", None)):
+    for part in (config, getattr(config, "vision_config", None), getattr(config, "encoder", None)):
         size, channels = getattr(part, "image_size", None), getattr(part, "num_channels", 3)
         if isinstance(size, int):
             size = (size, size)
@@ -238,8 +240,7 @@ def _call_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
     hook = register_module_parameter_registration_hook(cast(Any, move))
     try:
-        with torch.device("cpu"):
-            model = build()
+        model = build()
     finally:
         hook.remove()
     if not isinstance(model, nn.Module):
@@ -268,18 +269,12 @@ def _build_from_config(
             f"{checkpoint.path} has no config.json, so the model's class is not known. Give model=, a callable that "
             "builds it."
         )
-    from transformers.monkey_patching import patch_output_recorders
-
     model_class = _find_class(checkpoint, checkpoint.config, trust_remote_code=trust_remote_code)
     try:
         config = cast(Any, model_class.config_class).from_pretrained(str(checkpoint.path))
         config.name_or_path = str(checkpoint.path)
         config, dtype = _settle_dtype(config, checkpoint, wanted)
-        with contextlib.ExitStack() as contexts:
-            for context in model_class.get_init_context(dtype, False, False, False):
-                contexts.enter_context(context)
-            model = model_class(config)
-            patch_output_recorders(model)
+        model = _construct(model_class, config, dtype)
     except Exception as error:  # whatever a model's own code raises
         raise UnsupportedCheckpointError(
             f"{model_class.__name__} could not be built from {checkpoint.path / 'config.json'}: "
@@ -287,6 +282,17 @@ def _build_from_config(
             "callable that builds it."
         ) from error
     return model, dtype
+
+
+def _construct(model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers.monkey_patching import patch_output_recorders
+
+    with contextlib.ExitStack() as contexts:
+        for context in model_class.get_init_context(dtype, False, False, False):
+            contexts.enter_context(context)
+        model = model_class(config)
+        patch_output_recorders(model)
+    return model
 
 
 def _find_class(checkpoint: Checkpoint, stated: Mapping[str, Any], *, trust_remote_code: bool) -> type[PreTrainedModel]:
@@ -348,20 +354,26 @@ def _settle_dtype(
 def _cast_given(model: Any, checkpoint: Checkpoint, wanted: torch.dtype | None) -> torch.dtype:
     """Gives a model that somebody else built the dtypes of a loaded one; returns the main dtype.
 
-    What has the dtype of most of the model was built in the default dtype, and follows; what differs, the class asked
-    for.
+    Its class, built as `from_pretrained` builds it, says which. For what that does not have: what is of the dtype of
+    most of the model was built in the default dtype, and follows; the rest is as its builder asked.
     """
     _, dtype = _settle_dtype(model.config, checkpoint, wanted)
+    twin: dict[str, torch.Tensor] = {}
+    with contextlib.suppress(Exception):  # a constructor may want more than a config
+        built = _construct(type(model), copy.deepcopy(model.config), dtype)
+        twin = dict(itertools.chain(built.named_parameters(), built.named_buffers()))
     size_of: dict[torch.dtype, int] = {}
     for parameter in model.parameters():
-        if parameter.is_floating_point():
-            size_of[parameter.dtype] = size_of.get(parameter.dtype, 0) + parameter.numel()
-    built = max(size_of, key=lambda key: size_of[key], default=dtype)
-    if built != dtype:
-        transient = {id(buffer) for _, buffer in model.named_non_persistent_buffers()}
-        change_tensors(
-            model, lambda tensor: tensor.to(dtype) if tensor.dtype == built and id(tensor) not in transient else None
-        )
+        size_of[parameter.dtype] = size_of.get(parameter.dtype, 0) + parameter.numel()
+    most = max(size_of, key=lambda kind: size_of[kind], default=dtype)
+    transient = dict(model.named_non_persistent_buffers())
+    target: dict[int, torch.dtype] = {}
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if name in twin:
+            target[id(tensor)] = twin[name].dtype
+        elif tensor.dtype == most and tensor.is_floating_point() and name not in transient:
+            target[id(tensor)] = dtype
+    change_tensors(model, lambda tensor: tensor.to(target[id(tensor)]) if id(tensor) in target else None)
     return dtype
 
 
@@ -392,12 +404,18 @@ def _fill_pretrained(
     # from_pretrained ties last. Tying first tells what is truly missing, before memory is given to it.
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     absent = set(info.missing_keys)
+    ignored = set(info.unexpected_keys)
     model._adjust_missing_and_unexpected_keys(info)
+    buffers = {name for name, _ in model.named_buffers()}  # what once was persistent may still be stored
+    unexpected = sorted(
+        name for name in info.unexpected_keys if buffers.isdisjoint((name, f"{model.base_model_prefix}.{name}"))
+    )
+    missing = sorted(info.missing_keys - info.conversion_errors.keys())
     refuse_mismatch(
         model,
         checkpoint,
-        missing={name: shape_of[name] for name in sorted(info.missing_keys)} if strict else {},
-        unexpected=sorted(info.unexpected_keys) if strict else [],
+        missing={name: shape_of[name] for name in missing} if strict else {},
+        unexpected=unexpected if strict else [],
         misshaped={name: (tuple(found), tuple(needed)) for name, found, needed in sorted(info.mismatched_keys)},
         failed={name: _reason(text) for name, text in info.conversion_errors.items()},
     )
@@ -413,7 +431,7 @@ def _fill_pretrained(
         model=model,
         sources=sources,
         initialised=tuple(sorted(absent)),
-        unexpected=tuple(sorted(info.unexpected_keys)),
+        unexpected=tuple(sorted(ignored)),
         no_split=frozenset(model._no_split_modules or ()),
     )
 

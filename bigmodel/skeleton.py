@@ -31,7 +31,7 @@ class Skeleton:
             buffers are real, on the CPU, and right, but for those in `sources`, which are zeros to be read into.
         sources: how each distinct parameter and persistent buffer gets its bytes, by its first name in the model.
         initialised: names that the checkpoint does not have, made real on the CPU by the model's own rule.
-        unexpected: names in the checkpoint that the model does not have.
+        unexpected: names in the checkpoint that the model does not have and that were passed over.
         no_split: class names of modules that the model wants kept whole.
     """
 
@@ -65,6 +65,7 @@ def match_names(
     persistent, transient = _named_buffers(model)
     tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **persistent}
     found: dict[str, TensorSpec] = {}
+    ignored: list[str] = []
     unexpected: list[str] = []
     conflicts: dict[str, str] = {}
     for key, spec in checkpoint.tensors.items():
@@ -75,8 +76,10 @@ def match_names(
             conflicts[name] = f"{found[name].name!r} and {key!r} of the checkpoint both become this name"
         elif name in tensors:
             found[name] = spec
-        elif name not in transient and not _is_ignorable(model, "unexpected", name):
-            unexpected.append(key)
+        else:
+            ignored.append(key)
+            if name not in transient and not _is_ignorable(model, "unexpected", name):
+                unexpected.append(key)
 
     names_of: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
@@ -125,7 +128,7 @@ def match_names(
         model=model,
         sources=sources,
         initialised=tuple(missing),
-        unexpected=tuple(unexpected),
+        unexpected=tuple(ignored),
         no_split=frozenset(getattr(model, "_no_split_modules", None) or ()),
     )
 
@@ -166,7 +169,7 @@ def change_tensors(model: nn.Module, change: Callable[[torch.Tensor], torch.Tens
                     new = nn.Parameter(new, requires_grad=tensor.requires_grad)
                 changed[id(tensor)] = (tensor, new)
             new = changed[id(tensor)][1]
-            if new is not None:
+            if new is not None and new is not tensor:
                 setattr(module, key, new)
 
 

@@ -47,12 +47,12 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
         )
     number, unit = match.groups()
     if unit[-1] == "b" and unit[:-1] != unit[:-1].lower():
-        raise InvalidArgumentError(
-            f"{name} is {size!r}: {unit!r} may mean bits. Write {unit[:-1] + 'B'!r} for bytes."
-        )
+        raise InvalidArgumentError(f"{name} is {size!r}: {unit!r} may mean bits. Write {unit[:-1] + 'B'!r} for bytes.")
     factor = _FACTORS.get(unit.lower())
     if factor is None:
-        raise InvalidArgumentError(f"{name} is {size!r}: the unit {unit!r} is unknown. Use KB, MB, GB, TB, KiB, MiB, GiB or TiB.")
+        raise InvalidArgumentError(
+            f"{name} is {size!r}: the unit {unit!r} is unknown. Use KB, MB, GB, TB, KiB, MiB, GiB or TiB."
+        )
     whole, _, fraction = number.partition(".")
     return int(whole) * factor + int(fraction or 0) * factor // 10 ** len(fraction)
 

@@ -187,7 +187,7 @@ def _merged(location: Location, contents: Sequence[Sequence[TensorSpec]]) -> dic
         )
     if twice:
         raise MalformedFileError(
-            f"{location.folder}: {len(twice)} tensors are in two files without an index: {join_some(twice)}. "
+            f"{location.folder}: {len(twice)} tensors are in two files, and no index decides: {join_some(twice)}. "
             "Give the file that is meant."
         )
     return tensors

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from bigmodel.errors import InvalidArgumentError
+from bigmodel.units import format_bytes
 
 __all__ = ["Estimate", "Placement", "Plan", "SlotGroup", "Workload"]
+
+_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,3 +101,146 @@ class Estimate:
     time_per_token_s: float | None = None
     tokens_per_s: float | None = None
     binds: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Where every weight rests and where every unit runs; carrying it out is somebody else's job.
+
+    Attributes:
+        placements: one for each unit, in order of definition.
+        slots: the buffers that streamed units take turns in.
+        workload: what it was made for.
+        limits: tier -> bytes that it may use.
+        resident_bytes: host memory of the weights that stay.
+        buffer_bytes: of the model's buffers.
+        staging_bytes: of the buffers that reads go through where bytes cannot go straight into place.
+        kv_bytes: of the cache at the workload's last token.
+        activation_bytes: the largest that a pass of the workload holds beside it.
+        reserve_bytes: for what no formula sees: threads, the allocator's holes, the interpreter's growth.
+        estimate: what is expected of it.
+        fingerprint: of the checkpoint; empty for a plan of a module alone.
+        notes: what a reader should know, such as units that stay although the map sends them to disk.
+    """
+
+    placements: tuple[Placement, ...]
+    slots: tuple[SlotGroup, ...]
+    workload: Workload
+    limits: Mapping[str, int]
+    resident_bytes: int
+    buffer_bytes: int
+    staging_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    reserve_bytes: int
+    estimate: Estimate
+    fingerprint: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Weight bytes that are fetched for each pass (rows that are looked up where they rest are not)."""
+        streamed = {name for group in self.slots for name in group.units}
+        return sum(placement.weight_bytes for placement in self.placements if placement.unit in streamed)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, tied ones once."""
+        return sum(placement.weight_bytes for placement in self.placements)
+
+    def home_of(self, unit: str) -> str:
+        """The tier where a unit rests.
+
+        Raises:
+            KeyError: there is no such unit.
+        """
+        return {placement.unit: placement.home for placement in self.placements}[unit]
+
+    def explain(self) -> str:
+        """A table that a person reads in ten seconds: what each tier holds against its limit, and what streams."""
+        slot_bytes = sum(group.num_slots * group.slot_bytes for group in self.slots)
+        peak, limit = self.estimate.peak_bytes["cpu"], self.limits["cpu"]
+        parts = [
+            ("weights that stay", self.resident_bytes),
+            (f"slots for streamed weights ({sum(group.num_slots for group in self.slots)})", slot_bytes),
+            ("read buffers", self.staging_bytes),
+            (f"KV cache ({self.workload.batch_size} x {self.workload.total_tokens} tokens)", self.kv_bytes),
+            ("activations", self.activation_bytes),
+            ("buffers", self.buffer_bytes),
+            ("reserve", self.reserve_bytes),
+        ]
+        lines = [f"cpu    peak {format_bytes(peak)} of {format_bytes(limit)}"]
+        lines += [f"         {format_bytes(size):>10}  {what}" for what, size in parts if size]
+        written = self.estimate.peak_bytes.get("disk", 0)
+        if written:
+            lines.append(
+                f"disk   {format_bytes(written)} written once (converted weights), of {format_bytes(self.limits['disk'])}"
+            )
+        total = self.weight_bytes
+        for home, what in (("cpu", "rest in host memory"), ("disk", "rest in the checkpoint's files")):
+            here = [placement for placement in self.placements if placement.home == home]
+            if here:
+                size = sum(placement.weight_bytes for placement in here)
+                lines.append(
+                    f"{len(here)} units, {format_bytes(size)} of {format_bytes(total)}, {what}: {_collapsed([p.unit for p in here])}"
+                )
+        if self.slots:
+            lines.append(f"each pass streams {format_bytes(self.streamed_bytes)} from disk")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The plan as text; `from_json` reads it back equal."""
+        return json.dumps({"version": _VERSION} | asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+            InvalidArgumentError: the text is no plan, or of another version.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            version = fields.pop("version")
+            if version != _VERSION:
+                raise InvalidArgumentError(
+                    f"The plan has version {version}, and version {_VERSION} is read. Make it again."
+                )
+            fields["placements"] = tuple(Placement(**each) for each in fields["placements"])
+            fields["slots"] = tuple(SlotGroup(**each | {"units": tuple(each["units"])}) for each in fields["slots"])
+            fields["workload"] = Workload(**fields["workload"])
+            fields["estimate"] = Estimate(**fields["estimate"])
+            fields["notes"] = tuple(fields["notes"])
+            return cls(**fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InvalidArgumentError):
+                raise
+            raise InvalidArgumentError(
+                f"The text is not a plan ({type(error).__name__}: {error}). Write one with to_json()."
+            ) from error
+
+
+def _collapsed(names: Sequence[str]) -> str:
+    """Names with runs of numbers folded: ``model.layers.[0-3,5].mlp``."""
+    folded: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        match = re.search(r"(?:(?<=\.)|^)\d+(?=\.|$| )", name)
+        before, number, after = (
+            (name[: match.start()], int(match.group()), name[match.end() :]) if match else (name, -1, "")
+        )
+        folded.setdefault((before, after), []).append(number)
+    return ", ".join(
+        f"{before}[{_runs(numbers)}]{after}" if numbers != [-1] else before
+        for (before, after), numbers in folded.items()
+    )
+
+
+def _runs(numbers: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -144,5 +144,3 @@ def view_in(memory: torch.Tensor, at_byte: int, shape: tuple[int, ...], dtype: t
     """A tensor of `shape` and `dtype` over bytes of `memory` (uint8) from `at_byte` on."""
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     return memory[at_byte : at_byte + nbytes].view(dtype).view(shape)
-
-

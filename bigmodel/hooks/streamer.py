@@ -60,7 +60,11 @@ class Streamer:
     """
 
     def __init__(
-        self, units: Sequence[StreamedUnit], lanes: Sequence[tuple[int, int]], store: Store, streams: Streams | None = None
+        self,
+        units: Sequence[StreamedUnit],
+        lanes: Sequence[tuple[int, int]],
+        store: Store,
+        streams: Streams | None = None,
     ) -> None:
         self._units = units
         self._lanes = [Lane([Slot(Arena(slot_bytes)) for _ in range(num_slots)]) for num_slots, slot_bytes in lanes]
@@ -206,7 +210,9 @@ class Streamer:
             filling = [slot for slot in self._lanes[lane].slots if slot.state is SlotState.FILLING]
             if not filling:
                 return
-            slot = max(filling, key=lambda slot: distance.get(-1 if slot.unit is None else slot.unit, len(distance) + 1))
+            slot = max(
+                filling, key=lambda slot: distance.get(-1 if slot.unit is None else slot.unit, len(distance) + 1)
+            )
             self._cancel(slot)
         self._fill(number, slot, is_urgent=True)
 

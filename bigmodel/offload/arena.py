@@ -45,4 +45,6 @@ class Arena:
         self.memory = memoryview(mapping)[start : start + nbytes]
         # Built outside inference mode whatever the caller's mode is: such views could not be written by another thread.
         with torch.inference_mode(False):
-            self.tensor = torch.frombuffer(self.memory, dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
+            self.tensor = (
+                torch.frombuffer(self.memory, dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
+            )

@@ -58,7 +58,11 @@ def cached_conversions(
         DoesNotFitError: the file would be larger than `limit_bytes`, or than what is free in `folder`.
     """
     by_name = {source.name: source for source in sources}
-    described = [[name, str(s.dtype), list(s.shape), [i.name for i in s.conversion.inputs]] for name, s in by_name.items() if s.conversion]
+    described = [
+        [name, str(s.dtype), list(s.shape), [i.name for i in s.conversion.inputs]]
+        for name, s in by_name.items()
+        if s.conversion
+    ]
     key = hashlib.sha256(json.dumps([content_key, torch.__version__, sorted(described)]).encode()).hexdigest()[:32]
     path = folder / f"converted-{key}.safetensors"
     header, starts, size = _header(sources)
@@ -80,7 +84,9 @@ def _header(sources: Sequence[Source]) -> tuple[bytes, dict[str, int], int]:
     entries: dict[str, object] = {}
     at = 0
     for source in sources:
-        dtype = names.get(source.dtype) or ("F" if source.dtype.is_floating_point else "I") + str(8 * source.dtype.itemsize)
+        dtype = names.get(source.dtype) or ("F" if source.dtype.is_floating_point else "I") + str(
+            8 * source.dtype.itemsize
+        )
         entries[source.name] = {"dtype": dtype, "shape": list(source.shape), "data_offsets": [at, at + source.nbytes]}
         at += source.nbytes
     text = json.dumps(entries).encode()

@@ -46,14 +46,18 @@ class DirectReads:
         try:
             fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise ReadError(f"{file} could not be opened: {error.strerror}. Put the file back, or load again.") from error
+            raise ReadError(
+                f"{file} could not be opened: {error.strerror}. Put the file back, or load again."
+            ) from error
         try:
             FileStamp.check(fd, file, self._stamps)
             memory, done = memoryview(flat.numpy()), 0
             while done < len(memory):
                 count = os.preadv(fd, [memory[done:]], offset + done)
                 if count <= 0:
-                    raise ReadError(f"{file} ends at byte {offset + done}, and {len(memory) - done} more bytes are needed.")
+                    raise ReadError(
+                        f"{file} ends at byte {offset + done}, and {len(memory) - done} more bytes are needed."
+                    )
                 done += count
         finally:
             os.close(fd)

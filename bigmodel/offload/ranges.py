@@ -17,7 +17,7 @@ import torch
 from bigmodel.checkpoint.spec import Source
 from bigmodel.offload.arena import ALIGN_BYTES
 
-__all__ = ["Block", "Layout", "PACKED_ALIGN_BYTES", "lay_out"]
+__all__ = ["PACKED_ALIGN_BYTES", "Block", "Layout", "lay_out"]
 
 # Parameters that are put together or cast start here; the same in every slab.
 PACKED_ALIGN_BYTES = 256
@@ -98,7 +98,9 @@ def lay_out(sources: Iterable[Source], *, block_bytes: int, gap_bytes: int) -> L
         for offset in range(start, last, block_bytes):
             needed = min(block_bytes, last - offset)
             blocks.append(
-                Block(run[0].extents[0].file, offset, _round_up(needed, ALIGN_BYTES), needed, end + offset - start, True)
+                Block(
+                    run[0].extents[0].file, offset, _round_up(needed, ALIGN_BYTES), needed, end + offset - start, True
+                )
             )
         end += _round_up(last - start, ALIGN_BYTES)
 

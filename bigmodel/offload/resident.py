@@ -147,7 +147,9 @@ def _warm_files(sources: Sequence[Source]) -> set[str]:
             finally:
                 os.close(fd)
 
-    threads = [threading.Thread(target=judge, args=(files[i::NUM_READERS],)) for i in range(min(NUM_READERS, len(files)))]
+    threads = [
+        threading.Thread(target=judge, args=(files[i::NUM_READERS],)) for i in range(min(NUM_READERS, len(files)))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -21,7 +21,13 @@ def filled(sources, file_bytes, tmp_path_factory):
         with open(paths[name], "wb") as file:
             file.write(content)
     placed = [
-        Source(s.name, s.dtype, s.shape, s.stored_dtype, tuple(Extent(paths[e.file], e.offset, e.nbytes, e.into) for e in s.extents))
+        Source(
+            s.name,
+            s.dtype,
+            s.shape,
+            s.stored_dtype,
+            tuple(Extent(paths[e.file], e.offset, e.nbytes, e.into) for e in s.extents),
+        )
         for s in sources
     ]
     layout = lay_out(placed, block_bytes=BLOCK, gap_bytes=1000)
@@ -40,7 +46,10 @@ def filled(sources, file_bytes, tmp_path_factory):
 @st.composite
 def checkpoints(draw):
     """Files of random bytes, and parameters that are ranges of them, in any order, with holes, shared or split."""
-    files = {f"f{i}": draw(st.randoms(use_true_random=False)).randbytes(draw(st.integers(200, 60_000))) for i in range(draw(st.integers(1, 3)))}
+    files = {
+        f"f{i}": draw(st.randoms(use_true_random=False)).randbytes(draw(st.integers(200, 60_000)))
+        for i in range(draw(st.integers(1, 3)))
+    }
     sources = []
     for number in range(draw(st.integers(1, 8))):
         stored = draw(st.sampled_from([torch.uint8, torch.int16, torch.int32]))
@@ -85,7 +94,9 @@ def test_neighbours_are_read_in_one_range_and_shared_bytes_once():
     def at(name, offset, nbytes):
         return Source(name, torch.uint8, (nbytes,), torch.uint8, (Extent("f", offset, nbytes, 0),))
 
-    layout = lay_out([at("a", 0, 4096), at("b", 5000, 4096), at("c", 4096, 904), at("d", 0, 4096)], block_bytes=1 << 20, gap_bytes=0)
+    layout = lay_out(
+        [at("a", 0, 4096), at("b", 5000, 4096), at("c", 4096, 904), at("d", 0, 4096)], block_bytes=1 << 20, gap_bytes=0
+    )
     assert len(layout.blocks) == 1
     assert layout.read_bytes == 3 * ALIGN_BYTES
     assert layout.places["a"] == layout.places["d"]

@@ -1,0 +1,298 @@
+"""Decides where every unit rests. Pure: costs and limits in, a plan out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bigmodel.device_map.plan import Estimate, Placement, Plan, SlotGroup, Workload
+from bigmodel.device_map.unit import Unit
+from bigmodel.errors import DeviceMapError, DoesNotFitError
+from bigmodel.units import format_bytes
+
+__all__ = ["Demand", "UnitCost", "decide"]
+
+# Slots per group of equal units: one is computed with, one is ready, one is being filled.
+MAX_SLOTS = 3
+# Threads' stacks, the allocator's holes, caches of the interpreter and of oneDNN: what no formula below sees (measured on
+# tiny models, where it is all there is: 10-30 MiB).
+RESERVE_BYTES = 48 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitCost:
+    """What one unit takes, wherever it rests.
+
+    Attributes:
+        unit: which.
+        weight_bytes: in the dtypes that the model has.
+        resident_bytes: in host memory, alignment included.
+        slot_bytes: of a slot that it can be fetched into.
+        staging_bytes: of the buffer that one of its reads goes through, 0 if all go straight into place.
+        converted_bytes: written to the disk tier where it rests there, because its bytes do not stand in the files.
+        can_gather: it may rest on disk without a slot: its rows are looked up in a map of the file.
+        must_stay: it cannot stream: it encloses other units, or its weights are in no file.
+    """
+
+    unit: Unit
+    weight_bytes: int
+    resident_bytes: int
+    slot_bytes: int
+    staging_bytes: int = 0
+    converted_bytes: int = 0
+    can_gather: bool = False
+    must_stay: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What has to be in host memory beside the weights, in bytes.
+
+    Attributes:
+        kv_bytes: the cache at the workload's last token.
+        activation_bytes: the largest that a pass of the workload holds beside it.
+        buffer_bytes: the model's buffers.
+        baseline_bytes: what the interpreter holds, outside the budget.
+    """
+
+    kv_bytes: int
+    activation_bytes: int
+    buffer_bytes: int
+    baseline_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return self.kv_bytes + self.activation_bytes + self.buffer_bytes + RESERVE_BYTES
+
+
+def decide(
+    costs: Sequence[UnitCost],
+    demand: Demand,
+    limits: Mapping[str, int],
+    workload: Workload,
+    *,
+    homes: Mapping[str, str] | None = None,
+    all_resident: bool = False,
+    num_readers: int = 1,
+    max_slots: int = MAX_SLOTS,
+    fingerprint: str = "",
+) -> Plan:
+    """Where every unit rests.
+
+    Without `homes`, what fits stays resident. When not all fits, tables that are looked up rest on disk first, slots are set
+    aside for what streams, the smallest kinds of unit stay first, and the units that stream are spread evenly among
+    their like, so that reading goes on while resident ones compute.
+
+    Args:
+        costs: of every unit, in order of definition.
+        demand: what else is in memory.
+        limits: tier -> bytes.
+        workload: what `demand` was measured for.
+        homes: unit name -> ``"cpu"`` or ``"disk"``, honoured exactly, but for units that must stay.
+        all_resident: everything stays, or DoesNotFitError.
+        num_readers: threads that read at once; each has a buffer where reads cannot go straight into place.
+        max_slots: per group of units.
+        fingerprint: of the checkpoint.
+
+    Raises:
+        DoesNotFitError: with the tier, what is needed, what there is, and what would do.
+    """
+    room = limits["cpu"] - demand.total_bytes
+    choice: _Choice | None = None
+    if homes is not None:
+        streamed = [c for c in costs if homes[c.unit.name] != "cpu" and not c.must_stay]
+        choice = _with_most_slots(costs, streamed, room, num_readers, max_slots)
+    else:
+        everything = _Choice.of(costs, [], 0, num_readers)
+        if all_resident or everything.total_bytes <= room:
+            choice = everything
+        else:
+            choice = _spread(costs, room, num_readers, max_slots)
+    if choice.total_bytes > room:
+        raise _too_large(choice, costs, demand, limits, workload, homes, all_resident)
+    return _plan(choice, costs, demand, limits, workload, homes, fingerprint)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Which units are away, and the slots for those that stream."""
+
+    away: frozenset[str]
+    groups: tuple[SlotGroup, ...]
+    resident_bytes: int
+    staging_bytes: int
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(group.num_slots * group.slot_bytes for group in self.groups)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.resident_bytes + self.slot_bytes + self.staging_bytes
+
+    @classmethod
+    def of(cls, costs: Sequence[UnitCost], away: Sequence[UnitCost], num_slots: int, num_readers: int) -> _Choice:
+        names = frozenset(cost.unit.name for cost in away)
+        return cls(
+            away=names,
+            groups=_groups([cost for cost in away if not cost.can_gather], num_slots),
+            resident_bytes=sum(cost.resident_bytes for cost in costs if cost.unit.name not in names),
+            staging_bytes=num_readers * max((cost.staging_bytes for cost in costs), default=0),
+        )
+
+
+def _groups(streamed: Sequence[UnitCost], num_slots: int) -> tuple[SlotGroup, ...]:
+    """Units of about one size share slots; in a group the largest is less than twice the smallest."""
+    groups: list[list[UnitCost]] = []
+    for cost in sorted(streamed, key=lambda cost: -cost.slot_bytes):
+        if groups and 2 * cost.slot_bytes > groups[-1][0].slot_bytes:
+            groups[-1].append(cost)
+        else:
+            groups.append([cost])
+    order = {cost.unit.name: number for number, cost in enumerate(streamed)}
+    return tuple(
+        SlotGroup(
+            "cpu",
+            min(len(group), num_slots),
+            group[0].slot_bytes,
+            tuple(sorted((cost.unit.name for cost in group), key=order.__getitem__)),
+        )
+        for group in groups
+    )
+
+
+def _with_most_slots(
+    costs: Sequence[UnitCost], away: Sequence[UnitCost], room: int, num_readers: int, max_slots: int
+) -> _Choice:
+    """The choice with as many slots as fit, one for each group at least."""
+    for num_slots in range(max_slots, 1, -1):
+        choice = _Choice.of(costs, away, num_slots, num_readers)
+        if choice.total_bytes <= room:
+            return choice
+    return _Choice.of(costs, away, 1, num_readers)
+
+
+def _spread(costs: Sequence[UnitCost], room: int, num_readers: int, max_slots: int) -> _Choice:
+    """As many bytes resident as fit, beginning with the smallest kinds of unit."""
+    movable = [cost for cost in costs if not cost.must_stay]
+    best = _with_most_slots(costs, movable, room, num_readers, max_slots)
+    if best.total_bytes > room:
+        return best
+    by_name = {cost.unit.name: cost for cost in costs}
+    staying: set[str] = set()
+    kinds = [[by_name[name] for name in group.units] for group in reversed(best.groups)]
+    kinds.append([cost for cost in movable if cost.can_gather])
+    for kind in kinds:
+        # From all of the kind down to one: the first that fits. Its slots go when nothing of it streams any more.
+        for num_staying in range(len(kind), 0, -1):
+            kept = staying | _spread_names(kind, num_staying)
+            away = [cost for cost in movable if cost.unit.name not in kept]
+            choice = _with_most_slots(costs, away, room, num_readers, max_slots)
+            if choice.total_bytes <= room and (num_staying == len(kind) or _same_slots(choice, best)):
+                best, staying = choice, kept
+                break
+    return best
+
+
+def _same_slots(choice: _Choice, before: _Choice) -> bool:
+    """Whether every group that still streams has the slots that it had, as far as its units need them."""
+    had = {name: group.num_slots for group in before.groups for name in group.units}
+    return all(group.num_slots >= min(len(group.units), had[group.units[0]]) for group in choice.groups)
+
+
+def _spread_names(kind: Sequence[UnitCost], num_staying: int) -> set[str]:
+    """`num_staying` units of a kind, such that the others are spread evenly among them."""
+    num_away = len(kind) - num_staying
+    away = {(2 * i + 1) * len(kind) // (2 * num_away) for i in range(num_away)} if num_away else set()
+    return {cost.unit.name for number, cost in enumerate(kind) if number not in away}
+
+
+def _plan(
+    choice: _Choice,
+    costs: Sequence[UnitCost],
+    demand: Demand,
+    limits: Mapping[str, int],
+    workload: Workload,
+    homes: Mapping[str, str] | None,
+    fingerprint: str,
+) -> Plan:
+    written = sum(cost.converted_bytes for cost in costs if cost.unit.name in choice.away)
+    if written > limits["disk"]:
+        raise DoesNotFitError(
+            f"Weights that must be converted before they can stream take {format_bytes(written)} of disk, and "
+            f"{format_bytes(limits['disk'])} may be used. Raise max_memory['disk'], or keep more in host memory.",
+            tier="disk",
+            needed_bytes=written,
+            available_bytes=limits["disk"],
+        )
+    kept = [c.unit.name for c in costs if homes is not None and c.must_stay and homes[c.unit.name] != "cpu"]
+    notes = (f"these stay in host memory, because other units run inside them: {', '.join(kept)}",) if kept else ()
+    placements = tuple(
+        Placement(cost.unit.name, "disk" if cost.unit.name in choice.away else "cpu", "cpu", "cpu", cost.weight_bytes)
+        for cost in costs
+    )
+    return Plan(
+        placements=placements,
+        slots=choice.groups,
+        workload=workload,
+        limits=dict(limits),
+        resident_bytes=choice.resident_bytes,
+        buffer_bytes=demand.buffer_bytes,
+        staging_bytes=choice.staging_bytes,
+        kv_bytes=demand.kv_bytes,
+        activation_bytes=demand.activation_bytes,
+        reserve_bytes=RESERVE_BYTES,
+        estimate=Estimate(
+            peak_bytes={"cpu": choice.total_bytes + demand.total_bytes, "disk": written},
+            baseline_bytes=demand.baseline_bytes,
+        ),
+        fingerprint=fingerprint,
+        notes=notes,
+    )
+
+
+def _too_large(
+    choice: _Choice,
+    costs: Sequence[UnitCost],
+    demand: Demand,
+    limits: Mapping[str, int],
+    workload: Workload,
+    homes: Mapping[str, str] | None,
+    all_resident: bool,
+) -> DoesNotFitError:
+    needed, limit = choice.total_bytes + demand.total_bytes, limits["cpu"]
+    parts = [f"{format_bytes(choice.resident_bytes)} of weights that stay"]
+    if choice.groups:
+        largest = max(choice.groups, key=lambda group: group.slot_bytes)
+        parts.append(
+            f"{format_bytes(choice.slot_bytes)} of slots (the largest unit, {largest.units[0]}, needs {format_bytes(largest.slot_bytes)})"
+        )
+    parts.append(f"{format_bytes(demand.kv_bytes)} of KV cache")
+    parts.append(f"{format_bytes(demand.activation_bytes + demand.buffer_bytes)} of activations and buffers")
+    parts.append(f"{format_bytes(RESERVE_BYTES + choice.staging_bytes)} of reserve and read buffers")
+    advice = [f"Raise max_memory['cpu'] to {_at_least(needed)}"]
+    if all_resident or (homes is not None and any(home == "cpu" for home in homes.values())):
+        advice.append("let weights rest on disk (device_map='auto')")
+    if demand.kv_bytes + demand.activation_bytes >= needed - limit and workload.batch_size * workload.total_tokens > 1:
+        advice.append("state a smaller workload")
+    return DoesNotFitError(
+        f"The model needs {format_bytes(needed)} of host memory, and {format_bytes(limit)} may be used: "
+        f"{'; '.join(parts)}. {', or '.join(advice)}.",
+        tier="cpu",
+        needed_bytes=needed,
+        available_bytes=limit,
+    )
+
+
+def _at_least(num_bytes: int) -> str:
+    """A size that is at least `num_bytes` when it is read back: whole MiB."""
+    return f"{-(-num_bytes // (1 << 20))}MiB"
+
+
+def refuse_accelerators(homes: Mapping[str, str]) -> None:
+    """This version computes on the CPU."""
+    named = sorted({home for home in homes.values() if home not in ("cpu", "disk")})
+    if named:
+        raise DeviceMapError(
+            f"device_map names {', '.join(named)}, and this version runs on the CPU. Use 'cpu' and 'disk'."
+        )

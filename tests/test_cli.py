@@ -1,0 +1,371 @@
+"""The command line on real models: what it writes where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import bigmodel
+from bigmodel.arguments import parse_device_map, parse_limits
+from bigmodel.cli import app
+from bigmodel.errors import CheckpointError, InvalidArgumentError
+from bigmodel.footprint import PeakFootprint, footprint_bytes
+from bigmodel.text import TextStream, encode_prompt, load_tokenizer
+from bigmodel.units import GIB, MIB, parse_bytes
+
+COMMAND = [sys.executable, "-m", "bigmodel"]
+FIGURES = re.compile(
+    r"TTFT [\d.]+ s, [\d.]+ tokens/s over (?P<tokens>\d+) tokens, (?P<read>[\d.]+ \w+) read per token, "
+    r"\d+% of the time waiting for weights, peak memory (?P<peak>[\d.]+ \w+) of (?P<limit>[\d.]+ \w+) allowed"
+)
+
+
+def invoke(*arguments: str | Path, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def expected_text(folder: Path, prompt: str, new_tokens: int, *, chat: bool = False, **options: object) -> str:
+    """What plain transformers gives."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    tokenizer = load_tokenizer(folder)
+    is_encoder_decoder = AutoConfig.from_pretrained(folder).is_encoder_decoder
+    auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+    model = auto_class.from_pretrained(folder, dtype="auto")
+    inputs = encode_prompt(tokenizer, prompt, chat=chat)
+    tokens = model.generate(**inputs, max_new_tokens=new_tokens, **{"do_sample": False, **options})[0]
+    start = 1 if is_encoder_decoder else inputs["input_ids"].shape[1]
+    return str(tokenizer.decode(tokens[start:], skip_special_tokens=True))
+
+
+def figures_of(stderr: str) -> dict[str, str]:
+    match = FIGURES.fullmatch(stderr.splitlines()[-1])
+    assert match is not None, stderr
+    return match.groupdict()
+
+
+# ---------------------------------------------------------------------------------------------------------------- run
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk", "auto"])
+def test_run_writes_the_text_alone_to_stdout(tiny_llama: Path, where: str) -> None:
+    done = invoke("run", tiny_llama, "--prompt", "the quick brown", "-n", "12", "--device-map", where)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == expected_text(tiny_llama, "the quick brown", 12) + "\n"
+    figures = figures_of(done.stderr)
+    assert figures["tokens"] == "12"
+    assert (parse_bytes(figures["read"]) > 0) == (where == "disk")
+    assert parse_bytes(figures["peak"]) <= parse_bytes(figures["limit"])
+    assert "\x1b" not in done.stderr
+
+
+def test_run_shows_the_plan_first(tiny_llama: Path) -> None:
+    done = invoke("run", tiny_llama, "--prompt", "the", "-n", "2", "--device-map", "disk")
+    assert done.exit_code == 0, done.stderr
+    plan, _, last = done.stderr.rstrip("\n").rpartition("\n")
+    assert "model.layers" in plan
+    assert last.startswith("TTFT")
+    quiet = invoke("run", tiny_llama, "--prompt", "the", "-n", "2", "--quiet")
+    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, done.stdout, "")
+
+
+def test_chat_uses_the_template(tiny_llama: Path) -> None:
+    done = invoke("run", tiny_llama, "--chat", "--prompt", "the dog?", "-n", "8")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == expected_text(tiny_llama, "<s>user: the dog?\nassistant:", 8) + "\n"
+
+
+def test_prompt_comes_from_a_file_or_stdin(tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("the lazy dog\n", encoding="utf-8")
+    expected = expected_text(tiny_llama, "the lazy dog", 6) + "\n"
+    assert invoke("run", tiny_llama, "--prompt-file", file, "-n", "6").stdout == expected
+    assert invoke("run", tiny_llama, "--prompt-file", "-", "-n", "6", stdin="the lazy dog\n").stdout == expected
+
+
+def test_sampling_is_repeatable(tiny_llama: Path) -> None:
+    arguments = ["run", tiny_llama, "--prompt", "the", "-n", "12", "--sample", "--temperature", "2.0", "--top-k", "50"]
+    first, again, other = (invoke(*arguments, "--seed", seed) for seed in ("1", "1", "2"))
+    assert first.exit_code == 0, first.stderr
+    assert first.stdout == again.stdout != other.stdout
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        expected = expected_text(tiny_llama, "the", 12, do_sample=True, temperature=2.0, top_k=50)
+    assert first.stdout == expected + "\n"
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_encoder_decoder_models_run(tiny_t5: Path, where: str) -> None:
+    done = invoke("run", tiny_t5, "--prompt", "the quick brown fox", "-n", "8", "--device-map", where)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == expected_text(tiny_t5, "the quick brown fox", 8) + "\n"
+
+
+def test_a_saved_plan_runs(tiny_llama: Path, tmp_path: Path) -> None:
+    made = invoke("plan", tiny_llama, "--device-map", "disk", "--prompt-tokens", "64", "--new-tokens", "8", "--json")
+    assert made.exit_code == 0, made.stderr
+    assert bigmodel.Plan.from_json(made.stdout).workload.prompt_tokens == 64
+    file = tmp_path / "plan.json"
+    file.write_text(made.stdout, encoding="utf-8")
+    done = invoke("run", tiny_llama, "--device-map", file, "--prompt", "the quick", "-n", "4")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == expected_text(tiny_llama, "the quick", 4) + "\n"
+    assert parse_bytes(figures_of(done.stderr)["read"]) > 0
+
+
+def test_plan_is_for_people_too(tiny_llama: Path) -> None:
+    done = invoke("plan", tiny_llama, "--max-memory", "cpu=1GiB")
+    assert done.exit_code == 0, done.stderr
+    assert "model.layers" in done.stdout
+    assert done.stderr == ""
+
+
+# --------------------------------------------------------------------------------------------------------- how it ends
+
+
+def test_wrong_usage_ends_with_2(tiny_llama: Path, tmp_path: Path) -> None:
+    for arguments, words in (
+        (["run", tiny_llama], "--prompt"),
+        (["run", tiny_llama, "--prompt", "a", "--prompt-file", "b"], "--prompt-file"),
+        (["run", tiny_llama, "--prompt-file", tmp_path / "none.txt"], "none.txt"),
+        (["run", tiny_llama, "--prompt", "a", "--max-memory", "cpu=3Gb"], "'GB'"),
+        (["run", tiny_llama, "--prompt", "a", "--max-memory", "3GiB"], "TIER=SIZE"),
+        (["run", tiny_llama, "--prompt", "a", "--temperature", "1"], "--sample"),
+        (["run", tiny_llama, "--prompt", "a", "--device-map", "{"], "JSON"),
+        (["run", tiny_llama, "--prompt", "a", "--device-map", "nowhere"], "nowhere"),
+        (["run", tiny_llama, "--prompt", "a", "--dtype", "float17"], "float17"),
+        (["run", tiny_llama, "--prompt", ""], "0 tokens"),
+        (["plan", tiny_llama, "--max-memory", "moon=1GiB"], "moon"),
+        (["plan", tiny_llama, "--batch-size", "0"], "--batch-size"),
+        (["walk"], "walk"),
+    ):
+        done = invoke(*arguments)
+        assert done.exit_code == 2, (arguments, done.output)
+        assert words in done.stderr, (arguments, done.stderr)
+        assert done.stdout == ""
+        assert "Traceback" not in done.stderr
+
+
+def test_what_does_not_fit_ends_with_3(tiny_llama: Path) -> None:
+    for command in (["run", tiny_llama, "--prompt", "the"], ["plan", tiny_llama]):
+        done = invoke(*command, "--max-memory", "cpu=64KiB")
+        assert done.exit_code == 3, done.output
+        assert done.stdout == ""
+        assert done.stderr.startswith("error: ")
+        assert "64.0 KiB" in done.stderr
+
+
+def test_other_errors_end_with_1_and_one_message(tiny_llama: Path, tmp_path: Path) -> None:
+    for path in (tiny_llama, *tiny_llama.glob("*")):
+        if path.is_file() and path.name != "model-00002-of-00003.safetensors":
+            (tmp_path / path.name).symlink_to(path)
+    weights = sorted(tmp_path.glob("*.safetensors"))
+    weights[-1].unlink()
+    done = invoke("run", tmp_path, "--prompt", "the")
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert weights[-1].name in done.stderr
+    assert "Traceback" not in done.stderr
+    shown = invoke("run", tmp_path, "--prompt", "the", "--traceback")
+    assert shown.exit_code == 1
+    assert "Traceback" in shown.stderr
+    assert shown.stderr.endswith(done.stderr)
+
+
+def test_a_model_that_does_not_generate_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    tokenizer = load_tokenizer(tiny_llama)
+    tokenizer.save_pretrained(tmp_path)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    BertModel(config).save_pretrained(tmp_path)
+    done = invoke("run", tmp_path, "--prompt", "the")
+    assert done.exit_code == 2
+    assert "BertModel" in done.stderr
+
+
+def test_no_tokenizer_and_no_template_are_told(tiny_llama: Path, tmp_path: Path) -> None:
+    for path in tiny_llama.glob("model*"):
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "config.json").symlink_to(tiny_llama / "config.json")
+    done = invoke("run", tmp_path, "--prompt", "the")
+    assert done.exit_code == 1
+    assert "tokenizer.json" in done.stderr
+    tokenizer = load_tokenizer(tiny_llama)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    done = invoke("run", tmp_path, "--prompt", "the", "--chat")
+    assert done.exit_code == 2
+    assert "chat template" in done.stderr
+
+
+def test_interrupt_ends_with_130_and_leaves_nothing(tiny_llama: Path) -> None:
+    # A test run that was started in the background may hand down an ignored SIGINT.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom bigmodel.cli import main; main()"
+    )
+    arguments = ["run", str(tiny_llama), "--prompt", "the", "-n", "4000", "--device-map", "disk"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)  # it generates
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.endswith("interrupted\n")
+    assert "Traceback" not in stderr
+
+
+def test_a_reader_that_leaves_ends_it_quietly(tiny_llama: Path) -> None:
+    command = [*COMMAND, "run", str(tiny_llama), "--prompt", "the", "-n", "4000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr is not None
+    stderr = process.stderr.read()
+    assert process.wait(timeout=60) == 141
+    assert "Error" not in stderr
+
+
+# ------------------------------------------------------------------------------------------------------- the real model
+
+
+def test_the_real_model_answers_from_disk_within_its_budget(smollm2: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, "run", str(smollm2), "--chat", "-p", "What is the capital of France?", "-m", "cpu=160MiB"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "The capital of France is Paris.\n"
+    figures = figures_of(done.stderr)
+    assert parse_bytes(figures["limit"]) == 160 * MIB
+    assert parse_bytes(figures["peak"]) <= 160 * MIB
+    assert parse_bytes(figures["read"]) > 64 * MIB  # of 257: more than half cannot rest in 160 with its buffers
+
+
+# -------------------------------------------------------------------------------------------------------- smaller parts
+
+
+def test_env_and_version_and_help() -> None:
+    assert invoke("--version").stdout == f"bigmodel {bigmodel.__version__}\n"
+    described = invoke("env")
+    assert described.exit_code == 0, described.stderr
+    for name in ("bigmodel:", "python:", "torch:", "transformers:", "memory:", "processor:"):
+        assert name in described.stdout
+    shown = invoke("--help").stdout
+    assert all(command in shown for command in ("run", "plan", "env"))
+    assert "Examples" in invoke("run", "--help").stdout
+
+
+def test_limits() -> None:
+    assert parse_limits(None) is None
+    assert parse_limits("cpu=1GiB, 0=20GiB,disk=5") == {"cpu": GIB, 0: 20 * GIB, "disk": 5}
+    for wrong in ("", "cpu", "cpu=", "=1GiB", "cpu=1GiB,cpu=2GiB", "cpu=1.5", "cpu=-1GiB"):
+        with pytest.raises(InvalidArgumentError):
+            parse_limits(wrong)
+
+
+def test_device_maps(tmp_path: Path) -> None:
+    assert parse_device_map("auto") == "auto"
+    assert parse_device_map("disk") == {"": "disk"}
+    assert parse_device_map('{"": "disk", "lm_head": 0}') == {"": "disk", "lm_head": 0}
+    file = tmp_path / "map.json"
+    file.write_text(json.dumps({"model": "cpu"}), encoding="utf-8")
+    assert parse_device_map(str(file)) == {"model": "cpu"}
+    for wrong in ("{", str(tmp_path / "none.json")):
+        with pytest.raises(InvalidArgumentError):
+            parse_device_map(wrong)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Hello, world. It's 3 o'clock.", "naive cafe: \u00e9\u4f60\u597d \U0001f600!\n\n  done", "<s>a</s> b", " \n"],
+)
+def test_streamed_text_is_the_decoded_text(tiny_llama: Path, text: str) -> None:
+    tokenizer = load_tokenizer(tiny_llama)
+    tokens = tokenizer(text)["input_ids"]
+    pieces: list[str] = []
+    stream = TextStream(tokenizer, pieces.append)
+    for _ in range(2):  # one stream serves run after run
+        pieces.clear()
+        stream.put(torch.tensor([[1, 2, 3]]))
+        for token in tokens:
+            stream.put(torch.tensor([token]))
+        stream.end()
+        assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
+        assert "\ufffd" not in "".join(pieces)
+    assert stream.num_tokens == 2 * len(tokens)
+
+
+def test_text_comes_with_every_token(tiny_llama: Path) -> None:
+    tokenizer = load_tokenizer(tiny_llama)
+    tokens = tokenizer("the quick brown fox")["input_ids"]
+    pieces: list[str] = []
+    stream = TextStream(tokenizer, pieces.append)
+    stream.put(torch.tensor([tokens[:1]]))
+    for count, token in enumerate(tokens[1:], start=1):
+        stream.put(torch.tensor([token]))
+        assert len(pieces) == count
+
+
+def test_tokenizer_of_a_subfolder_may_stand_at_the_top(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "weights" / "main").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        load_tokenizer(tmp_path / "weights" / "main", subfolder="weights/main")
+    load_tokenizer(tiny_llama).save_pretrained(tmp_path)
+    found = load_tokenizer(tmp_path / "weights" / "main", subfolder="weights/main")
+    assert found("the dog")["input_ids"] == load_tokenizer(tiny_llama)("the dog")["input_ids"]
+
+
+def test_peak_footprint_sees_what_is_gone_again() -> None:
+    before = footprint_bytes()
+    with PeakFootprint() as memory:
+        held = torch.ones(64 * MIB, dtype=torch.uint8)
+        time.sleep(0.1)
+        del held
+    assert memory.peak_bytes - before >= 48 * MIB
+    assert footprint_bytes() - before < 48 * MIB
+
+
+def test_progress_shows_long_work_on_a_terminal_only() -> None:
+    code = (
+        "import time\nfrom bigmodel.progress import progress_bar\n"
+        "with progress_bar() as report:\n"
+        "    for step in range(15):\n        report('reading weights', step << 20, 15 << 20)\n        time.sleep(0.1)\n"
+        "    report('quick work', 1, 2)\n    report('quick work', 2, 2)\n"
+    )
+    plain = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (plain.stdout, plain.stderr) == ("", "")
+    main_end, child_end = os.openpty()
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=child_end, env=os.environ | {"TERM": "xterm"})
+    os.close(child_end)
+    shown = b""
+    try:
+        while piece := os.read(main_end, 65536):
+            shown += piece
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(main_end)
+    assert child.wait() == 0
+    assert b"reading weights" in shown
+    assert b"MiB" in shown
+    assert b"quick work" not in shown
