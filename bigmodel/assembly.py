@@ -119,7 +119,7 @@ class Assembly:
         self._spill = Spill(limit_bytes=disk_limit_bytes)
         self._direct = DirectReads(self._stamps)
         self._owners = _owners(model)
-        self._names = {name: parameter for name, parameter in model.named_parameters()}
+        self._names = dict(model.named_parameters())
 
     def begin_resident(self, names: set[str], *, may_map: bool, progress: Progress | None) -> ResidentLoad:
         """Begin to read the parameters that stay, and all buffers that the checkpoint holds."""

@@ -22,6 +22,7 @@ __all__ = ["MOVERS", "Box", "Boxes", "Move", "Shape", "extents_of", "whole"]
 # reading piece by piece: a read costs about as much as copying some KiB.
 _SMALL_RANGE_BYTES = 4096
 _PIECES_PER_INPUT = 4
+_MAX_RANGES = 1 << 14  # of one tensor: a list of more takes longer to make and to follow than the bytes take to copy
 _MAX_BOXES = 1 << 16  # more pieces than this are not followed
 
 Shape = tuple[int, ...]
@@ -82,14 +83,15 @@ def extents_of(boxes: Boxes, shape: Shape, itemsize: int) -> tuple[Extent, ...] 
         itemsize: bytes of an element, in the file as in the tensor.
 
     Returns:
-        None where inputs are cut into so many small pieces that they are better read whole and placed in memory.
+        None where inputs are cut into so many or so small pieces that they are better read whole and placed in memory.
     """
     into_stride = _row_major(shape)
     inner = [_first_contiguous_dim(box, into_stride) for box in boxes]
     num_runs = sum(math.prod(box.size[:dim]) for box, dim in zip(boxes, inner, strict=True))
     num_bytes = math.prod(shape) * itemsize
     num_inputs = len({id(box.spec) for box in boxes})
-    if num_bytes < num_runs * _SMALL_RANGE_BYTES and num_runs > num_inputs * _PIECES_PER_INPUT:
+    small = num_bytes < num_runs * _SMALL_RANGE_BYTES
+    if num_runs > num_inputs * _PIECES_PER_INPUT and (small or num_runs > _MAX_RANGES):
         return None
 
     ranges: list[tuple[int, str, int, int]] = []  # into, file, offset, length: bytes

@@ -161,13 +161,14 @@ class Prepared:
         first_error: DoesNotFitError | None = None
         for units in self._divisions():
             homes = None
+            whole_units = {unit.name for unit in units}
             if isinstance(device_map, Mapping):
                 by_parameter = resolve_map(device_map, units, self._known_names(), machine)
                 refuse_accelerators(by_parameter)
                 units, homes = divide_by_home(units, by_parameter)
             try:
                 plan = decide(
-                    [self._cost_of(unit) for unit in units],
+                    [self._cost_of(unit, whole_units) for unit in units],
                     demand,
                     limits,
                     workload,
@@ -194,24 +195,18 @@ class Prepared:
                 f"The plan was made for another checkpoint (fingerprint {plan.fingerprint[:12]}, this one has "
                 f"{fingerprint[:12]}). Make one with bigmodel.make_plan(path)."
             )
-        names = {placement.unit for placement in plan.placements}
-        for units in self._divisions():
-            homes_of = {placement.unit: placement.home for placement in plan.placements}
-            if {unit.name for unit in units} == names:
-                break
-            # A plan from a map that divides units names their parts.
+        homes_of = {placement.unit: placement.home for placement in plan.placements}
+        parts = {name: placement.home for placement in plan.placements for name in placement.parameters}
+        for whole in self._divisions():
             by_parameter = {
-                name: homes_of.get(unit.name)
-                or next((h for h in ("cpu", "disk") if f"{unit.name} ({h})" in names), "cpu")
-                for unit in units
-                for name in unit.parameters
+                name: parts.get(name) or homes_of.get(unit.name, "") for unit in whole for name in unit.parameters
             }
-            if {unit.name for unit in divide_by_home(units, by_parameter)[0]} == names:
-                units = divide_by_home(units, by_parameter)[0]
+            units = divide_by_home(whole, by_parameter)[0]
+            if {unit.name for unit in units} == homes_of.keys():
                 break
         else:
             raise DeviceMapError(
-                f"The plan names {len(names)} units that this model is not divided into. Make it again with bigmodel.make_plan."
+                f"The plan names {len(homes_of)} units that this model is not divided into. Make it again with make_plan."
             )
         refuse_accelerators(homes_of)
         peak = plan.estimate.peak_bytes["cpu"]
@@ -242,7 +237,7 @@ class Prepared:
             units = finer
             yield units
 
-    def _cost_of(self, unit: Unit) -> UnitCost:
+    def _cost_of(self, unit: Unit, whole_units: Collection[str]) -> UnitCost:
         parameters = dict(self.skeleton.model.named_parameters())
         weight_bytes = sum(parameters[name].nbytes for name in unit.parameters)
         sources = [self.skeleton.sources[name] for name in unit.parameters if name in self.skeleton.sources]
@@ -254,6 +249,7 @@ class Prepared:
                 slot_bytes=weight_bytes,
                 can_gather=unit.gathers,
                 must_stay=unit.encloses,
+                is_part=unit.name not in whole_units,
             )
         layout = layout_of(sources)
         converted = [source for source in sources if source.conversion is not None]
@@ -270,6 +266,7 @@ class Prepared:
             and all(source.is_view for source in sources)
             and len(sources) == len(unit.parameters),
             must_stay=unit.encloses or len(sources) < len(unit.parameters) or not sources,
+            is_part=unit.name not in whole_units,
         )
 
     def _known_names(self) -> list[str]:

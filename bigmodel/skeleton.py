@@ -259,5 +259,6 @@ def _initialise(
             _set(model, alias, real)
         owners[owner] = None
     refuse_mismatch(model, checkpoint, missing={}, unexpected=[], misshaped={}, failed=hopeless)
-    for owner in owners:
-        cast(Callable[[], object], model.get_submodule(owner).reset_parameters)()
+    with torch.device("cpu"):
+        for owner in owners:
+            cast(Callable[[], object], model.get_submodule(owner).reset_parameters)()

@@ -754,9 +754,10 @@ class OwnModel(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.lin = nn.Linear(config.width, config.width)
+        self.register_buffer("table", torch.arange(config.width) / 3, persistent=False)
         self.post_init()
     def forward(self, x):
-        return self.lin(x)
+        return self.lin(x) + self.table
 """
 
 
@@ -781,9 +782,31 @@ def test_code_of_the_checkpoint_runs_only_when_trusted(tmp_path: Path, monkeypat
         "lin.weight": (6, 6),
         "lin.bias": (6,),
     }
+    # Its class does not make the buffer again, as transformers' own do; the constructor's values must stand.
+    assert torch.equal(skeleton.model.table, torch.arange(6) / 3)
+    with torch.device("meta"):
+        given = type(skeleton.model)(skeleton.model.config)
+    assert torch.equal(build_skeleton(open_checkpoint(folder), model=given).model.table, torch.arange(6) / 3)
     (folder / "modeling_own.py").write_text("raise RuntimeError('broken')")
     with pytest.raises(UnsupportedCheckpointError, match="broken"):
         build_skeleton(open_checkpoint(folder), trust_remote_code=True)
+
+
+def test_a_class_of_the_users_own_whose_buffers_are_lost_is_refused(tmp_path: Path) -> None:
+    class Own(transformers.LlamaForCausalLM):
+        def __init__(self, config: transformers.LlamaConfig, width: int) -> None:
+            super().__init__(config)
+            self.register_buffer("table", torch.arange(width) / 3, persistent=False)
+
+    folder = make(tmp_path, "llama")
+    config = transformers.LlamaConfig.from_pretrained(folder)
+    model = build_skeleton(open_checkpoint(folder), model=lambda: Own(config, 5)).model
+    assert torch.equal(model.table, torch.arange(5) / 3)
+    assert torch.equal(model.model.rotary_emb.inv_freq, reference_of(folder).model.rotary_emb.inv_freq)
+    with torch.device("meta"):
+        given = Own(config, 5)
+    with pytest.raises(InvalidArgumentError, match="buffers on meta"):
+        build_skeleton(open_checkpoint(folder), model=given)
 
 
 def test_a_quantised_checkpoint_is_refused_first(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ ORDER = (
     {"checkpoint"},
     {"device_map", "offload"},
     {"hooks"},
-    {"boxes"},
+    {"boxes", "inputs", "meta"},
     {"conversion", "saving", "text"},
     {"skeleton"},
     {"models"},

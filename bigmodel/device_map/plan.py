@@ -53,6 +53,7 @@ class Placement:
         run_on: the device of a decode step.
         prefill_on: the device of a prefill pass.
         weight_bytes: bytes in the dtype they have in the model.
+        parameters: first names of its parameters, where a map divides the unit; empty where it is whole.
     """
 
     unit: str
@@ -60,6 +61,7 @@ class Placement:
     run_on: str
     prefill_on: str
     weight_bytes: int
+    parameters: tuple[str, ...] = ()
 
     @property
     def is_streamed(self) -> bool:
@@ -180,10 +182,9 @@ class Plan:
         for home, what in (("cpu", "rest in host memory"), ("disk", "rest in the checkpoint's files")):
             here = [placement for placement in self.placements if placement.home == home]
             if here:
-                size = sum(placement.weight_bytes for placement in here)
-                lines.append(
-                    f"{len(here)} units, {format_bytes(size)} of {format_bytes(total)}, {what}: {_collapsed([p.unit for p in here])}"
-                )
+                size = format_bytes(sum(placement.weight_bytes for placement in here))
+                names = _collapsed([placement.unit for placement in here])
+                lines.append(f"{len(here)} units, {size} of {format_bytes(total)}, {what}: {names}")
         if self.slots:
             lines.append(f"each pass streams {format_bytes(self.streamed_bytes)} from disk")
         lines += [f"note: {note}" for note in self.notes]
@@ -207,7 +208,9 @@ class Plan:
                 raise InvalidArgumentError(
                     f"The plan has version {version}, and version {_VERSION} is read. Make it again."
                 )
-            fields["placements"] = tuple(Placement(**each) for each in fields["placements"])
+            fields["placements"] = tuple(
+                Placement(**each | {"parameters": tuple(each["parameters"])}) for each in fields["placements"]
+            )
             fields["slots"] = tuple(SlotGroup(**each | {"units": tuple(each["units"])}) for each in fields["slots"])
             fields["workload"] = Workload(**fields["workload"])
             fields["estimate"] = Estimate(**fields["estimate"])

@@ -32,6 +32,7 @@ class UnitCost:
         converted_bytes: written to the disk tier where it rests there, because its bytes do not stand in the files.
         can_gather: it may rest on disk without a slot: its rows are looked up in a map of the file.
         must_stay: it cannot stream: it encloses other units, or its weights are in no file.
+        is_part: a map divides the unit that it belongs to.
     """
 
     unit: Unit
@@ -42,6 +43,7 @@ class UnitCost:
     converted_bytes: int = 0
     can_gather: bool = False
     must_stay: bool = False
+    is_part: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +230,14 @@ def _plan(
     kept = [c.unit.name for c in costs if homes is not None and c.must_stay and homes[c.unit.name] != "cpu"]
     notes = (f"these stay in host memory, because other units run inside them: {', '.join(kept)}",) if kept else ()
     placements = tuple(
-        Placement(cost.unit.name, "disk" if cost.unit.name in choice.away else "cpu", "cpu", "cpu", cost.weight_bytes)
+        Placement(
+            unit=cost.unit.name,
+            home="disk" if cost.unit.name in choice.away else "cpu",
+            run_on="cpu",
+            prefill_on="cpu",
+            weight_bytes=cost.weight_bytes,
+            parameters=cost.unit.parameters if cost.is_part else (),
+        )
         for cost in costs
     )
     return Plan(
@@ -264,9 +273,8 @@ def _too_large(
     parts = [f"{format_bytes(choice.resident_bytes)} of weights that stay"]
     if choice.groups:
         largest = max(choice.groups, key=lambda group: group.slot_bytes)
-        parts.append(
-            f"{format_bytes(choice.slot_bytes)} of slots (the largest unit, {largest.units[0]}, needs {format_bytes(largest.slot_bytes)})"
-        )
+        unit = f"the largest unit, {largest.units[0]}, needs {format_bytes(largest.slot_bytes)}"
+        parts.append(f"{format_bytes(choice.slot_bytes)} of slots ({unit})")
     parts.append(f"{format_bytes(demand.kv_bytes)} of KV cache")
     parts.append(f"{format_bytes(demand.activation_bytes + demand.buffer_bytes)} of activations and buffers")
     parts.append(f"{format_bytes(RESERVE_BYTES + choice.staging_bytes)} of reserve and read buffers")

@@ -220,7 +220,7 @@ def _read_fully(fd: int, memory: memoryview, offset: int, needed: int, file: str
         count = os.preadv(fd, [memory[done:]], offset + done)
         if count <= 0:
             raise ReadError(
-                f"{file} ends at byte {offset + done}, and {needed - done} more bytes are needed. The file was cut short: load again."
+                f"{file} ends at byte {offset + done}, and {needed - done} more bytes are needed. The file was cut: load again."
             )
         done += count
         if done < needed and done % ALIGN_BYTES and done % 512:

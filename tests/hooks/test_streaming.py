@@ -105,7 +105,8 @@ def test_users_own_hooks_see_the_weights():
     model.blocks[4].register_forward_pre_hook(lambda m, a: seen.append(m.lin.weight.clone()))
     model.blocks[4].register_forward_hook(lambda m, a, o: seen.append(m.lin.weight.clone()))
     model(X)
-    assert all(torch.equal(weight, reference.blocks[4].lin.weight) for weight in seen) and len(seen) == 2
+    assert len(seen) == 2
+    assert all(torch.equal(weight, reference.blocks[4].lin.weight) for weight in seen)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -133,9 +134,9 @@ def test_gradients_are_refused_by_name():
 def test_moves_are_refused_before_anything_changes():
     model, reference, _, _ = streamed_stack(num_slots=2)
     for move in (model.half, model.double, lambda: model.to("meta"), lambda: model.to(torch.bfloat16)):
-        with pytest.raises(MoveRefusedError, match="bigmodel.materialize"):
+        with pytest.raises(MoveRefusedError, match=r"bigmodel\.materialize"):
             move()
-    assert model.to("cpu") is model and model.float() is model and model.cpu() is model
+    assert all(move() is model for move in (lambda: model.to("cpu"), model.float, model.cpu))
     assert torch.equal(model(X), reference(X))
 
 
@@ -165,7 +166,8 @@ def test_threads_take_turns():
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(results) == 20 and all(torch.equal(result, reference(X)) for result in results)
+    assert len(results) == 20
+    assert all(torch.equal(result, reference(X)) for result in results)
 
 
 def test_submodules_can_be_called_without_the_root():
