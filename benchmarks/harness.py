@@ -1,0 +1,300 @@
+"""Trials: one measurement in one fresh process, under the same conditions for every candidate.
+
+::
+
+    parent                          child (in its cgroup)
+      fill the balloon
+      start ------------------------> import what the run will import
+      drop or fill the page cache <-- "ready"; its memory now is the baseline
+      release the balloon
+      go ---------------------------> run, and time itself
+      sample its memory
+      read the result <-------------- result
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks.balloon import Balloon
+from benchmarks.cgroup import CgroupNotAllowed, MemoryCgroup
+from benchmarks.child import MARK
+from benchmarks.page_cache import drop_from_cache, read_into_cache
+
+__all__ = ["ROOT", "Bench", "Outcome", "Trial"]
+
+ROOT = Path(__file__).resolve().parent.parent
+# Often enough to see a buffer that lives for 20 ms, at a cost below 1% of one core, the same for every candidate.
+SAMPLE_PERIOD_S = 0.005
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What is run, and under which conditions.
+
+    Attributes:
+        name: the candidate, as the report names it.
+        call: ``"package.module:function"``; it takes `arguments` and returns something that JSON can say.
+        arguments: keyword arguments.
+        files: whose page cache counts.
+        is_cold: True drops `files` from the page cache before the run, False reads them into it.
+        environment: variables on top of this process's own.
+        limit_bytes: of the memory cgroup; None runs outside one.
+        modules: what the child imports before it says that it is ready.
+        names_modules: whether the outcome lists all modules that the run imported.
+    """
+
+    name: str
+    call: str
+    arguments: Mapping[str, Any]
+    files: Sequence[Path] = ()
+    is_cold: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
+    limit_bytes: int | None = None
+    modules: Sequence[str] = ()
+    names_modules: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of a trial.
+
+    Attributes:
+        name: the trial's.
+        result: what the function returned; None where it failed.
+        error: why it failed; None where it did not.
+        baseline_bytes: anonymous and shared memory when everything was imported.
+        peak_rise_bytes: the most above it that was seen until the result came.
+        cgroup_peak_bytes: what the cgroup was charged at most, page cache included; None outside one.
+        modules: see Trial.names_modules.
+    """
+
+    name: str
+    result: Any
+    error: str | None
+    baseline_bytes: int
+    peak_rise_bytes: int
+    cgroup_peak_bytes: int | None
+    modules: tuple[str, ...] = ()
+
+
+class Bench:
+    """Runs trials one after another, holding the balloon between them.
+
+    Args:
+        balloon_bytes: touched memory that is released before each run; 0 for none.
+        timeout_s: a trial that takes longer is ended and counts as failed.
+    """
+
+    def __init__(self, *, balloon_bytes: int, timeout_s: float = 900.0) -> None:
+        self.timeout_s = timeout_s
+        self.notes: list[str] = []
+        self._balloon = Balloon(balloon_bytes)
+        if self._balloon.num_bytes < balloon_bytes * 0.99:
+            self.note(
+                f"the balloon holds {self._balloon.num_bytes / 1e9:.1f} GB of the {balloon_bytes / 1e9:.1f} GB wanted: "
+                "less memory is free. Candidates that touch more may pay for host faults."
+            )
+
+    def __enter__(self) -> Bench:
+        # An ended benchmark leaves no cgroup, no scratch folder and no process behind.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._balloon.close()
+
+    def note(self, text: str) -> None:
+        """Keep a remark for the report, once, and show it."""
+        if text not in self.notes:
+            self.notes.append(text)
+            print(f"note: {text}", file=sys.stderr, flush=True)
+
+    def interleaved(self, trials: Sequence[Trial], num_rounds: int) -> dict[str, list[Outcome]]:
+        """Run every trial `num_rounds` times, A B C A B C; one that failed twice in a row is not tried again.
+
+        Returns:
+            The outcomes by trial name, one per round, failures among them.
+        """
+        outcomes: dict[str, list[Outcome]] = {trial.name: [] for trial in trials}
+        for number in range(num_rounds):
+            for trial in trials:
+                past = outcomes[trial.name]
+                if len(past) >= 2 and past[-1].error is not None and past[-2].error is not None:
+                    continue
+                past.append(self.run(trial))
+                print(f"round {number + 1}/{num_rounds}  {_summary(past[-1])}", file=sys.stderr, flush=True)
+        return outcomes
+
+    def with_modules(self, trial: Trial, arguments: Mapping[str, Any]) -> Trial:
+        """The trial, importing beforehand all that its run imports, as a run with other (small) arguments shows.
+
+        No load is timed with an import inside, wherever the library has put it, and nothing but imports is left out.
+        """
+        outcome = self.run(
+            dataclasses.replace(trial, arguments=arguments, files=(), limit_bytes=None, names_modules=True)
+        )
+        if outcome.error is not None:
+            self.note(f"{trial.name}: a trial run failed: {outcome.error}")
+        return dataclasses.replace(trial, modules=outcome.modules)
+
+    def run(self, trial: Trial) -> Outcome:
+        """One measurement."""
+        if trial.limit_bytes is not None:
+            try:
+                with MemoryCgroup(trial.limit_bytes) as cgroup:
+                    return self._run(trial, cgroup)
+            except CgroupNotAllowed as error:
+                self.note(f"no memory cgroup, the limit of {trial.limit_bytes >> 20} MiB does not hold: {error}.")
+        return self._run(trial, None)
+
+    def _run(self, trial: Trial, cgroup: MemoryCgroup | None) -> Outcome:
+        self._balloon.fill()
+        argv = [sys.executable, "-m", "benchmarks.child"]
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            _process(
+                cgroup.command(argv) if cgroup else argv,
+                dict(os.environ) | dict(trial.environment),
+                errors,
+                self.timeout_s,
+            ) as process,
+        ):
+            setup = {
+                "call": trial.call,
+                "arguments": dict(trial.arguments),
+                "modules": list(trial.modules),
+                "names_modules": trial.names_modules,
+            }
+            _tell(process, json.dumps(setup))
+            words, baseline_bytes, peak_bytes, still_cached = _hear(process), 0, 0, 0
+            if words is not None and "ready" in words:
+                if trial.is_cold:
+                    still_cached = drop_from_cache(trial.files)
+                else:
+                    read_into_cache(trial.files)
+                baseline_bytes = _private_bytes(process.pid)
+                self._balloon.release()
+                with _PeakSampler(process.pid) as sampler:
+                    _tell(process, "go")
+                    words = _hear(process)
+                peak_bytes = sampler.peak_bytes
+            process.wait()
+            failure = _failure(words, process.returncode, cgroup, errors)
+        if still_cached > sum(file.stat().st_size for file in trial.files) // 1000 and failure is None:
+            failure = (
+                f"not cold: {still_cached / 1e6:.0f} MB of the files stayed cached; another process has them mapped"
+            )
+        return Outcome(
+            name=trial.name,
+            result=None if failure or words is None else words["result"],
+            error=failure,
+            baseline_bytes=baseline_bytes,
+            peak_rise_bytes=max(0, peak_bytes - baseline_bytes),
+            cgroup_peak_bytes=cgroup.peak_bytes if cgroup else None,
+            modules=tuple(words.get("modules", ())) if words else (),
+        )
+
+
+@contextlib.contextmanager
+def _process(
+    argv: list[str], environment: dict[str, str], errors: IO[str], timeout_s: float
+) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        argv, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+    )
+
+    def end() -> None:
+        errors.write(f"\nended after {timeout_s:.0f} s without a result")
+        process.kill()
+
+    timer = threading.Timer(timeout_s, end)
+    timer.start()
+    try:
+        yield process
+    finally:
+        timer.cancel()
+        process.kill()
+        process.communicate()
+
+
+class _PeakSampler:
+    """The largest RssAnon + RssShmem of a process, looked at from outside so that its own threads are left alone."""
+
+    def __init__(self, pid: int) -> None:
+        self.peak_bytes = 0
+        self._pid = pid
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> _PeakSampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self.peak_bytes = max(self.peak_bytes, _private_bytes(self._pid))
+            if self._done.wait(SAMPLE_PERIOD_S):
+                return
+
+
+def _private_bytes(pid: int) -> int:
+    """RssAnon + RssShmem now; 0 for a process that is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+
+
+def _tell(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it is gone; the next word that is not heard says so
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+
+
+def _hear(process: subprocess.Popen[str]) -> dict[str, Any] | None:
+    """The next marked line; None when the process has ended without one."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(MARK):
+            words: dict[str, Any] = json.loads(line[len(MARK) :])
+            return words
+    return None
+
+
+def _failure(words: dict[str, Any] | None, returncode: int, cgroup: MemoryCgroup | None, errors: IO[str]) -> str | None:
+    if words is not None and "result" in words:
+        return None
+    if words is not None and "error" in words:
+        return str(words["error"])
+    if cgroup is not None and cgroup.num_oom_kills:
+        return f"killed at the memory limit of {cgroup.limit_bytes >> 20} MiB"
+    errors.seek(0)
+    last = errors.read().strip().splitlines()[-1:] or ["nothing on stderr"]
+    return f"ended with status {returncode}: {last[0][:300]}"
+
+
+def _summary(outcome: Outcome) -> str:
+    if outcome.error is not None:
+        return f"{outcome.name}: FAILED: {outcome.error}"
+    seconds = outcome.result.get("seconds") if isinstance(outcome.result, dict) else None
+    times = [] if seconds is None else seconds if isinstance(seconds, list) else [seconds]
+    return f"{outcome.name}: {' '.join(f'{time:.3f}' for time in times)} s, {outcome.peak_rise_bytes / 1e6:.0f} MB"
