@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -14,7 +15,19 @@ from bigmodel.units import parse_bytes
 if TYPE_CHECKING:
     from bigmodel.device_map.plan import Plan
 
-__all__ = ["parse_device_map", "parse_limits", "read_prompt"]
+__all__ = ["check_sampling", "parse_device_map", "parse_limits", "read_prompt"]
+
+
+def check_sampling(
+    sample: bool, *, temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None
+) -> None:
+    """Refuses sampling options without --sample, and values that draw nothing."""
+    if not sample and any(value is not None for value in (temperature, top_p, top_k, seed)):
+        raise InvalidArgumentError("--temperature, --top-p, --top-k and --seed mean something only with --sample.")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise InvalidArgumentError(f"--temperature is {temperature}. Give a number above 0, or leave --sample out.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InvalidArgumentError(f"--top-p is {top_p}. Give a number above 0 and at most 1.")
 
 
 def read_prompt(prompt: str | None, prompt_file: str | None) -> str:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,7 +92,6 @@ class Assembly:
     Args:
         model: parameters on meta, buffers real.
         sources: first name of every distinct parameter, and of persistent buffers -> where its bytes are.
-        units: the model's units.
         stamps: of the checkpoint's files, taken when their headers were checked.
         content_key: identifies the checkpoint's bytes, for caches made from them.
         cache_folder: where converted weights are kept.
@@ -102,7 +102,6 @@ class Assembly:
         self,
         model: nn.Module,
         sources: Mapping[str, Source],
-        units: Sequence[Unit],
         *,
         stamps: Mapping[str, FileStamp],
         content_key: str,
@@ -111,7 +110,6 @@ class Assembly:
     ) -> None:
         self._model = model
         self._sources = dict(sources)
-        self._units = units
         self._stamps = dict(stamps)
         self._content_key = content_key
         self._cache_folder = cache_folder
@@ -121,30 +119,42 @@ class Assembly:
         self._owners = _owners(model)
         self._names = dict(model.named_parameters())
 
-    def begin_resident(self, names: set[str], *, may_map: bool, progress: Progress | None) -> ResidentLoad:
-        """Begin to read the parameters that stay, and all buffers that the checkpoint holds."""
-        wanted = [source for name, source in self._sources.items() if name in names or name not in self._names]
+    def begin_resident(self, names: set[str] | None, *, may_map: bool, progress: Progress | None) -> ResidentLoad:
+        """Begin to read the parameters that stay (all, where `names` is None), and all buffers that the checkpoint holds."""
+        wanted = [
+            source
+            for name, source in self._sources.items()
+            if names is None or name in names or name not in self._names
+        ]
         return ResidentLoad(wanted, stamps=self._stamps, may_map=may_map, progress=progress)
 
-    def resident_names(self, plan: Plan) -> set[str]:
+    def resident_names(self, plan: Plan, units: Sequence[Unit]) -> set[str]:
         """Parameters whose unit rests in host memory by the plan."""
         homes = {placement.unit: placement.home for placement in plan.placements}
-        return {name for unit in self._units for name in unit.parameters if homes[unit.name] == "cpu"}
+        return {name for unit in units for name in unit.parameters if homes[unit.name] == "cpu"}
 
-    def carry_out(self, plan: Plan, load: ResidentLoad, *, check_pass: PassCheck | None) -> Assembled:
+    def carry_out(
+        self,
+        plan: Plan,
+        units: Sequence[Unit],
+        load: ResidentLoad,
+        *,
+        is_whole_files: bool = False,
+        check_pass: PassCheck | None = None,
+    ) -> Assembled:
         """Put every weight where the plan says. On any error nothing is left running, and the module is not usable."""
-        resident = self.resident_names(plan)
+        resident = self.resident_names(plan, units)
         away = {name: self._sources[name] for name in self._names if name not in resident and name in self._sources}
         away |= self._cache_converted(away)
         bindings = self._rest(away)
-        tensors = load.finish()
+        tensors = load.give(list(self._sources.values())) if is_whole_files else load.finish()
         for name, tensor in tensors.items():
             if name in self._names:
                 self._replace(name, nn.Parameter(tensor, requires_grad=False))
             else:
                 self._replace_buffer(name, tensor)
         sizes = StreamStats(resident_bytes=load.private_bytes + load.mapped_bytes, mapped_bytes=load.mapped_bytes)
-        streamer, sites = self._streamer(plan, away, bindings)
+        streamer, sites = self._streamer(plan, units, away, bindings)
         try:
             attachment = None
             if streamer is not None or check_pass is not None:
@@ -195,10 +205,10 @@ class Assembly:
         return bindings
 
     def _streamer(
-        self, plan: Plan, away: Mapping[str, Source], bindings: Mapping[str, Binding]
+        self, plan: Plan, all_units: Sequence[Unit], away: Mapping[str, Source], bindings: Mapping[str, Binding]
     ) -> tuple[Streamer | None, dict[int, list[tuple[str, nn.Module]]]]:
         lane_of = {name: number for number, group in enumerate(plan.slots) for name in group.units}
-        units = [unit for unit in self._units if unit.name in lane_of]
+        units = [unit for unit in all_units if unit.name in lane_of]
         if not units:
             return None, {}
         layouts = {unit.name: layout_of([away[name] for name in unit.parameters if name in away]) for unit in units}
@@ -268,8 +278,9 @@ def mark_streamed(model: nn.Module, plan: Plan) -> None:
         # A compiled graph would keep the slot's bytes of the pass in which it was made.
         generation_config.disable_compile = True
     config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
-        model.get_encoder()._hf_hook = _IoHook()
+    find_encoder: Any = getattr(model, "get_encoder", None)
+    if getattr(config, "is_encoder_decoder", False) and find_encoder is not None:
+        find_encoder()._hf_hook = _IoHook()
 
 
 def unmark_streamed(model: nn.Module) -> None:

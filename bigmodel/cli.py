@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import bigmodel
-from bigmodel.arguments import parse_device_map, parse_limits, read_prompt
+from bigmodel.arguments import check_sampling, parse_device_map, parse_limits, read_prompt
 from bigmodel.errors import BigModelError, DoesNotFitError, InvalidArgumentError
 from bigmodel.units import format_bytes
 
@@ -155,8 +155,7 @@ def run(
     """Load a model, stream the text that it generates, and tell what it took."""
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     with _told_in_a_sentence(with_traceback):
-        if not sample and (seed is not None or any(value is not None for value in sampling.values())):
-            raise InvalidArgumentError("--temperature, --top-p, --top-k and --seed mean something only with --sample.")
+        check_sampling(sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         text = read_prompt(prompt, prompt_file)
         limits = parse_limits(max_memory)
         where = parse_device_map(device_map)

@@ -15,7 +15,7 @@ from torch import nn
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.plan import Plan, Workload
 from bigmodel.errors import InvalidArgumentError
-from bigmodel.preparation import DeviceMap, Prepared, Progress
+from bigmodel.preparation import DeviceMap, Prepared, Progress, begin_early
 from bigmodel.progress import progress_bar
 
 __all__ = ["load_sharded", "make_plan"]
@@ -72,21 +72,22 @@ def load_sharded(
         DoesNotFitError: a limit is too small; with both numbers and what would do.
     """
     started_s = time.perf_counter()
-    prepared = Prepared.of(
-        path,
-        model=model,
-        dtype=dtype,
-        key_mapping=key_mapping,
-        strict=strict,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-        subfolder=subfolder,
-        variant=variant,
-        offload_folder=offload_folder,
-        no_split=no_split_module_classes,
-    )
     bars = nullcontext(progress) if callable(progress) else progress_bar(progress)
     with bars as report:
+        prepared = Prepared.of(
+            path,
+            model=model,
+            dtype=dtype,
+            key_mapping=key_mapping,
+            strict=strict,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            subfolder=subfolder,
+            variant=variant,
+            offload_folder=offload_folder,
+            no_split=no_split_module_classes,
+            begin=lambda checkpoint: begin_early(checkpoint, device_map, max_memory, report),
+        )
         loaded = prepared.load(
             device_map=device_map, max_memory=max_memory, workload=workload or Workload(), progress=report
         )

@@ -68,6 +68,6 @@ def pass_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, i
     shapes = [tuple(each.shape[:2]) for each in given if isinstance(each, torch.Tensor) and each.ndim >= 2]
     if not shapes:
         return None
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
     return max(shape[0] for shape in shapes), max(shape[1] for shape in shapes), int(past)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bigmodel.assembly import Assembly, layout_of, mark_streamed
-from bigmodel.checkpoint import Checkpoint, open_checkpoint
+from bigmodel.checkpoint import Checkpoint, open_checkpoint, refuse_prequantised
 from bigmodel.checkpoint.rewritten import default_cache_folder
 from bigmodel.device_map.cost import ModelCosts, measure
 from bigmodel.device_map.machine import Machine
@@ -25,14 +25,16 @@ from bigmodel.footprint import footprint_bytes
 from bigmodel.models import Skeleton, build_skeleton, example_inputs, load_generation_config
 from bigmodel.offload.arena import ALIGN_BYTES
 from bigmodel.offload.reader import stamp_files
-from bigmodel.offload.resident import NUM_READERS
+from bigmodel.offload.resident import NUM_READERS, ResidentLoad
 from bigmodel.pass_limit import PassLimit
 from bigmodel.units import format_bytes
 
-__all__ = ["DeviceMap", "Prepared", "Progress"]
+__all__ = ["DeviceMap", "Prepared", "Progress", "begin_early"]
 
 DeviceMap = str | Mapping[str, Any] | Plan
 Progress = Callable[[str, int, int], None]
+# Memory is plentiful where the weights would fit this often, and a workload beside them.
+_PLENTY, _PLENTY_BYTES = 2, 1 << 30
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -45,6 +47,8 @@ class Prepared:
     cache_folder: Path
     no_split: frozenset[str]
     trust_remote_code: bool = False
+    baseline_bytes: int = 0
+    early: ResidentLoad | None = None
 
     @classmethod
     def of(
@@ -61,25 +65,37 @@ class Prepared:
         variant: str | None = None,
         offload_folder: str | os.PathLike[str] | None = None,
         no_split: Collection[str] | None = None,
+        begin: Callable[[Checkpoint], ResidentLoad | None] = lambda checkpoint: None,
     ) -> Prepared:
+        """Opens the checkpoint and builds its module. `begin` may start to read as soon as the headers are checked."""
+        baseline_bytes = footprint_bytes()
         cache_folder = Path(offload_folder) if offload_folder is not None else default_cache_folder()
         checkpoint = open_checkpoint(
             path, revision=revision, subfolder=subfolder, variant=variant, cache_folder=offload_folder
         )
-        skeleton = build_skeleton(
-            checkpoint,
-            model=model,
-            dtype=dtype,
-            key_mapping=dict(key_mapping) if key_mapping else None,
-            strict=strict,
-            trust_remote_code=trust_remote_code,
-        )
+        refuse_prequantised(checkpoint)
+        early = begin(checkpoint)
+        try:
+            skeleton = build_skeleton(
+                checkpoint,
+                model=model,
+                dtype=dtype,
+                key_mapping=dict(key_mapping) if key_mapping else None,
+                strict=strict,
+                trust_remote_code=trust_remote_code,
+            )
+        except BaseException:
+            if early is not None:
+                early.close()
+            raise
         return cls(
             skeleton=skeleton,
             checkpoint=checkpoint,
             cache_folder=cache_folder,
             no_split=skeleton.no_split | frozenset(no_split or ()),
             trust_remote_code=trust_remote_code,
+            baseline_bytes=baseline_bytes,
+            early=early,
         )
 
     @classmethod
@@ -101,7 +117,9 @@ class Prepared:
         workload: Workload,
         machine: Machine | None = None,
     ) -> Plan:
-        return self._decide(device_map, max_memory, workload, machine).plan
+        machine = machine or Machine.probe(self.cache_folder)
+        limits = resolve_limits(max_memory, machine)
+        return self._decide(device_map, limits, workload, machine, footprint_bytes()).plan
 
     def load(
         self,
@@ -112,49 +130,60 @@ class Prepared:
         progress: Progress,
     ) -> nn.Module:
         assert self.checkpoint is not None
-        decision = self._decide(device_map, max_memory, workload, None)
-        plan = decision.plan
+        baseline_bytes = self.baseline_bytes
+        machine = Machine.probe(self.cache_folder)
+        limits = resolve_limits(max_memory, machine)
         assembly = Assembly(
             self.skeleton.model,
             self.skeleton.sources,
-            decision.units,
             stamps=stamp_files({spec.file for spec in self.checkpoint.tensors.values()}),
             content_key=self.checkpoint.content_key,
             cache_folder=self.cache_folder,
-            disk_limit_bytes=plan.limits["disk"],
+            disk_limit_bytes=limits["disk"],
         )
-        # A map of the file may be evicted: only where memory is plentiful is it as good as memory.
-        is_plentiful = not plan.slots and 2 * plan.estimate.peak_bytes["cpu"] <= plan.limits["cpu"]
-        load = assembly.begin_resident(assembly.resident_names(plan), may_map=is_plentiful, progress=progress)
+        load, is_whole_files = self.early, self.early is not None
+        self.early = None
         try:
-            check = decision.check_pass if plan.slots or _states_host_limit(max_memory) else None
-            assembly.carry_out(plan, load, check_pass=check)
+            decision = self._decide(device_map, limits, workload, machine, baseline_bytes, is_plentiful=is_whole_files)
+            stays = all(placement.home == "cpu" for placement in decision.plan.placements)
+            if load is not None and not (stays and load.can_give(list(self.skeleton.sources.values()))):
+                load.close()
+                load = None
+            if load is None:
+                is_whole_files = False
+                load = assembly.begin_resident(
+                    assembly.resident_names(decision.plan, decision.units), may_map=False, progress=progress
+                )
+            check = decision.check_pass if decision.plan.slots or _states_host_limit(max_memory) else None
+            assembly.carry_out(decision.plan, decision.units, load, is_whole_files=is_whole_files, check_pass=check)
         finally:
-            load.close()
+            if load is not None:
+                load.close()
         load_generation_config(self.skeleton.model, self.checkpoint, trust_remote_code=self.trust_remote_code)
-        mark_streamed(self.skeleton.model, plan)
+        mark_streamed(self.skeleton.model, decision.plan)
         return self.skeleton.model
 
     def _decide(
         self,
         device_map: DeviceMap,
-        max_memory: Mapping[int | str, int | str] | None,
+        limits: Mapping[str, int],
         workload: Workload,
-        machine: Machine | None,
+        machine: Machine,
+        baseline_bytes: int,
+        *,
+        is_plentiful: bool = False,
     ) -> _Decision:
         _refuse_unknown(device_map)
-        machine = machine or Machine.probe(self.cache_folder)
-        limits = resolve_limits(max_memory, machine)
         if device_map == "cuda":
             raise DeviceMapError(
                 "device_map='cuda' wants everything on an accelerator, and this version runs on the CPU. Use 'auto' or 'cpu'."
             )
-        costs = measure(self.skeleton.model, self._example_inputs, workload)
+        costs = measure(self.skeleton.model, self._example_inputs, workload, is_plentiful=is_plentiful)
         demand = Demand(
             kv_bytes=costs.kv_bytes(workload.batch_size, workload.total_tokens),
             activation_bytes=costs.workload_activation_bytes,
             buffer_bytes=sum(_own_bytes(buffer) for buffer in self.skeleton.model.buffers()),
-            baseline_bytes=footprint_bytes(),
+            baseline_bytes=baseline_bytes,
         )
         if isinstance(device_map, Plan):
             return self._follow(device_map, costs, demand, limits)
@@ -286,6 +315,23 @@ class _Decision:
     plan: Plan
     units: tuple[Unit, ...]
     check_pass: PassLimit
+
+
+def begin_early(
+    checkpoint: Checkpoint,
+    device_map: DeviceMap,
+    max_memory: Mapping[int | str, int | str] | None,
+    progress: Progress,
+) -> ResidentLoad | None:
+    """Begin to read the files while the model is built, where it is plain that everything will stay in memory."""
+    if not isinstance(device_map, str) or device_map == "cuda":
+        return None
+    _refuse_unknown(device_map)
+    limit = resolve_limits(max_memory, Machine.probe())["cpu"]
+    specs = checkpoint.tensors.values()
+    if _PLENTY * sum(spec.nbytes for spec in specs) + _PLENTY_BYTES > limit:
+        return None
+    return ResidentLoad.of_files(specs, stamps=stamp_files({spec.file for spec in specs}), progress=progress)
 
 
 def _states_host_limit(max_memory: Mapping[int | str, int | str] | None) -> bool:

@@ -10,7 +10,7 @@ __all__ = ["format_bytes", "parse_bytes"]
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
-_FACTORS = {"b": 1} | {
+_FACTORS: dict[str, int] = {"b": 1} | {
     f"{letter}{suffix}": base ** (power + 1)
     for power, letter in enumerate("kmgt")
     for suffix, base in (("b", 1000), ("ib", 1024))
@@ -54,7 +54,8 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
             f"{name} is {size!r}: the unit {unit!r} is unknown. Use KB, MB, GB, TB, KiB, MiB, GiB or TiB."
         )
     whole, _, fraction = number.partition(".")
-    return int(whole) * factor + int(fraction or 0) * factor // 10 ** len(fraction)
+    # Ten to a power that is not written down may be a float, for a type checker.
+    return int(whole) * factor + int(fraction or 0) * factor // int("1" + "0" * len(fraction))
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -154,6 +154,9 @@ def test_wrong_usage_ends_with_2(tiny_llama: Path, tmp_path: Path) -> None:
         (["run", tiny_llama, "--prompt", "a", "--max-memory", "cpu=3Gb"], "'GB'"),
         (["run", tiny_llama, "--prompt", "a", "--max-memory", "3GiB"], "TIER=SIZE"),
         (["run", tiny_llama, "--prompt", "a", "--temperature", "1"], "--sample"),
+        (["run", tiny_llama, "--prompt", "a", "--sample", "--temperature", "0"], "--temperature"),
+        (["run", tiny_llama, "--prompt", "a", "--sample", "--temperature", "nan"], "--temperature"),
+        (["run", tiny_llama, "--prompt", "a", "--sample", "--top-p", "1.5"], "--top-p"),
         (["run", tiny_llama, "--prompt", "a", "--device-map", "{"], "JSON"),
         (["run", tiny_llama, "--prompt", "a", "--device-map", "nowhere"], "nowhere"),
         (["run", tiny_llama, "--prompt", "a", "--dtype", "float17"], "float17"),
@@ -270,6 +273,17 @@ def test_the_real_model_answers_from_disk_within_its_budget(smollm2: Path) -> No
     assert parse_bytes(figures["limit"]) == 192 * MIB
     assert parse_bytes(figures["peak"]) <= 192 * MIB
     assert parse_bytes(figures["read"]) > 64 * MIB  # of 257: what a pass needs beside them leaves little room
+
+
+def test_the_peak_counts_weights_that_stay(smollm2: Path) -> None:
+    # As private memory or as a map of the files: both are weights that the budget pays for.
+    command = [*COMMAND, "run", str(smollm2), "--chat", "-p", "What is the capital of France?", "-m", "cpu=4GiB"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "The capital of France is Paris.\n"
+    figures = figures_of(done.stderr)
+    assert parse_bytes(figures["read"]) == 0
+    assert 256 * MIB <= parse_bytes(figures["peak"]) <= 512 * MIB
 
 
 # -------------------------------------------------------------------------------------------------------- smaller parts

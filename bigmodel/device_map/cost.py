@@ -84,16 +84,18 @@ class ModelCosts:
         return math.ceil(share * max(fitted, looking_back))
 
 
-def measure(model: nn.Module, make_inputs: MakeInputs, workload: Workload) -> ModelCosts:
+def measure(model: nn.Module, make_inputs: MakeInputs, workload: Workload, *, is_plentiful: bool = False) -> ModelCosts:
     """Try the workload's passes on tensors that hold nothing.
 
     Args:
         model: parameters on meta or real; it is not changed.
         make_inputs: (sequences, tokens) -> keyword arguments of forward, made in the mode that is set; or None.
         workload: the passes to try.
+        is_plentiful: try the first pass alone, where memory is not what decides: what lies beyond the workload is then
+            a cautious guess.
     """
     try:
-        return _tried(model, make_inputs, workload)
+        return _tried(model, make_inputs, workload, is_plentiful)
     except _NotTried as error:
         reason = str(error)
     except Exception as error:  # a model's forward may do anything that fake tensors cannot follow
@@ -105,24 +107,31 @@ class _NotTried(Exception):
     """Nothing is known that a forward could be called with."""
 
 
-def _tried(model: nn.Module, make_inputs: MakeInputs, workload: Workload) -> ModelCosts:
+def _tried(model: nn.Module, make_inputs: MakeInputs, workload: Workload, is_plentiful: bool) -> ModelCosts:
     with _few_blocks(model) as copies:
         try:
-            return _tried_as_it_is(model, make_inputs, workload, copies)
+            return _tried_as_it_is(model, make_inputs, workload, is_plentiful, copies)
         except Exception:
             if not copies:
                 raise
     # A model that counts its blocks, or asks for one by its number, is tried whole.
-    return _tried_as_it_is(model, make_inputs, workload, {})
+    return _tried_as_it_is(model, make_inputs, workload, is_plentiful, {})
 
 
 def _tried_as_it_is(
-    model: nn.Module, make_inputs: MakeInputs, workload: Workload, copies: Mapping[nn.Module, int]
+    model: nn.Module,
+    make_inputs: MakeInputs,
+    workload: Workload,
+    is_plentiful: bool,
+    copies: Mapping[nn.Module, int],
 ) -> ModelCosts:
     batch_size, prompt = workload.batch_size, workload.prompt_tokens
     half = max(1, prompt // 2)
-    half_pass = _try_pass(model, make_inputs, batch_size, half, copies)
     prefill = _try_pass(model, make_inputs, batch_size, prompt, copies)
+    # A pass of few tokens holds a fraction: with everything quadratic, a quarter.
+    half_pass = _Tried(prefill.peak_bytes // 4, prefill.kv_bytes * half // prompt, 0)
+    if not is_plentiful:
+        half_pass = _try_pass(model, make_inputs, batch_size, half, copies)
     prefill_bytes = prefill.peak_bytes
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         # As generate calls it: smaller logits, and at times a larger workspace.
@@ -132,7 +141,7 @@ def _tried_as_it_is(
         )
     fixed, per_token = _line(half, half_pass.kv_bytes / batch_size, prompt, prefill.kv_bytes / batch_size)
     decode_bytes = 0
-    if prefill.kv_bytes and workload.new_tokens:
+    if prefill.kv_bytes and workload.new_tokens and not is_plentiful:
         # One token at the end: the cache is filled by a pass of all tokens before it, which is not counted.
         past = workload.total_tokens - 1
         decode_bytes = _try_pass(model, make_inputs, batch_size, past, copies, then_decode=True).decode_bytes
@@ -192,7 +201,10 @@ def _try_pass(
             cache = getattr(output, "past_key_values", None)
             held = _reachable_storages(cache)
             peak_bytes = counter.peak_bytes - sum(held.values())
-            kv_bytes = sum(nbytes * copies.get(counter.maker(key), 1) for key, nbytes in held.items())
+            makers = {key: counter.maker(key) for key in held}
+            kv_bytes = sum(
+                nbytes * (1 if (maker := makers[key]) is None else copies.get(maker, 1)) for key, nbytes in held.items()
+            )
             decode_bytes = 0
             if then_decode and cache is not None:
                 del output
@@ -204,11 +216,11 @@ def _try_pass(
     return _Tried(max(0, peak_bytes), kv_bytes, max(0, decode_bytes))
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of storages that are alive among those that were made while it is on."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
         self.block: nn.Module | None = None
@@ -286,16 +298,23 @@ def _grouped_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def _few_blocks(model: nn.Module) -> Iterator[dict[nn.Module, int]]:
     """Of each run of alike blocks in a list, keep one while this is on; gives kept block -> how many it stands for."""
-    shortened: list[tuple[nn.ModuleList, dict[str, nn.Module | None]]] = []
+    shortened: list[tuple[nn.ModuleList, Any]] = []
     copies: dict[nn.Module, int] = {}
     inside: set[nn.Module] = set()
     for module in model.modules():
         if not isinstance(module, nn.ModuleList) or module in inside or len(module) < 3:
             continue
         inside.update(each for child in module for each in child.modules())
+        described = [_settings(child) for child in module]
+        # A block knows its own number; what equals it in every block says nothing about what the block costs.
+        numbers = {
+            key
+            for key in described[0]
+            if all(type(own.get(key)) is int and own[key] == number for number, own in enumerate(described))
+        }
         kinds: dict[object, list[nn.Module]] = {}
-        for number, child in enumerate(module):
-            kinds.setdefault(_kind(child, number), []).append(child)
+        for child, own in zip(module, described, strict=True):
+            kinds.setdefault(tuple((key, own[key]) for key in own if key not in numbers), []).append(child)
         if len(kinds) < len(module):
             shortened.append((module, module._modules))
             copies |= {alike[0]: len(alike) for alike in kinds.values()}
@@ -309,19 +328,18 @@ def _few_blocks(model: nn.Module) -> Iterator[dict[nn.Module, int]]:
             container._modules = children
 
 
-def _kind(block: nn.Module, number: int) -> object:
-    """Equal for blocks that cost the same: classes, parameters, and plain settings, but for the block's own number."""
-    kind: list[object] = []
+def _settings(block: nn.Module) -> dict[tuple[str, str], object]:
+    """What a block's cost may depend on: classes, parameters, and plain attributes, of all modules in it."""
+    found: dict[tuple[str, str], object] = {}
     for name, module in block.named_modules():
-        settings = [
-            (key, value)
-            for key, value in vars(module).items()
-            if isinstance(value, (int, float, str, bool, type(None))) and value != number
-        ]
-        shapes = [(key, tuple(p.shape), p.dtype) for key, p in module._parameters.items() if p is not None]
-        kind.append((name, type(module), tuple(settings), tuple(shapes)))
-    # A setting that equals the number in one block only would make it a kind of its own; that costs time, nothing else.
-    return tuple(kind)
+        found[name, ""] = type(module)
+        for key, value in vars(module).items():
+            if isinstance(value, (int, float, str, bool, type(None))):
+                found[name, key] = value
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                found[name, key] = (tuple(parameter.shape), parameter.dtype)
+    return found
 
 
 @contextlib.contextmanager

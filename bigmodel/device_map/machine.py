@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class Machine:
 
         Args:
             file: ``{"name", "accelerators": [{"name", "memory"}], "host": {"memory"}, "disk": {"free"}}``; sizes as strings
-                with a unit, or bytes.
+                with a unit, or bytes. An accelerator may state its ``"device"``, the host its ``"processors"``.
 
         Raises:
             InvalidArgumentError: it is not such a file.
@@ -92,7 +92,7 @@ class Machine:
             described = json.loads(Path(file).read_text())
             accelerators = tuple(
                 Accelerator(
-                    device=f"cuda:{index}",
+                    device=str(each.get("device", f"cuda:{index}")),
                     name=str(each.get("name", "accelerator")),
                     memory_bytes=parse_bytes(each["memory"], f"memory of accelerator {index}"),
                 )
@@ -104,6 +104,7 @@ class Machine:
                 num_processors=int(described["host"].get("processors", 1)),
                 disk_bytes=parse_bytes(described.get("disk", {}).get("free", 0), "disk.free"),
                 accelerators=accelerators,
+                num_sharing=int(described.get("processes", 1)),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InvalidArgumentError):
@@ -114,8 +115,17 @@ class Machine:
             ) from error
 
     def to_json(self) -> str:
-        """The same as text, for a report."""
-        return json.dumps(asdict(self), indent=1)
+        """The machine as a machine file; `load` reads it back equal, on any other machine."""
+        described = {
+            "name": self.name,
+            "accelerators": [
+                {"name": each.name, "device": each.device, "memory": each.memory_bytes} for each in self.accelerators
+            ],
+            "host": {"memory": self.host_bytes, "processors": self.num_processors},
+            "disk": {"free": self.disk_bytes},
+            "processes": self.num_sharing,
+        }
+        return json.dumps(described, indent=1)
 
     def unstated_limit_bytes(self, tier: str) -> int:
         """What may be used of a tier whose limit nobody stated: this process's share of what is free, less a reserve.

@@ -91,7 +91,7 @@ def resolve_map(
         DeviceMapError: names that are unknown, or parameters that nothing covers; all of them.
     """
     known = set(names)
-    unknown = sorted(key for key in device_map if key != "" and key not in known)
+    unknown = sorted((key for key in device_map if key != "" and key not in known), key=str)
     if unknown:
         raise DeviceMapError(
             f"{len(unknown)} names in device_map are not in the model: {_some(unknown)}. "

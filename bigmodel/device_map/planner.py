@@ -17,6 +17,7 @@ MAX_SLOTS = 3
 # Threads' stacks, the allocator's holes, caches of the interpreter and of oneDNN: what no formula below sees (measured on
 # tiny models, where it is all there is: 10-30 MiB).
 RESERVE_BYTES = 48 << 20
+_MOST_STEPS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,31 +176,72 @@ def _with_most_slots(
 
 
 def _spread(costs: Sequence[UnitCost], room: int, num_readers: int, max_slots: int) -> _Choice:
-    """As many bytes resident as fit, beginning with the smallest kinds of unit."""
+    """As many bytes resident as fit beside the slots, beginning with the smallest kinds of unit."""
+    most_resident: int | None = None
+    for num_slots in range(max_slots, 0, -1):
+        least = _least(costs, num_readers, num_slots)
+        if least.total_bytes <= room or num_slots == 1:
+            return _filled(least, costs, room, num_readers, num_slots, most_resident)
+        # With fewer slots no more stays than with more slots at the least room for them: more memory is never used to
+        # keep less. What is left over is less than a slot.
+        most_resident = _filled(least, costs, least.total_bytes, num_readers, num_slots, most_resident).resident_bytes
+    raise AssertionError("max_slots is at least 1")
+
+
+def _least(costs: Sequence[UnitCost], num_readers: int, num_slots: int) -> _Choice:
+    """As little in memory as can be with so many slots. Units that take no more than the slots would, stay."""
     movable = [cost for cost in costs if not cost.must_stay]
-    best = _with_most_slots(costs, movable, room, num_readers, max_slots)
-    if best.total_bytes > room:
-        return best
     by_name = {cost.unit.name: cost for cost in costs}
     staying: set[str] = set()
-    kinds = [[by_name[name] for name in group.units] for group in reversed(best.groups)]
-    kinds.append([cost for cost in movable if cost.can_gather])
+    for group in _groups([cost for cost in movable if not cost.can_gather], num_slots):
+        resident_bytes = sum(by_name[name].resident_bytes for name in group.units)
+        if resident_bytes <= group.num_slots * group.slot_bytes:
+            staying.update(group.units)
+    return _Choice.of(costs, [cost for cost in movable if cost.unit.name not in staying], num_slots, num_readers)
+
+
+def _filled(
+    least: _Choice,
+    costs: Sequence[UnitCost],
+    room: int,
+    num_readers: int,
+    num_slots: int,
+    most_resident: int | None,
+) -> _Choice:
+    """`least`, and what else fits: kind after kind, the next one only when all of the last one stays."""
+    by_name = {cost.unit.name: cost for cost in costs}
+    kinds = [[by_name[name] for name in group.units] for group in reversed(least.groups)]
+    kinds.append([cost for cost in costs if cost.can_gather and not cost.must_stay])
+    away, resident_bytes, total_bytes = set(least.away), least.resident_bytes, least.total_bytes
     for kind in kinds:
-        # From all of the kind down to one: the first that fits. Its slots go when nothing of it streams any more.
-        for num_staying in range(len(kind), 0, -1):
-            kept = staying | _spread_names(kind, num_staying)
-            away = [cost for cost in movable if cost.unit.name not in kept]
-            choice = _with_most_slots(costs, away, room, num_readers, max_slots)
-            if choice.total_bytes <= room and (num_staying == len(kind) or _same_slots(choice, best)):
-                best, staying = choice, kept
-                break
-    return best
+        chosen: set[str] = set()
+        chosen_resident, chosen_total = resident_bytes, total_bytes
+        slots_before = _slot_bytes(kind, num_slots)
+        for num_staying in _counts(len(kind)):
+            kept = _spread_names(kind, num_staying)
+            resident = resident_bytes + sum(cost.resident_bytes for cost in kind if cost.unit.name in kept)
+            streaming = [cost for cost in kind if cost.unit.name not in kept]
+            total = total_bytes + resident - resident_bytes + _slot_bytes(streaming, num_slots) - slots_before
+            is_allowed = most_resident is None or resident <= most_resident
+            if is_allowed and total <= room and resident >= chosen_resident:
+                chosen, chosen_resident, chosen_total = kept, resident, total
+        away -= chosen
+        resident_bytes, total_bytes = chosen_resident, chosen_total
+        if len(chosen) < len(kind):
+            break
+    return _Choice.of(costs, [cost for cost in costs if cost.unit.name in away], num_slots, num_readers)
 
 
-def _same_slots(choice: _Choice, before: _Choice) -> bool:
-    """Whether every group that still streams has the slots that it had, as far as its units need them."""
-    had = {name: group.num_slots for group in before.groups for name in group.units}
-    return all(group.num_slots >= min(len(group.units), had[group.units[0]]) for group in choice.groups)
+def _slot_bytes(streaming: Sequence[UnitCost], num_slots: int) -> int:
+    """Bytes of the slots of units of one kind; tables that are looked up have none."""
+    sizes = [cost.slot_bytes for cost in streaming if not cost.can_gather]
+    return min(len(sizes), num_slots) * max(sizes, default=0)
+
+
+def _counts(num_units: int) -> list[int]:
+    """How many of so many units might stay; not every number where there are very many, which would take seconds."""
+    steps = min(num_units, _MOST_STEPS)
+    return [step * num_units // steps for step in range(1, steps + 1)]
 
 
 def _spread_names(kind: Sequence[UnitCost], num_staying: int) -> set[str]:

@@ -238,7 +238,9 @@ class _Division:
         return tuple(
             Unit(
                 name=found[number][3],
-                parameters=tuple(tree.parameter_names[each] for each in sorted(found[number][1], key=position.__getitem__)),
+                parameters=tuple(
+                    tree.parameter_names[each] for each in sorted(found[number][1], key=position.__getitem__)
+                ),
                 sites=tuple(tree.names[site] for site in found[number][0]),
                 encloses=number in staying,
                 gathers=all(_gathers(site) for site in found[number][0]),

@@ -130,7 +130,7 @@ def _write(
                     if name in sources and name not in written:
                         raw = tensor.to(sources[name].dtype).reshape(-1).view(torch.uint8)
                         file.seek(starts[name])
-                        file.write(memoryview(raw.numpy()))
+                        file.write(raw.numpy().data)
                         written.add(name)
                 del outputs
             file.flush()

@@ -51,7 +51,7 @@ class DirectReads:
             ) from error
         try:
             FileStamp.check(fd, file, self._stamps)
-            memory, done = memoryview(flat.numpy()), 0
+            memory, done = flat.numpy().data, 0
             while done < len(memory):
                 count = os.preadv(fd, [memory[done:]], offset + done)
                 if count <= 0:

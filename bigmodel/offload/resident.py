@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from bigmodel.checkpoint.spec import Source
+from bigmodel.checkpoint.spec import Extent, Source, TensorSpec
 from bigmodel.offload import page_cache
 from bigmodel.offload.arena import Arena
 from bigmodel.offload.converted import run_conversion
@@ -26,6 +27,8 @@ NUM_READERS = 4
 # A file is used where it lies in the page cache if nearly all of it is there.
 _WARM_FRACTION = 0.999
 _POLL_S = 0.05
+# Files are kept as they were read if at least this part of them is used.
+_USED_FRACTION = 0.99
 
 
 class ResidentLoad:
@@ -73,6 +76,56 @@ class ResidentLoad:
         if self._layout.blocks:
             self._reader = Reader(num_threads=NUM_READERS, stamps=stamps, bounce_bytes=self._layout.staging_bytes)
             self._ticket = self._reader.submit("the resident weights", self._layout, self._arena)
+
+    @classmethod
+    def of_files(
+        cls,
+        specs: Iterable[TensorSpec],
+        *,
+        stamps: Mapping[str, FileStamp],
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> ResidentLoad:
+        """Begin to read whole files, before it is known which parameter is which: `give` tells them apart later."""
+        sources = [
+            Source(spec.name, spec.dtype, spec.shape, spec.dtype, (Extent(spec.file, spec.offset, spec.nbytes, 0),))
+            for spec in specs
+            if spec.nbytes
+        ]
+        return cls(sources, stamps=stamps, may_map=True, progress=progress)
+
+    def can_give(self, wanted: Sequence[Source]) -> bool:
+        """Whether these parameters stand in what is being read just as they are, and hardly anything else does."""
+        ranges = self._ranges()
+        if not all(source.nbytes == 0 or (source.is_view and _holder(ranges, source)) for source in wanted):
+            return False
+        used = sum({source.extents[0]: source.nbytes for source in wanted if source.nbytes}.values())
+        return used >= _USED_FRACTION * sum(source.nbytes for source in self._sources.values())
+
+    def give(self, wanted: Sequence[Source]) -> dict[str, torch.Tensor]:
+        """`finish`, under other names and shapes: parameter name -> CPU tensor, for sources that `can_give` agreed to."""
+        ranges = self._ranges()
+        tensors = self.finish()
+        given: dict[str, torch.Tensor] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for source in wanted:
+                if source.nbytes == 0:
+                    given[source.name] = torch.empty(source.shape, dtype=source.dtype)
+                    continue
+                holder = _holder(ranges, source)
+                assert holder is not None
+                at_byte = source.extents[0].offset - holder.extents[0].offset
+                flat = tensors[holder.name].reshape(-1).view(torch.uint8)[at_byte : at_byte + source.nbytes]
+                given[source.name] = flat.view(source.dtype).view(source.shape)
+        return given
+
+    def _ranges(self) -> dict[str, list[Source]]:
+        """File -> what is read from it, by place."""
+        ranges: dict[str, list[Source]] = {}
+        for source in self._sources.values():
+            ranges.setdefault(source.extents[0].file, []).append(source)
+        for sources in ranges.values():
+            sources.sort(key=lambda source: source.extents[0].offset)
+        return ranges
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Wait for the reads, convert what needs it, and return parameter name -> CPU tensor.
@@ -124,6 +177,18 @@ class ResidentLoad:
                     tensor.copy_(outputs[name].reshape(source.shape))
                 self._tensors[name] = tensor
                 at_byte += -(-source.nbytes // PACKED_ALIGN_BYTES) * PACKED_ALIGN_BYTES
+
+
+def _holder(ranges: Mapping[str, list[Source]], source: Source) -> Source | None:
+    """What is read that holds the parameter's range, if anything does."""
+    extent = source.extents[0]
+    sources = ranges.get(extent.file, [])
+    number = bisect.bisect_right(sources, extent.offset, key=lambda each: each.extents[0].offset) - 1
+    if number < 0:
+        return None
+    own = sources[number].extents[0]
+    is_inside = extent.offset + extent.nbytes <= own.offset + own.nbytes
+    return sources[number] if is_inside and (extent.offset - own.offset) % source.dtype.itemsize == 0 else None
 
 
 def tensor_at(arena: Arena, at_byte: int, source: Source) -> torch.Tensor:

@@ -1,0 +1,158 @@
+"""What users say about tiers: limits, maps in Accelerate's grammar, and units that a map divides."""
+
+import pytest
+import torch
+
+from bigmodel.device_map.machine import Accelerator, Machine
+from bigmodel.device_map.maps import divide_by_home, resolve_limits, resolve_map
+from bigmodel.device_map.unit import Unit
+from bigmodel.errors import DeviceMapError, InvalidArgumentError
+
+GIB = 1 << 30
+HOST = Machine(name="host", host_bytes=64 * GIB, num_processors=2, disk_bytes=500 * GIB)
+TWO = Machine(
+    name="two",
+    host_bytes=64 * GIB,
+    num_processors=2,
+    disk_bytes=500 * GIB,
+    accelerators=tuple(Accelerator(device=f"cuda:{n}", name="a", memory_bytes=24 * GIB) for n in range(2)),
+)
+
+
+def unit(name: str, *parameters: str) -> Unit:
+    return Unit(name, parameters, (name,), False, False)
+
+
+UNITS = (
+    unit("model.embed", "model.embed.weight"),
+    *(unit(f"model.layer.{n}", f"model.layer.{n}.q.weight", f"model.layer.{n}.norm.weight") for n in (0, 1, 10)),
+    unit("lm_head", "lm_head.weight"),
+)
+NAMES = [
+    "model", "model.embed", "model.layer", "lm_head", "model.rotary", "model.rotary.inv_freq",
+    *(name for each in UNITS for name in (each.name, *each.parameters, *(p.rpartition(".")[0] for p in each.parameters))),
+]  # fmt: skip
+
+
+def resolve(device_map, machine=HOST):
+    return resolve_map(device_map, UNITS, NAMES, machine)
+
+
+def test_the_longest_prefix_at_a_module_boundary_decides():
+    homes = resolve({"": "disk", "model.layer.1": "cpu", "model.layer.1.norm": "disk"})
+    assert homes["model.layer.1.q.weight"] == "cpu"
+    assert homes["model.layer.1.norm.weight"] == "disk"
+    assert homes["model.layer.10.q.weight"] == "disk"
+    assert homes["model.layer.0.q.weight"] == "disk"
+
+
+def test_names_may_be_parameters_and_modules_without_any():
+    homes = resolve({"model": "cpu", "lm_head.weight": "disk", "model.rotary": "cpu"})
+    assert {name for name, home in homes.items() if home == "disk"} == {"lm_head.weight"}
+
+
+def test_unknown_names_are_all_told():
+    with pytest.raises(DeviceMapError, match=r"2 names .*'model\.layers', 'transformer'"):
+        resolve({"": "cpu", "model.layers": "cpu", "transformer": "disk"})
+    with pytest.raises(DeviceMapError, match=r"2 names .*: 3, 'decoder'"):
+        resolve({"": "cpu", "decoder": "cpu", 3: "cpu"})
+
+
+def test_a_prefix_inside_a_name_is_unknown():
+    with pytest.raises(DeviceMapError, match=r"model\.lay"):
+        resolve({"": "cpu", "model.lay": "disk"})
+
+
+def test_uncovered_parameters_are_all_told():
+    with pytest.raises(DeviceMapError, match=r"2 parameters: 'model\.embed\.weight', 'lm_head\.weight'"):
+        resolve({"model.layer": "cpu"})
+
+
+@pytest.mark.parametrize("value", ["gpu", "meta", None, 1.5, True, "cuda:0", 0, torch.device("meta"), ["cpu"], -1])
+def test_values_that_are_no_tier_of_this_machine_are_named(value):
+    with pytest.raises(DeviceMapError, match=r"device_map\['lm_head'\]"):
+        resolve({"": "cpu", "lm_head": value})
+
+
+@pytest.mark.parametrize(
+    ("value", "home"),
+    [
+        ("cpu", "cpu"), (torch.device("cpu"), "cpu"), ("disk", "disk"), (1, "cuda:1"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1"),
+        (torch.device("cuda", 1), "cuda:1"), (torch.device("cuda"), "cuda:0"),
+    ],
+)  # fmt: skip
+def test_values(value, home):
+    assert set(resolve({"": value}, TWO).values()) == {home}
+
+
+def test_accelerators_that_are_not_there_are_named():
+    with pytest.raises(DeviceMapError, match="accelerator 2, and this machine has 2"):
+        resolve({"": 2}, TWO)
+    with pytest.raises(DeviceMapError, match="'cuda:7', and this machine has cuda:0, cuda:1"):
+        resolve({"": "cuda:7"}, TWO)
+
+
+def test_a_map_that_divides_a_unit_gives_one_for_each_tier():
+    units, homes = divide_by_home(UNITS, resolve({"": "disk", "model.layer.1.norm": "cpu"}))
+    parts = [each for each in units if each.sites == ("model.layer.1",)]
+    assert [each.parameters for each in parts] == [("model.layer.1.q.weight",), ("model.layer.1.norm.weight",)]
+    assert [homes[each.name] for each in parts] == ["disk", "cpu"]
+    assert len({each.name for each in units}) == len(units)
+    assert sorted(p for each in units for p in each.parameters) == sorted(p for each in UNITS for p in each.parameters)
+    whole, homes = divide_by_home(UNITS, resolve({"": "disk"}))
+    assert whole == UNITS
+    assert set(homes.values()) == {"disk"}
+
+
+def test_limits_that_nobody_states_leave_a_reserve():
+    assert resolve_limits(None, HOST) == {"cpu": 64 * GIB - int(3.2 * GIB), "disk": 475 * GIB}
+    small = Machine(name="small", host_bytes=4 * GIB, num_processors=1, disk_bytes=GIB // 2)
+    assert resolve_limits(None, small) == {"cpu": 3 * GIB, "disk": 0}
+    limits = resolve_limits(None, TWO)
+    assert set(limits) == {"cuda:0", "cuda:1", "cpu", "disk"}
+    assert limits["cuda:1"] == 24 * GIB - int(1.2 * GIB)
+
+
+def test_stated_limits_are_used_whole_and_the_dict_is_not_changed():
+    given = {"cpu": "200GiB"}
+    limits = resolve_limits(given, TWO)
+    assert limits["cpu"] == 200 * GIB
+    assert limits["disk"] == 475 * GIB
+    assert given == {"cpu": "200GiB"}
+    # An accelerator that a given dict leaves out is not used.
+    assert set(limits) == {"cpu", "disk"}
+    assert resolve_limits({1: GIB}, TWO)["cuda:1"] == GIB
+    assert "cuda:0" not in resolve_limits({1: GIB}, TWO)
+    assert resolve_limits({}, HOST) == resolve_limits(None, HOST)
+
+
+def test_processes_of_one_job_share_the_host():
+    shared = Machine(name="host", host_bytes=64 * GIB, num_processors=2, disk_bytes=500 * GIB, num_sharing=4)
+    assert resolve_limits(None, shared)["cpu"] <= 16 * GIB
+    assert resolve_limits({"cpu": "40GiB"}, shared)["cpu"] == 40 * GIB
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"gpu": 1},
+        {"ram": "1GiB"},
+        {0: "1GiB"},
+        {"cpu": "20Gb"},
+        {"cpu": 1.5},
+        {"cpu": -1},
+        {"cpu": float("nan")},
+        {"cpu": None},
+    ],
+)
+def test_limits_that_mean_nothing_are_named(limits):
+    (key,) = limits
+    with pytest.raises(InvalidArgumentError, match=repr(key)):
+        resolve_limits(limits, HOST)
+
+
+def test_a_limit_stated_twice_or_not_in_a_dict():
+    with pytest.raises(InvalidArgumentError, match="cuda:0 twice"):
+        resolve_limits({0: GIB, "cuda:0": GIB}, TWO)
+    with pytest.raises(InvalidArgumentError, match="Give a dict"):
+        resolve_limits("8GiB", HOST)
