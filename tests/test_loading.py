@@ -347,9 +347,14 @@ def test_a_file_that_changes_under_a_streamed_model_is_an_error_with_the_units_n
     logits(model, input_ids=IDS)
     for file in folder.glob("*.safetensors"):
         os.utime(file, ns=(1, 1))
-    with pytest.raises(ReadError, match="has changed since the model was loaded"):
+
+    def several_passes():
+        # The first units may have been read before the change.
         for _ in range(3):
             logits(model, input_ids=IDS)
+
+    with pytest.raises(ReadError, match="has changed since the model was loaded"):
+        several_passes()
 
 
 def test_users_hooks_see_the_weights(llama):

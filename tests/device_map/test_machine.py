@@ -1,4 +1,4 @@
-"""What a machine has: control groups of both versions, real ones too, machine files, and this machine itself."""
+"""What is free, within the limits of control groups."""
 
 import json
 import os
@@ -6,140 +6,126 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
-import torch
 
 from bigmodel.device_map.machine import Machine
+from bigmodel.device_map.maps import resolve_limits
 from bigmodel.errors import InvalidArgumentError
 
 GIB = 1 << 30
-MIB = 1 << 20
 
 
-def write(root: Path, files: dict[str, object]) -> Path:
+def tree(root, files):
     for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(f"{text}\n")
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     return root
 
 
-def test_this_machine_without_control_groups(tmp_path):
-    machine = Machine.probe(tmp_path, root=tmp_path / "empty")
-    assert 0 < machine.host_bytes <= psutil.virtual_memory().total
-    assert machine.num_processors == len(os.sched_getaffinity(0))
-    assert machine.disk_bytes <= psutil.disk_usage(str(tmp_path)).total
-    assert (len(machine.accelerators) > 0) == torch.accelerator.is_available()
-    # A folder that is not there yet lies on the file system of the nearest one that is.
-    assert Machine.probe(tmp_path / "not" / "yet").disk_bytes > 0
-
-
-def test_version_2_limits_of_the_group_and_of_those_above_it(tmp_path):
-    files = {
-        "proc/self/cgroup": "0::/user/job",
-        "sys/fs/cgroup/memory.stat": "",
-        "sys/fs/cgroup/user/memory.max": 600 * MIB,
-        "sys/fs/cgroup/user/memory.current": 500 * MIB,
-        "sys/fs/cgroup/user/memory.stat": f"anon {100 * MIB}\nactive_file {150 * MIB}\ninactive_file {100 * MIB}",
-        "sys/fs/cgroup/user/cpu.max": "max 100000",
-        "sys/fs/cgroup/user/job/memory.max": "max",
-        "sys/fs/cgroup/user/job/memory.current": 10 * MIB,
-        "sys/fs/cgroup/user/job/cpu.max": "100000 100000",
-    }
-    machine = Machine.probe(root=write(tmp_path, files))
-    # 600 - 500 + the 250 of page cache that the kernel can drop
-    assert machine.host_bytes == 350 * MIB
+def test_a_v2_group_and_those_above_it_limit_what_is_free(tmp_path):
+    root = tree(
+        tmp_path,
+        {
+            "proc/self/cgroup": "0::/a/b\n",
+            "sys/fs/cgroup/a/memory.max": str(2 * GIB),
+            "sys/fs/cgroup/a/memory.current": str(GIB),
+            "sys/fs/cgroup/a/memory.stat": f"anon 5\nactive_file {GIB // 4}\ninactive_file {GIB // 4}\n",
+            "sys/fs/cgroup/a/b/memory.max": "max\n",
+            "sys/fs/cgroup/a/b/memory.current": "7",
+            "sys/fs/cgroup/a/cpu.max": "150000 100000\n",
+            "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+        },
+    )
+    machine = Machine.probe(tmp_path, root=root)
+    # Page cache can be dropped: half a GiB of the one that is used.
+    assert machine.host_bytes == 2 * GIB - GIB // 2
     assert machine.num_processors == 1
 
 
-def test_version_1_limits_count_the_whole_tree(tmp_path):
-    memory = "sys/fs/cgroup/memory"
-    files = {
-        "proc/self/cgroup": "7:cpu,cpuacct:/job\n4:memory:/job/step\n0::/",
-        f"{memory}/memory.limit_in_bytes": 9223372036854771712,
-        f"{memory}/job/memory.limit_in_bytes": 400 * MIB,
-        f"{memory}/job/memory.usage_in_bytes": 390 * MIB,
-        f"{memory}/job/memory.stat": f"inactive_file 0\ntotal_inactive_file {40 * MIB}\ntotal_active_file {20 * MIB}",
-        f"{memory}/job/step/memory.limit_in_bytes": 300 * MIB,
-        f"{memory}/job/step/memory.usage_in_bytes": 100 * MIB,
-        "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": 50000,
-        "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": 100000,
-    }
-    machine = Machine.probe(root=write(tmp_path, files))
-    assert machine.host_bytes == 70 * MIB
-    assert machine.num_processors == 1  # half of one is still one
+def test_a_v1_group_limits_what_is_free(tmp_path):
+    root = tree(
+        tmp_path,
+        {
+            "proc/self/cgroup": "4:memory:/x\n1:cpu,cpuacct:/x\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+            "sys/fs/cgroup/memory/x/memory.limit_in_bytes": str(GIB),
+            "sys/fs/cgroup/memory/x/memory.usage_in_bytes": str(GIB // 2),
+            "sys/fs/cgroup/memory/x/memory.stat": "total_inactive_file 1024\ntotal_active_file 0\n",
+            "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "-1",
+        },
+    )
+    assert Machine.probe(tmp_path, root=root).host_bytes == GIB // 2 + 1024
 
 
-def test_a_group_whose_path_is_another_namespaces(tmp_path):
-    # In a container the path is the host's, and the mount shows the container's own group as its root.
-    files = {
-        "proc/self/cgroup": "0::/docker/0123456789",
-        "sys/fs/cgroup/memory.max": 64 * MIB,
-        "sys/fs/cgroup/memory.current": 16 * MIB,
-    }
-    assert Machine.probe(root=write(tmp_path, files)).host_bytes == 48 * MIB
+def test_a_group_of_another_namespace_is_looked_up_at_the_mount(tmp_path):
+    root = tree(
+        tmp_path,
+        {
+            "proc/self/cgroup": "0::/docker/abcdef\n",
+            "sys/fs/cgroup/memory.max": str(GIB),
+            "sys/fs/cgroup/memory.current": "0",
+        },
+    )
+    assert Machine.probe(tmp_path, root=root).host_bytes == GIB
 
 
-def test_a_full_group_leaves_nothing(tmp_path):
-    files = {
-        "proc/self/cgroup": "0::/",
-        "sys/fs/cgroup/memory.max": 64 * MIB,
-        "sys/fs/cgroup/memory.current": 65 * MIB,
-    }
-    assert Machine.probe(root=write(tmp_path, files)).host_bytes == 0
-
-
-PROBE = "from bigmodel.device_map.machine import Machine; print(Machine.probe().host_bytes)"
+def test_without_limits_it_is_what_the_system_says(tmp_path):
+    machine = Machine.probe(tmp_path, root=tmp_path)
+    assert GIB // 8 < machine.host_bytes < 1 << 50
+    assert 1 <= machine.num_processors <= (os.cpu_count() or 1)
+    assert machine.disk_bytes > 0
 
 
 @pytest.mark.root
-def test_a_real_memory_group():
-    """A process in a real group of 1 GiB sees about that, page cache of its own files not counted as used."""
-    base = Path("/sys/fs/cgroup/memory" if Path("/sys/fs/cgroup/memory").is_dir() else "/sys/fs/cgroup")
-    limit_file = "memory.limit_in_bytes" if (base / "memory.limit_in_bytes").exists() else "memory.max"
-    group = base / f"bigmodel-test-{os.getpid()}"
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists(),
+    reason="makes a memory control group (version 1)",
+)
+def test_a_real_group_limits_what_is_free():
+    group = Path("/sys/fs/cgroup/memory/bigmodel-test-machine")
+    group.mkdir()
     try:
-        group.mkdir()
-        (group / limit_file).write_text(str(GIB))
-    except OSError as error:
-        pytest.skip(f"no memory group can be made here: {error}")
-    try:
-        joined = f"open({str(group / 'cgroup.procs')!r}, 'w').write(str(__import__('os').getpid())); {PROBE}"
-        done = subprocess.run([sys.executable, "-c", joined], stdout=subprocess.PIPE, text=True, check=True)
+        (group / "memory.limit_in_bytes").write_text(str(GIB))
+        code = "from bigmodel.device_map.machine import Machine; print(Machine.probe().host_bytes)"
+        child = subprocess.run(
+            [sys.executable, "-c", f"open('{group}/cgroup.procs', 'w').write('0')\n{code}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert GIB // 4 < int(child.stdout) < GIB
     finally:
         group.rmdir()
-    assert GIB // 4 < int(done.stdout) <= GIB
 
 
-def test_a_machine_file(tmp_path):
+def test_unstated_limits_leave_a_reserve_and_are_shared(monkeypatch):
+    machine = Machine(name="m", host_bytes=100 * GIB, num_processors=1, disk_bytes=10 * GIB)
+    assert resolve_limits(None, machine) == {"cpu": 95 * GIB, "disk": 9 * GIB}
+    stated = {"cpu": "3GiB"}
+    assert resolve_limits(stated, machine) == {"cpu": 3 * GIB, "disk": 9 * GIB}
+    assert stated == {"cpu": "3GiB"}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert Machine.probe().num_sharing == 4
+    shared = Machine(name="m", host_bytes=100 * GIB, num_processors=1, disk_bytes=10 * GIB, num_sharing=5)
+    assert resolve_limits(None, shared)["cpu"] == 19 * GIB
+
+
+def test_a_machine_that_is_somewhere_else(tmp_path):
+    file = tmp_path / "m.json"
     described = {
-        "name": "box",
-        "accelerators": [{"name": "RTX 4090", "memory": "24GiB", "memory_bytes_per_s": 1.008e12}],
+        "name": "workstation",
+        "accelerators": [{"name": "card", "memory": "24GiB"}],
         "host": {"memory": "64GiB"},
-        "disk": {"free": 10**12},
+        "disk": {"free": "1TB"},
     }
-    file = tmp_path / "box.json"
     file.write_text(json.dumps(described))
     machine = Machine.load(file)
-    assert machine.host_bytes == 64 * GIB
-    assert machine.disk_bytes == 10**12
-    assert [(each.device, each.name, each.memory_bytes) for each in machine.accelerators] == [
-        ("cuda:0", "RTX 4090", 24 * GIB)
-    ]
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"host": {}}', '{"host": {"memory": "much"}}', '{"host": 3}'])
-def test_files_that_describe_no_machine(tmp_path, text):
-    file = tmp_path / "box.json"
-    file.write_text(text)
-    with pytest.raises(InvalidArgumentError):
-        Machine.load(file)
-    with pytest.raises(InvalidArgumentError, match="missing"):
-        Machine.load(tmp_path / "missing.json")
-
-
-def test_what_was_probed_can_be_loaded_elsewhere(tmp_path):
-    machine = Machine.probe(tmp_path)
-    file = tmp_path / "here.json"
-    file.write_text(machine.to_json())
-    assert Machine.load(file) == machine
+    assert machine.accelerators[0].memory_bytes == 24 * GIB
+    assert machine.accelerators[0].device == "cuda:0"
+    assert (machine.host_bytes, machine.disk_bytes) == (64 * GIB, 10**12)
+    assert resolve_limits({0: "8GiB"}, machine)["cuda:0"] == 8 * GIB
+    for text in ("[]", "{", '{"host": {"memory": "12 x"}}', "{}"):
+        file.write_text(text)
+        with pytest.raises(InvalidArgumentError):
+            Machine.load(file)

@@ -1,0 +1,76 @@
+"""The stated peak holds, measured on the real model: loading and running, in a control group that would end the process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GROUPS = Path("/sys/fs/cgroup/memory")
+CHILD = """
+import json, sys
+from pathlib import Path
+group, path, limit, prompt, new = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+if group:
+    Path(group, "cgroup.procs").write_text("0")
+import torch, transformers, bigmodel, bigmodel.loading
+import torch._subclasses.fake_tensor
+from transformers import LlamaForCausalLM
+from bigmodel.footprint import PeakFootprint, footprint_bytes
+
+workload = bigmodel.Workload(prompt_tokens=prompt, new_tokens=new)
+options = {"max_memory": {"cpu": limit}, "workload": workload}
+plan = bigmodel.make_plan(path, **options)
+baseline = footprint_bytes()
+peak = plan.estimate.peak_bytes["cpu"]
+if group:
+    Path(group, "memory.limit_in_bytes").write_text(str(baseline + peak + (64 << 20)))
+ids = torch.arange(100, 100 + prompt).view(1, prompt)
+with PeakFootprint() as measured:
+    model = bigmodel.load_sharded(path, progress=False, **options)
+    tokens = model.generate(input_ids=ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+stats = bigmodel.stats_of(model)
+print(json.dumps({
+    "planned": peak, "measured": measured.peak_bytes - baseline, "limit": plan.limits["cpu"],
+    "tokens": tokens.tolist(), "read": stats.read_bytes, "resident": plan.resident_bytes,
+}))
+"""
+
+
+def run(path, limit, prompt=64, new=16, group=""):
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(group), str(path), limit, str(prompt), str(new)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stderr[-2000:]}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("limit", "prompt"), [("200MiB", 64), ("260MiB", 64), ("300MiB", 400)])
+def test_a_streamed_run_stays_within_the_stated_peak(smollm2, limit, prompt):
+    result = run(smollm2, limit, prompt)
+    assert result["read"] > 0
+    assert result["measured"] <= result["planned"] <= result["limit"]
+
+
+@pytest.mark.root
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not (GROUPS / "memory.limit_in_bytes").exists(),
+    reason="makes a memory control group (version 1)",
+)
+def test_it_survives_in_a_control_group_of_baseline_and_peak_and_a_little(smollm2):
+    group = GROUPS / f"bigmodel-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        confined = run(smollm2, "200MiB", group=group)
+    finally:
+        group.rmdir()
+    free = run(smollm2, "1GiB")
+    assert free["read"] == 0
+    assert confined["read"] > 0
+    assert confined["tokens"] == free["tokens"]
