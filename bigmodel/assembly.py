@@ -15,7 +15,7 @@ from torch import nn
 from bigmodel.checkpoint.spec import Source
 from bigmodel.device_map.plan import Plan
 from bigmodel.device_map.unit import Unit
-from bigmodel.errors import InvalidArgumentError
+from bigmodel.errors import InvalidArgumentError, ReadError
 from bigmodel.hooks.attach import Attachment, PassCheck
 from bigmodel.hooks.slots import Binding, DataBinding, EntryBinding
 from bigmodel.hooks.stats import StreamStats
@@ -58,6 +58,8 @@ class Assembled:
     sizes: StreamStats
 
 
+# What the user had set of what `mark_streamed` sets.
+_COMPILE_BEFORE: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 _ASSEMBLED: weakref.WeakKeyDictionary[nn.Module, Assembled] = weakref.WeakKeyDictionary()
 
 
@@ -192,10 +194,12 @@ class Assembly:
         for name, source in away.items():
             if source.is_view:
                 file = source.extents[0].file
+                if FileStamp.of(file) != self._stamps.get(file, FileStamp.of(file)):
+                    raise ReadError(f"{file} has changed since its header was read. Load it again.")
                 view = maps.setdefault(file, FileMap(file)).view(source)
                 parameter = nn.Parameter(view, requires_grad=False)
                 self._replace(name, parameter)
-                bindings[name] = DataBinding(name, parameter, view)
+                bindings[name] = DataBinding(name, parameter, view, is_mapped=True)
             else:
                 resting = resting_parameter(
                     source, self._direct.parameter, name, torch.device("cpu"), spill=self._spill
@@ -276,6 +280,7 @@ def mark_streamed(model: nn.Module, plan: Plan) -> None:
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         # A compiled graph would keep the slot's bytes of the pass in which it was made.
+        _COMPILE_BEFORE[model] = generation_config.disable_compile
         generation_config.disable_compile = True
     config = getattr(model, "config", None)
     find_encoder: Any = getattr(model, "get_encoder", None)
@@ -286,6 +291,8 @@ def mark_streamed(model: nn.Module, plan: Plan) -> None:
 def unmark_streamed(model: nn.Module) -> None:
     """Take back what `mark_streamed` set."""
     model.__dict__.pop("hf_device_map", None)
+    if model in _COMPILE_BEFORE:
+        model.generation_config.disable_compile = _COMPILE_BEFORE.pop(model)  # type: ignore[union-attr]
     for module in model.modules():
         if isinstance(module.__dict__.get("_hf_hook"), _IoHook):
             del module._hf_hook

@@ -73,7 +73,8 @@ def load_sharded(
     """
     started_s = time.perf_counter()
     bars = nullcontext(progress) if callable(progress) else progress_bar(progress)
-    with bars as report:
+    # The caller may be inside inference_mode, or a device context: weights are made for every use.
+    with torch.inference_mode(False), torch.device("cpu"), bars as report:
         prepared = Prepared.of(
             path,
             model=model,
@@ -86,10 +87,10 @@ def load_sharded(
             variant=variant,
             offload_folder=offload_folder,
             no_split=no_split_module_classes,
-            begin=lambda checkpoint: begin_early(checkpoint, device_map, max_memory, report),
+            begin=lambda checkpoint, stamps: begin_early(checkpoint, stamps, device_map, max_memory, report),
         )
         loaded = prepared.load(
-            device_map=device_map, max_memory=max_memory, workload=workload or Workload(), progress=report
+            device_map=device_map, max_memory=max_memory, workload=workload or _workload_of(device_map), progress=report
         )
     logger.info("%s loaded in %.2f s", path, time.perf_counter() - started_s)
     return loaded
@@ -128,4 +129,10 @@ def make_plan(
         prepared = Prepared.of_module(path_or_model, no_split)
     else:
         prepared = Prepared.of(path_or_model, no_split=no_split, **load_options)
-    return prepared.plan(machine=machine, device_map=device_map, max_memory=max_memory, workload=workload or Workload())
+    workload = workload or _workload_of(device_map)
+    return prepared.plan(machine=machine, device_map=device_map, max_memory=max_memory, workload=workload)
+
+
+def _workload_of(device_map: DeviceMap) -> Workload:
+    """A plan brings the workload that it was made for."""
+    return device_map.workload if isinstance(device_map, Plan) else Workload()

@@ -29,7 +29,13 @@ from bigmodel.skeleton import Skeleton, change_tensors, match_names, refuse_mism
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["Skeleton", "build_skeleton", "example_inputs", "load_generation_config"]
+__all__ = ["Skeleton", "build_skeleton", "example_inputs", "import_libraries", "load_generation_config"]
+
+
+def import_libraries() -> None:
+    """Import what every load uses, so that memory measured afterwards is the load's own."""
+    import transformers  # noqa: F401
+    from torch._subclasses import fake_tensor  # noqa: F401
 
 
 def build_skeleton(

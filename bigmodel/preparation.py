@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +16,34 @@ from torch import nn
 from bigmodel.assembly import Assembly, layout_of, mark_streamed
 from bigmodel.checkpoint import Checkpoint, open_checkpoint, refuse_prequantised
 from bigmodel.checkpoint.rewritten import default_cache_folder
+from bigmodel.checkpoint.spec import Source
 from bigmodel.device_map.cost import ModelCosts, measure
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.maps import divide_by_home, resolve_limits, resolve_map
 from bigmodel.device_map.plan import Plan, Workload
 from bigmodel.device_map.planner import Demand, UnitCost, decide, refuse_accelerators
 from bigmodel.device_map.unit import Unit, find_units
-from bigmodel.errors import DeviceMapError, DoesNotFitError
+from bigmodel.errors import CheckpointError, DeviceMapError, DoesNotFitError
 from bigmodel.footprint import footprint_bytes
-from bigmodel.models import Skeleton, build_skeleton, example_inputs, load_generation_config
+from bigmodel.models import Skeleton, build_skeleton, example_inputs, import_libraries, load_generation_config
 from bigmodel.offload.arena import ALIGN_BYTES
-from bigmodel.offload.reader import stamp_files
+from bigmodel.offload.reader import FileStamp, stamp_files
 from bigmodel.offload.resident import NUM_READERS, ResidentLoad
 from bigmodel.pass_limit import PassLimit
-from bigmodel.units import format_bytes
 
 __all__ = ["DeviceMap", "Prepared", "Progress", "begin_early"]
+
+logger = logging.getLogger("bigmodel.loading")
 
 DeviceMap = str | Mapping[str, Any] | Plan
 Progress = Callable[[str, int, int], None]
 # Memory is plentiful where the weights would fit this often, and a workload beside them.
 _PLENTY, _PLENTY_BYTES = 2, 1 << 30
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+_GUESSED = "activations and KV cache are estimates, because no pass could be tried ({reason})"
+Begin = Callable[[Checkpoint, Mapping[str, FileStamp]], ResidentLoad | None]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -48,6 +56,7 @@ class Prepared:
     no_split: frozenset[str]
     trust_remote_code: bool = False
     baseline_bytes: int = 0
+    stamps: Mapping[str, FileStamp] = field(default_factory=dict)
     early: ResidentLoad | None = None
 
     @classmethod
@@ -65,16 +74,18 @@ class Prepared:
         variant: str | None = None,
         offload_folder: str | os.PathLike[str] | None = None,
         no_split: Collection[str] | None = None,
-        begin: Callable[[Checkpoint], ResidentLoad | None] = lambda checkpoint: None,
+        begin: Begin = lambda checkpoint, stamps: None,
     ) -> Prepared:
         """Opens the checkpoint and builds its module. `begin` may start to read as soon as the headers are checked."""
+        import_libraries()
         baseline_bytes = footprint_bytes()
         cache_folder = Path(offload_folder) if offload_folder is not None else default_cache_folder()
         checkpoint = open_checkpoint(
             path, revision=revision, subfolder=subfolder, variant=variant, cache_folder=offload_folder
         )
         refuse_prequantised(checkpoint)
-        early = begin(checkpoint)
+        stamps = _stamps(checkpoint)
+        early = begin(checkpoint, stamps)
         try:
             skeleton = build_skeleton(
                 checkpoint,
@@ -95,6 +106,7 @@ class Prepared:
             no_split=skeleton.no_split | frozenset(no_split or ()),
             trust_remote_code=trust_remote_code,
             baseline_bytes=baseline_bytes,
+            stamps=stamps,
             early=early,
         )
 
@@ -119,7 +131,7 @@ class Prepared:
     ) -> Plan:
         machine = machine or Machine.probe(self.cache_folder)
         limits = resolve_limits(max_memory, machine)
-        return self._decide(device_map, limits, workload, machine, footprint_bytes()).plan
+        return self._decide(device_map, limits, workload, machine).plan
 
     def load(
         self,
@@ -130,21 +142,22 @@ class Prepared:
         progress: Progress,
     ) -> nn.Module:
         assert self.checkpoint is not None
-        baseline_bytes = self.baseline_bytes
-        machine = Machine.probe(self.cache_folder)
-        limits = resolve_limits(max_memory, machine)
-        assembly = Assembly(
-            self.skeleton.model,
-            self.skeleton.sources,
-            stamps=stamp_files({spec.file for spec in self.checkpoint.tensors.values()}),
-            content_key=self.checkpoint.content_key,
-            cache_folder=self.cache_folder,
-            disk_limit_bytes=limits["disk"],
-        )
         load, is_whole_files = self.early, self.early is not None
         self.early = None
         try:
-            decision = self._decide(device_map, limits, workload, machine, baseline_bytes, is_plentiful=is_whole_files)
+            machine = Machine.probe(self.cache_folder)
+            limits = resolve_limits(max_memory, machine)
+            assembly = Assembly(
+                self.skeleton.model,
+                self.skeleton.sources,
+                stamps=self.stamps,
+                content_key=f"{self.checkpoint.content_key} {json.dumps(self.checkpoint.config, sort_keys=True)}",
+                cache_folder=self.cache_folder,
+                disk_limit_bytes=limits["disk"],
+            )
+            decision = self._decide(device_map, limits, workload, machine, is_plentiful=is_whole_files)
+            # Before anything of the model runs: a file that cannot be read leaves nothing behind.
+            load_generation_config(self.skeleton.model, self.checkpoint, trust_remote_code=self.trust_remote_code)
             stays = all(placement.home == "cpu" for placement in decision.plan.placements)
             if load is not None and not (stays and load.can_give(list(self.skeleton.sources.values()))):
                 load.close()
@@ -159,7 +172,6 @@ class Prepared:
         finally:
             if load is not None:
                 load.close()
-        load_generation_config(self.skeleton.model, self.checkpoint, trust_remote_code=self.trust_remote_code)
         mark_streamed(self.skeleton.model, decision.plan)
         return self.skeleton.model
 
@@ -169,7 +181,6 @@ class Prepared:
         limits: Mapping[str, int],
         workload: Workload,
         machine: Machine,
-        baseline_bytes: int,
         *,
         is_plentiful: bool = False,
     ) -> _Decision:
@@ -183,10 +194,15 @@ class Prepared:
             kv_bytes=costs.kv_bytes(workload.batch_size, workload.total_tokens),
             activation_bytes=costs.workload_activation_bytes,
             buffer_bytes=sum(_own_bytes(buffer) for buffer in self.skeleton.model.buffers()),
-            baseline_bytes=baseline_bytes,
+            baseline_bytes=self.baseline_bytes,
         )
+        if machine.accelerators:
+            logger.warning(
+                "this version computes on the CPU; %s is not used",
+                ", ".join(each.device for each in machine.accelerators),
+            )
         if isinstance(device_map, Plan):
-            return self._follow(device_map, costs, demand, limits)
+            return self._follow(device_map, costs, demand, limits, workload)
         first_error: DoesNotFitError | None = None
         for units in self._divisions():
             homes = None
@@ -212,12 +228,16 @@ class Prepared:
                 if device_map == "cpu":
                     break
             else:
+                if not costs.is_measured:
+                    plan = replace(plan, notes=(*plan.notes, _GUESSED.format(reason=costs.reason)))
                 return _Decision(plan, units, PassLimit(costs, plan))
         assert first_error is not None
         raise first_error
 
-    def _follow(self, plan: Plan, costs: ModelCosts, demand: Demand, limits: Mapping[str, int]) -> _Decision:
-        """A plan that was made before: refused where it is another checkpoint's, or does not fit here."""
+    def _follow(
+        self, plan: Plan, costs: ModelCosts, demand: Demand, limits: Mapping[str, int], workload: Workload
+    ) -> _Decision:
+        """A plan that was made before: refused where it is another checkpoint's, or does not fit here and now."""
         fingerprint = self.checkpoint.fingerprint if self.checkpoint else ""
         if plan.fingerprint and plan.fingerprint != fingerprint:
             raise DeviceMapError(
@@ -230,7 +250,7 @@ class Prepared:
             by_parameter = {
                 name: parts.get(name) or homes_of.get(unit.name, "") for unit in whole for name in unit.parameters
             }
-            units = divide_by_home(whole, by_parameter)[0]
+            units, homes = divide_by_home(whole, by_parameter)
             if {unit.name for unit in units} == homes_of.keys():
                 break
         else:
@@ -238,16 +258,19 @@ class Prepared:
                 f"The plan names {len(homes_of)} units that this model is not divided into. Make it again with make_plan."
             )
         refuse_accelerators(homes_of)
-        peak = plan.estimate.peak_bytes["cpu"]
-        if peak > limits["cpu"]:
-            raise DoesNotFitError(
-                f"The plan needs {format_bytes(peak)} of host memory, and {format_bytes(limits['cpu'])} may be used here. "
-                "Make a plan for this machine, or raise max_memory['cpu'].",
-                tier="cpu",
-                needed_bytes=peak,
-                available_bytes=limits["cpu"],
-            )
-        return _Decision(plan, units, PassLimit(costs, plan))
+        names = {unit.name for unit in whole}
+        # Decided again with these homes: the plan's own figures may be of another dtype, workload or machine.
+        fresh = decide(
+            [self._cost_of(unit, names) for unit in units],
+            demand,
+            limits,
+            workload,
+            homes=homes,
+            num_readers=NUM_READERS,
+            max_slots=max((group.num_slots for group in plan.slots), default=1),
+            fingerprint=fingerprint,
+        )
+        return _Decision(fresh, units, PassLimit(costs, fresh))
 
     def _divisions(self) -> Iterator[tuple[Unit, ...]]:
         """The model's units; then finer and finer ones, as far as there are any."""
@@ -290,6 +313,7 @@ class Prepared:
             resident_bytes=layout.nbytes + converted_bytes,
             slot_bytes=layout.nbytes + converted_bytes + ALIGN_BYTES * bool(converted),
             staging_bytes=layout.staging_bytes,
+            conversion_bytes=max((_conversion_bytes(source) for source in converted), default=0),
             converted_bytes=converted_bytes,
             can_gather=unit.gathers
             and all(source.is_view for source in sources)
@@ -317,8 +341,22 @@ class _Decision:
     check_pass: PassLimit
 
 
+def _conversion_bytes(source: Source) -> int:
+    """What goes in, what comes out, and a copy of that, while a conversion runs."""
+    assert source.conversion is not None
+    return sum(spec.nbytes for spec in source.conversion.inputs) + 2 * len(source.conversion.outputs) * source.nbytes
+
+
+def _stamps(checkpoint: Checkpoint) -> dict[str, FileStamp]:
+    try:
+        return stamp_files({spec.file for spec in checkpoint.tensors.values()})
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} went away while the checkpoint was opened. Open it again.") from error
+
+
 def begin_early(
     checkpoint: Checkpoint,
+    stamps: Mapping[str, FileStamp],
     device_map: DeviceMap,
     max_memory: Mapping[int | str, int | str] | None,
     progress: Progress,
@@ -331,7 +369,7 @@ def begin_early(
     specs = checkpoint.tensors.values()
     if _PLENTY * sum(spec.nbytes for spec in specs) + _PLENTY_BYTES > limit:
         return None
-    return ResidentLoad.of_files(specs, stamps=stamp_files({spec.file for spec in specs}), progress=progress)
+    return ResidentLoad.of_files(specs, stamps=stamps, progress=progress)
 
 
 def _states_host_limit(max_memory: Mapping[int | str, int | str] | None) -> bool:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each loads the real model in a process of its own
+
 GROUPS = Path("/sys/fs/cgroup/memory")
 CHILD = """
 import json, sys

@@ -30,6 +30,7 @@ class UnitCost:
         resident_bytes: in host memory, alignment included.
         slot_bytes: of a slot that it can be fetched into.
         staging_bytes: of the buffer that one of its reads goes through, 0 if all go straight into place.
+        conversion_bytes: held for a moment while its weights are converted: what goes in, what comes out, and a copy.
         converted_bytes: written to the disk tier where it rests there, because its bytes do not stand in the files.
         can_gather: it may rest on disk without a slot: its rows are looked up in a map of the file.
         must_stay: it cannot stream: it encloses other units, or its weights are in no file.
@@ -41,6 +42,7 @@ class UnitCost:
     resident_bytes: int
     slot_bytes: int
     staging_bytes: int = 0
+    conversion_bytes: int = 0
     converted_bytes: int = 0
     can_gather: bool = False
     must_stay: bool = False
@@ -140,7 +142,8 @@ class _Choice:
             away=names,
             groups=_groups([cost for cost in away if not cost.can_gather], num_slots),
             resident_bytes=sum(cost.resident_bytes for cost in costs if cost.unit.name not in names),
-            staging_bytes=num_readers * max((cost.staging_bytes for cost in costs), default=0),
+            staging_bytes=num_readers * max((cost.staging_bytes for cost in costs), default=0)
+            + max((cost.conversion_bytes for cost in costs), default=0),
         )
 
 

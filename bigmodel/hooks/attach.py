@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import weakref
@@ -146,9 +147,9 @@ class _UnitHook:
         self._attachment._lock.acquire()
         try:
             self._streamer.enter(self._number)
-        except BaseException:
-            self._attachment._lock.release()
-            raise
+        finally:
+            if not self._streamer.is_entered(self._number):
+                self._attachment._lock.release()
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._attachment._lock.is_mine() or not self._streamer.is_entered(self._number):
@@ -173,7 +174,11 @@ class _UnitHook:
 
 
 class _PassLock:
-    """One pass at a time; re-entrant; taken over from a thread that died in the middle of one."""
+    """One pass at a time; re-entrant; taken over from a thread that died, or was interrupted, in the middle of one.
+
+    torch runs release hooks after exceptions, but not after Ctrl-C: a thread that holds the lock and is in no module's
+    call any more has lost its pass.
+    """
 
     def __init__(self) -> None:
         self._condition = threading.Condition(threading.Lock())
@@ -184,10 +189,10 @@ class _PassLock:
         me = threading.current_thread()
         with self._condition:
             while self._owner is not None and self._owner is not me:
-                if not self._owner.is_alive():
+                if not _is_calling(self._owner):
                     self.depth = 0
                     break
-                self._condition.wait(timeout=0.5)
+                self._condition.wait(timeout=0.2)
             self._owner = me
             self.depth += 1
 
@@ -206,6 +211,16 @@ class _PassLock:
 
     def __exit__(self, *exc: object) -> None:
         self.release()
+
+
+def _is_calling(thread: threading.Thread) -> bool:
+    """Whether a thread is inside a module's call."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _any_requires_grad(values: Any) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from bigmodel.hooks.streams import Event
 from bigmodel.offload.arena import Arena
+from bigmodel.offload.file_map import is_written
 from bigmodel.offload.reader import Ticket
 
 __all__ = ["Binding", "DataBinding", "EntryBinding", "Slot", "SlotState", "view_in", "views_of"]
@@ -50,10 +51,11 @@ class DataBinding:
     Ties, adapters and optimizers that hold the Parameter keep seeing it.
     """
 
-    __slots__ = ("_parameter", "_rest", "_rest_address", "_version", "name", "shape_dtype")
+    __slots__ = ("_is_mapped", "_parameter", "_rest", "_rest_address", "_version", "name", "shape_dtype")
 
-    def __init__(self, name: str, parameter: nn.Parameter, rest: torch.Tensor) -> None:
+    def __init__(self, name: str, parameter: nn.Parameter, rest: torch.Tensor, *, is_mapped: bool = False) -> None:
         self.name = name
+        self._is_mapped = is_mapped
         self.shape_dtype = (tuple(rest.shape), rest.dtype)
         self._parameter = parameter
         self._rest = rest
@@ -61,8 +63,14 @@ class DataBinding:
         self.release()
 
     def is_unchanged(self) -> bool:
-        """Whether the parameter still shows the bytes that it was put to rest with, as far as torch can tell."""
-        return self._parameter.data_ptr() == self._rest_address and self._parameter._version == self._version
+        """Whether the parameter still shows the bytes that it was put to rest with.
+
+        A write through `.data` counts for no version of torch's; in a map of a file it makes pages the process's own.
+        """
+        parameter = self._parameter
+        if parameter.data_ptr() != self._rest_address or parameter._version != self._version:
+            return False
+        return not (self._is_mapped and is_written(self._rest))
 
     def bind(self, view: torch.Tensor) -> None:
         """Show `view`, a tensor of the parameter's shape and dtype in a slot."""
@@ -94,8 +102,9 @@ class EntryBinding:
         self.name = name
         self.shape_dtype = (tuple(resting.shape), resting.dtype)
         self._resting = resting
-        self._nothing = torch.empty(0, dtype=resting.dtype)
-        self._plain = nn.Parameter(self._nothing, requires_grad=False)
+        with torch.inference_mode(False):
+            self._nothing = torch.empty(0, dtype=resting.dtype, device="cpu")
+            self._plain = nn.Parameter(self._nothing, requires_grad=False)
         # Weak: the modules hold the hooks, the hooks hold this, and a model that nobody holds must go at once.
         self._owners = [(weakref.ref(module), attribute) for module, attribute in owners]
         self.release()

@@ -85,10 +85,19 @@ class Streamer:
         Raises:
             ReadError: with the unit's name, when its weights could not be read. The unit is left at rest.
         """
+        if self._is_closed:
+            return
         unit = self._units[number]
         unit.depth += 1
         if unit.depth > 1:
             return
+        try:
+            self._enter(number, unit)
+        except BaseException:
+            unit.depth = 0
+            raise
+
+    def _enter(self, number: int, unit: StreamedUnit) -> None:
         self._schedule.entered(number)
         if unit.slot is None:
             self.num_misses += 1
@@ -151,6 +160,10 @@ class Streamer:
         for unit in self._units:
             unit.depth = 0
             self._release(unit)
+        for lane in self._lanes:
+            for slot in lane.slots:
+                if slot.state is SlotState.FILLING and slot.unit is None:
+                    self._recover(slot)
 
     def close(self) -> None:
         """Stop reading and put every unit to rest. The slots' memory goes with this object."""
@@ -186,17 +199,16 @@ class Streamer:
                 self.stall_s += time.perf_counter() - started
             ticket.wait()
         except BaseException:
-            # Also on Ctrl-C while waiting: the slot goes on filling, and is taken back by `_evict` when it is claimed.
+            # Also on Ctrl-C while waiting: then the slot goes on filling, for the next pass.
             if ticket.error is not None:
                 self._empty(slot)
-            unit.depth = 0
             raise
         slot.ticket = None
 
     def _check_unchanged(self, unit: StreamedUnit, slot: Slot) -> None:
         changed = [binding.name for binding in unit.bindings if not binding.is_unchanged()]
         if changed:
-            slot.state, unit.depth = SlotState.READY, 0
+            slot.state = SlotState.READY
             raise StreamingError(
                 f"{', '.join(changed)} changed while resting on disk, and streaming would lose the change. "
                 "Call bigmodel.materialize(model) before changing weights, or load the changed checkpoint."
@@ -207,7 +219,7 @@ class Streamer:
         distance = self._distances()
         slot = self._free_slot(lane, distance, later_than=-1)
         if slot is None:
-            filling = [slot for slot in self._lanes[lane].slots if slot.state is SlotState.FILLING]
+            filling = [slot for slot in self._lanes[lane].slots if slot.state is SlotState.FILLING and slot.ticket]
             if not filling:
                 return
             slot = max(
@@ -243,15 +255,32 @@ class Streamer:
             slot.freed.synchronize()
             slot.freed = None
         unit = self._units[number]
+        # In this order an interrupt leaves a slot that nobody takes for empty, or for filled: `reset` recovers it.
+        slot.state = SlotState.FILLING
         slot.ticket = self._store.fetch(unit.name, slot.arena, is_urgent=is_urgent)
-        slot.state, slot.unit, unit.slot = SlotState.FILLING, number, slot
+        slot.unit, unit.slot = number, slot
         self.num_reads += 1
         self.read_bytes += self._store.read_bytes(unit.name)
 
     def _cancel(self, slot: Slot) -> None:
         assert slot.ticket is not None
+        if slot.unit is not None:
+            self._units[slot.unit].slot, slot.unit = None, None
         slot.ticket.cancel()
         slot.ticket.done.wait()
+
+    def _recover(self, slot: Slot) -> None:
+        """Take back a slot whose filling was interrupted before it was noted for whom it is."""
+        if slot.ticket is not None:
+            slot.ticket.cancel()
+            slot.ticket.done.wait()
+        else:
+            # A reader may still write into its memory: that goes when the reader is done, and the slot gets another.
+            slot.arena = Arena(slot.arena.nbytes)
+            for number in slot.views:
+                unit = self._units[number]
+                slot.views[number] = views_of(unit.bindings, unit.places, slot.arena)
+        self._empty(slot)
 
     def _empty(self, slot: Slot) -> None:
         if slot.unit is not None:

@@ -7,6 +7,7 @@ checkpoint's, or a changed one's, is never used. It is written under a temporary
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -63,10 +64,11 @@ def cached_conversions(
         for name, s in by_name.items()
         if s.conversion
     ]
-    key = hashlib.sha256(json.dumps([content_key, torch.__version__, sorted(described)]).encode()).hexdigest()[:32]
+    libraries = [torch.__version__, importlib.metadata.version("transformers")]
+    key = hashlib.sha256(json.dumps([content_key, libraries, sorted(described)]).encode()).hexdigest()[:32]
     path = folder / f"converted-{key}.safetensors"
     header, starts, size = _header(sources)
-    if not (path.is_file() and path.stat().st_size == size):
+    if not _is_whole(path, header, size):
         _refuse_too_large(folder, size, limit_bytes)
         _write(path, header, starts, by_name, read)
         logger.info("wrote %s of converted weights to %s", format_bytes(size), path)
@@ -94,6 +96,13 @@ def _header(sources: Sequence[Source]) -> tuple[bytes, dict[str, int], int]:
     data = 8 + len(text)
     starts = {name: data + entry["data_offsets"][0] for name, entry in entries.items()}  # type: ignore[index]
     return len(text).to_bytes(8, "little") + text, starts, data + at
+
+
+def _is_whole(path: Path, header: bytes, size: int) -> bool:
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
 
 
 def _refuse_too_large(folder: Path, size: int, limit_bytes: int) -> None:

@@ -9,12 +9,13 @@ import sys
 import threading
 import weakref
 
+import numpy as np
 import torch
 
 from bigmodel.checkpoint.spec import Source
 from bigmodel.errors import MalformedFileError, ReadError
 
-__all__ = ["FileMap", "mapped_files"]
+__all__ = ["FileMap", "is_written", "mapped_files"]
 
 # Python's mmap names it from 3.13 on. Without it a private map of a file larger than RAM may be refused; the number is
 # the same on the architectures named here.
@@ -100,6 +101,24 @@ class FileMap:
         except OSError:
             return len(mapped)  # removed or renamed: the map keeps the file itself
         return min(len(mapped), stat.st_size) if (stat.st_dev, stat.st_ino) == self._identity else len(mapped)
+
+
+def is_written(view: torch.Tensor) -> bool:
+    """Whether somebody wrote through a view: its pages are then this process's own, and no longer the file's.
+
+    False where the system does not say.
+
+    Source: the pagemap file, in the kernel's admin-guide (bit 61: a page of a file; bits 62 and 63: swapped, present).
+    """
+    first = view.data_ptr() // mmap.PAGESIZE
+    num_pages = -(-(view.data_ptr() + view.nbytes) // mmap.PAGESIZE) - first
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            entries = np.frombuffer(os.pread(file.fileno(), 8 * num_pages, 8 * first), dtype=np.uint64)
+    except OSError:
+        return False
+    kind = entries >> np.uint64(61)
+    return bool(((kind & np.uint64(1)) == 0)[kind >= 2].any())
 
 
 def mapped_files() -> frozenset[str]:

@@ -173,7 +173,9 @@ class Reader:
             # Held by no local name while the thread sleeps: a slab whose model is gone must be freed.
             del item
             try:
-                if not ticket.is_cancelled and ticket.error is None:
+                if ticket.is_cancelled and ticket.error is None:
+                    ticket.error = ReadError(f"The read of {ticket.name} was given up for another unit.")
+                if ticket.error is None:
                     if not block.is_aligned and bounce is None:
                         bounce = Arena(self._bounce_bytes)
                     self._read(block, memory, tensor, bounce)
@@ -223,9 +225,6 @@ def _read_fully(fd: int, memory: memoryview, offset: int, needed: int, file: str
                 f"{file} ends at byte {offset + done}, and {needed - done} more bytes are needed. The file was cut: load again."
             )
         done += count
-        if done < needed and done % ALIGN_BYTES and done % 512:
-            # A direct read that stopped in the middle of a block has met the end of the file.
-            raise ReadError(f"{file} ends at byte {offset + done}, and {needed - done} more bytes are needed.")
 
 
 def _read_indirect(fd: int, block: Block, tensor: torch.Tensor, bounce: Arena, *, is_direct: bool) -> None:

@@ -164,7 +164,9 @@ class RestingTensor(torch.Tensor):
         resting: dict[int, RestingTensor] = {}
         _pytree.tree_map_only(RestingTensor, lambda t: resting.setdefault(id(t), t), (args, kwargs))
         _refuse_writes(func, args, kwargs)
-        if func.is_view and len(resting) == 1 and args and isinstance(args[0], RestingTensor):
+        # Under inference_mode operators such as `to` come here whole: they may view, copy or cast, and are run on values.
+        is_view = func.is_view and not func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+        if is_view and len(resting) == 1 and args and isinstance(args[0], RestingTensor):
             derived = _view(args[0], func, args[1:], kwargs)
             if derived is not None:
                 return derived
@@ -288,8 +290,12 @@ def _geometry(tensor: RestingTensor) -> torch.Tensor:
 
 def _view(tensor: RestingTensor, func: Any, rest: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The result of a view operator, unread; None where strides alone cannot say what it is."""
-    results = func(_geometry(tensor), *rest, **kwargs)
+    geometry = _geometry(tensor)
+    results = func(geometry, *rest, **kwargs)
     many = isinstance(results, (list, tuple))
+    storage = geometry.untyped_storage()._cdata
+    if any(result.untyped_storage()._cdata != storage for result in (results if many else [results])):
+        return None
     if any(result.is_conj() or result.is_neg() for result in (results if many else [results])):
         return None
     if not many:

@@ -70,12 +70,29 @@ def test_an_interrupt_that_no_hook_sees_leaves_the_model_usable():
             model(X)
     handle.remove()
     other.remove()
-    assert torch.equal(model(X), reference(X))
     done = []
     thread = threading.Thread(target=lambda: done.append(model(X)))
     thread.start()
     thread.join(10)
     assert torch.equal(done[0], reference(X))
+    assert torch.equal(model(X), reference(X))
+
+
+def test_a_read_that_was_given_up_is_never_taken_for_done():
+    model, reference, attachment, store = streamed_stack(num_slots=2, delay_s=0.02)
+    streamer = attachment._streamer
+    model(X)
+    # As an interrupt in the middle of a claim leaves a slot: filling, for nobody; once noted, once not.
+    for forget_ticket in (False, True):
+        slot = streamer._lanes[0].slots[0]
+        if slot.unit is not None:
+            streamer._units[slot.unit].slot = None
+        slot.ticket = store.fetch("blocks.3", slot.arena, is_urgent=False)
+        slot.state, slot.unit = type(slot.state).FILLING, None
+        if forget_ticket:
+            slot.ticket = None
+        for _ in range(2):
+            assert torch.equal(model(X), reference(X))
 
 
 def test_a_failed_read_surfaces_with_the_units_name_and_can_be_tried_again():
