@@ -1,4 +1,4 @@
-"""bigmodel: load, run and fine-tune models larger than one GPU, or than RAM.
+"""bigmodel: load and run models larger than memory, exactly and within a budget.
 
     import bigmodel
 
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from bigmodel.device_map.machine import Machine
     from bigmodel.device_map.plan import Estimate, Placement, Plan, Workload
     from bigmodel.hooks.stats import StreamStats
-    from bigmodel.lifecycle import materialize, plan_of, stats_of, unload
     from bigmodel.loading import load_sharded, make_plan
-    from bigmodel.saving import save
+    from bigmodel.loading.lifecycle import materialize, plan_of, save, stats_of, unload
 
 __version__ = "0.1.0"
 
@@ -51,11 +50,11 @@ _HOMES = {
     "Workload": "bigmodel.device_map.plan",
     "load_sharded": "bigmodel.loading",
     "make_plan": "bigmodel.loading",
-    "materialize": "bigmodel.lifecycle",
-    "plan_of": "bigmodel.lifecycle",
-    "save": "bigmodel.saving",
-    "stats_of": "bigmodel.lifecycle",
-    "unload": "bigmodel.lifecycle",
+    "materialize": "bigmodel.loading.lifecycle",
+    "plan_of": "bigmodel.loading.lifecycle",
+    "save": "bigmodel.loading.lifecycle",
+    "stats_of": "bigmodel.loading.lifecycle",
+    "unload": "bigmodel.loading.lifecycle",
 }
 
 

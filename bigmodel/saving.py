@@ -20,6 +20,7 @@ from bigmodel.checkpoint.header import encode_header
 from bigmodel.errors import BigModelError, DoesNotFitError, InvalidArgumentError
 from bigmodel.offload.resting import files_in_use
 from bigmodel.offload.spill import trim_heap
+from bigmodel.progress import Report
 from bigmodel.units import format_bytes, parse_bytes
 
 __all__ = ["save"]
@@ -29,7 +30,6 @@ _TRIM_BYTES = 1 << 20  # after a tensor of this size memory goes back to the sys
 _SPARE_BYTES = 1 << 20  # of disk, for headers, index and configuration
 
 Revert = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-Progress = Callable[[str, int, int], None]
 
 
 def save(
@@ -38,7 +38,8 @@ def save(
     max_shard_size: int | str = "5GB",
     *,
     revert: Revert | None = None,
-    progress: Progress | None = None,
+    generation_config: Any = None,
+    progress: Report | None = None,
 ) -> list[Path]:
     """Write a model's weights and configuration to a folder, from which `from_pretrained` and `load_sharded` read it.
 
@@ -51,6 +52,7 @@ def save(
         max_shard_size: the most bytes of weights in one file, such as ``"5GB"``; a larger tensor has a file to itself.
         revert: from the model's state dict to the one whose names and layout the architecture's checkpoints have; it is
             given a few tensors at a time. None: the model's own names.
+        generation_config: written in place of the model's own; None for that.
         progress: called with ``"saving"``, bytes written and bytes in total.
 
     Returns:
@@ -79,7 +81,7 @@ def save(
     staging = Path(tempfile.mkdtemp(dir=target, prefix=".saving-"))
     try:
         _refuse_too_large(target, entries)
-        _write_configuration(model, staging)
+        _write_configuration(model, staging, generation_config)
         _write_weights(files, staging, {"format": "pt", **aliases}, progress)
         if len(files) > 1:
             _write_index(files, staging / f"{base}.safetensors.index.json")
@@ -223,7 +225,7 @@ def _weight_files(folder: Path, base: str) -> set[str]:
 
 
 def _write_weights(
-    files: Mapping[str, Sequence[_Entry]], folder: Path, metadata: Mapping[str, str], progress: Progress | None
+    files: Mapping[str, Sequence[_Entry]], folder: Path, metadata: Mapping[str, str], progress: Report | None
 ) -> None:
     total = sum(entry.nbytes for entries in files.values() for entry in entries)
     done = 0
@@ -290,7 +292,7 @@ def _write_index(files: Mapping[str, Sequence[_Entry]], path: Path) -> None:
     _sync(path)
 
 
-def _write_configuration(model: nn.Module, folder: Path) -> None:
+def _write_configuration(model: nn.Module, folder: Path, generation_config: Any) -> None:
     """config.json and generation_config.json, by the model's own objects, where it has them."""
     config: Any = getattr(model, "config", None)
     if callable(getattr(model, "save_config", None)):
@@ -303,7 +305,7 @@ def _write_configuration(model: nn.Module, folder: Path) -> None:
             config.dtype = str(dtype).removeprefix("torch.")
         config.save_pretrained(folder)
     can_generate = getattr(model, "can_generate", None)
-    generation_config = getattr(model, "generation_config", None)
+    generation_config = generation_config or getattr(model, "generation_config", None)
     if callable(can_generate) and can_generate() and generation_config is not None:
         generation_config.save_pretrained(folder)
     for path in folder.iterdir():

@@ -135,6 +135,28 @@ def _configs() -> dict[str, Callable[[], Any]]:
             num_labels=5,
             architectures=["ViTForImageClassification"],
         ),
+        # Its experts are stored transposed: weights that no range of the file shows.
+        "qwen3_vl_moe": lambda: t.Qwen3VLMoeConfig(
+            text_config=_text(
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=24,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+            ),
+            vision_config={
+                "depth": 2,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_heads": 4,
+                "patch_size": 4,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 1,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+            architectures=["Qwen3VLMoeForConditionalGeneration"],
+        ),
         "llava": lambda: t.LlavaConfig(
             vision_config=t.CLIPVisionConfig(
                 hidden_size=32,
@@ -153,7 +175,7 @@ def _configs() -> dict[str, Callable[[], Any]]:
 
 FAMILIES = (
     "llama", "llama_tied", "qwen3", "gemma3", "gpt2", "opt", "bloom", "mixtral", "qwen3_moe", "deepseek_v3", "mamba", "t5",
-    "bert", "vit", "llava",
+    "bert", "vit", "qwen3_vl_moe", "llava",
 )  # fmt: skip
 
 
@@ -169,7 +191,21 @@ def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float3
             # Biases and norms that are all zero or one would hide a weight that was read from a wrong place.
             parameter.add_(torch.randn_like(parameter) * 0.02)
     model.save_pretrained(folder, max_shard_size="20KB")
+    if family == "qwen3_vl_moe":
+        _transpose_experts(folder)
     return folder
+
+
+def _transpose_experts(folder: Path) -> None:
+    """As the published checkpoints store them; save_pretrained does not."""
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.glob("*.safetensors"):
+        stored = {
+            name: tensor.transpose(1, 2).contiguous() if ".experts." in name else tensor
+            for name, tensor in load_file(file).items()
+        }
+        save_file(stored, file, {"format": "pt"})
 
 
 def resident(folder: Path, **options: Any) -> Any:

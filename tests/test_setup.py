@@ -21,19 +21,13 @@ PACKAGE = REPOSITORY / "bigmodel"
 ORDER = (
     {"errors"},
     {"units"},
-    {"footprint", "progress"},
+    {"allowance", "footprint", "progress"},
     {"checkpoint"},
     {"device_map", "offload"},
     {"hooks"},
-    {"boxes", "inputs", "meta"},
-    {"conversion", "saving", "text"},
-    {"skeleton"},
-    {"models"},
-    {"assembly", "pass_limit"},
-    {"lifecycle", "preparation"},
+    {"models", "saving"},
     {"loading"},
     {"training"},
-    {"arguments", "environment"},
     {"cli"},
     {"__main__"},
 )
@@ -42,14 +36,14 @@ ORDER = (
 OWNERS = {
     "huggingface_hub": {"checkpoint/resolve"},
     "psutil": {"device_map/machine"},
-    "rich": {"progress", "cli"},
+    "rich": {"progress", "cli/app"},
     "safetensors": {"checkpoint/", "saving"},
-    "transformers": {"models", "text"},
-    "typer": {"cli"},
+    "transformers": {"models/pretrained", "cli/text"},
+    "typer": {"cli/app"},
 }
 EVERYBODYS = {"torch", "numpy"}
 # The command line is made of typer and is imported by nothing, so it alone imports it at the top.
-AT_THE_TOP = {("cli", "typer")}
+AT_THE_TOP = {("cli/app", "typer")}
 
 
 class Import(NamedTuple):

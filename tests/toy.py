@@ -57,7 +57,7 @@ class MemoryStore:
 
     def fetch(self, unit: str, slot: Arena, *, is_urgent: bool) -> Ticket:
         self.fetched.append(unit)
-        ticket = Ticket(unit, 1, time.perf_counter())
+        ticket = Ticket(unit, 1)
         thread = threading.Thread(target=self._fill, args=(unit, slot, ticket))
         self.threads.append(thread)
         thread.start()
@@ -100,5 +100,5 @@ def streamed_stack(num_blocks: int = 5, num_slots: int = 2, delay_s: float = 0.0
         sites[number] = [(name, block)]
     store = MemoryStore(content, delay_s)
     streamer = Streamer(units, [(num_slots, UNIT_BYTES)], store)
-    attachment = Attachment(model, streamer, sites, check_pass, StreamStats())
+    attachment = Attachment(model, streamer, sites, {}, check_pass, StreamStats())
     return model, reference, attachment, store

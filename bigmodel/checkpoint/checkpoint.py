@@ -11,19 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigmodel.allowance import DiskAllowance
 from bigmodel.checkpoint.header import IncompleteFileError, join_some, read_header
 from bigmodel.checkpoint.pickled import read_pickle
 from bigmodel.checkpoint.provenance import fetch_command
 from bigmodel.checkpoint.resolve import Location, locate, read_config
-from bigmodel.checkpoint.rewritten import file_stamp
+from bigmodel.checkpoint.rewritten import RewriteCache, default_cache_folder, file_stamp
 from bigmodel.checkpoint.spec import TensorSpec
 from bigmodel.errors import (
     CheckpointError,
+    InvalidArgumentError,
     MalformedFileError,
     MissingFilesError,
     UnsafeFileError,
     UnsupportedCheckpointError,
 )
+from bigmodel.progress import Report
 
 __all__ = ["Checkpoint", "open_checkpoint", "refuse_prequantised"]
 
@@ -60,6 +63,8 @@ def open_checkpoint(
     subfolder: str | None = None,
     variant: str | None = None,
     cache_folder: str | os.PathLike[str] | None = None,
+    allowance: DiskAllowance | None = None,
+    progress: Report | None = None,
 ) -> Checkpoint:
     """Reads the headers of a checkpoint and checks them against the files and the index.
 
@@ -69,6 +74,8 @@ def open_checkpoint(
         subfolder: where in the folder or repo the weights are.
         variant: as in ``model.fp16.safetensors``.
         cache_folder: for tensors of pickles that are no ranges of their file; None for the user's cache folder.
+        allowance: what may be written there; None for what the disk has free.
+        progress: called with (phase, done bytes, total bytes) while something is written.
 
     Raises:
         MissingFilesError: files that are not there: which of how many, and the command that fetches them.
@@ -77,10 +84,19 @@ def open_checkpoint(
         UnsupportedCheckpointError: formats and dtypes that are not read.
         InvalidArgumentError: options that do not go with `path`.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidArgumentError(
+            f"path is {path!r}. Give a folder, a weight file, an index file, or a Hub repo id such as 'org/name'."
+        )
+    cache = RewriteCache(
+        Path(cache_folder) if cache_folder is not None else default_cache_folder(),
+        allowance or DiskAllowance(),
+        progress,
+    )
     location = locate(path, revision=revision, subfolder=subfolder, variant=variant)
     config = read_config(location.folder)
     stamps = _stamps(location)
-    contents = _read_all(location, cache_folder)
+    contents = _read_all(location, cache)
     if _stamps(location) != stamps:
         raise CheckpointError(f"Files in {location.folder} changed while they were read. Open the checkpoint again.")
     tensors = _merged(location, contents)
@@ -127,12 +143,12 @@ def _stamps(location: Location) -> list[str]:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}.") from None
 
 
-def _read_all(location: Location, cache_folder: str | os.PathLike[str] | None) -> list[tuple[TensorSpec, ...]]:
+def _read_all(location: Location, cache: RewriteCache) -> list[tuple[TensorSpec, ...]]:
     """The tensors of each file, in the order of the files; the faults of all files are raised together."""
 
     def read(file: str) -> tuple[TensorSpec, ...] | CheckpointError:
         try:
-            return read_header(file).tensors if file.endswith(".safetensors") else read_pickle(file, cache_folder)
+            return read_header(file).tensors if file.endswith(".safetensors") else read_pickle(file, cache)
         except CheckpointError as error:
             return error
 

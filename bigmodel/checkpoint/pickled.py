@@ -19,13 +19,12 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from bigmodel.checkpoint.header import IncompleteFileError, join_some, open_regular
-from bigmodel.checkpoint.rewritten import default_cache_folder, rewritten_specs
+from bigmodel.checkpoint.rewritten import RewriteCache
 from bigmodel.checkpoint.spec import TensorSpec
 from bigmodel.errors import CheckpointError, MalformedFileError, UnsafeFileError, UnsupportedCheckpointError
 
@@ -36,12 +35,12 @@ MAX_PICKLE_BYTES = 100_000_000  # of the pickle inside, without the data: as for
 _ZIP_MARK = b"PK\x03\x04"
 
 
-def read_pickle(file: str, cache_folder: str | os.PathLike[str] | None = None) -> tuple[TensorSpec, ...]:
+def read_pickle(file: str, cache: RewriteCache) -> tuple[TensorSpec, ...]:
     """The tensors of a torch.save file: in `file` itself where they are ranges of it, else in a rewritten copy.
 
     Args:
         file: absolute path.
-        cache_folder: for tensors that are no ranges; None for the user's cache folder. Untouched without such.
+        cache: for tensors that are no ranges; untouched without such.
 
     Returns:
         By file and offset. Tensors that share bytes have equal offsets.
@@ -79,7 +78,7 @@ def read_pickle(file: str, cache_folder: str | os.PathLike[str] | None = None) -
                 )
             return weights
 
-        specs += rewritten_specs(file, rewritten, load, Path(cache_folder or default_cache_folder()))
+        specs += cache.specs(file, rewritten, load)
     return tuple(sorted(specs, key=lambda spec: (spec.file != file, spec.offset)))
 
 

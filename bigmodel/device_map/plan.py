@@ -63,10 +63,6 @@ class Placement:
     weight_bytes: int
     parameters: tuple[str, ...] = ()
 
-    @property
-    def is_streamed(self) -> bool:
-        return self.home != self.run_on
-
 
 @dataclass(frozen=True, slots=True)
 class SlotGroup:

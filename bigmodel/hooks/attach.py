@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -25,8 +26,8 @@ COPY_REFUSED = (
     "slots. Load it a second time, or call bigmodel.materialize(model) first."
 )
 PICKLE_REFUSED = "A streamed model cannot be pickled. Use bigmodel.save(model, folder)."
-# Looks at a pass before it begins and raises DoesNotFitError when it would not fit.
-PassCheck = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
+# Looks at a pass before it begins and raises DoesNotFitError when it would not fit; "" is the root's name.
+PassCheck = Callable[[str, nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
 
 
 class Attachment:
@@ -36,7 +37,8 @@ class Attachment:
         model: the root; its forward is a pass.
         streamer: moves the units; None where nothing streams and only passes are checked.
         sites: per unit number, the modules whose forward uses it.
-        check_pass: called at the root before each pass.
+        entries: name -> modules that are also called by themselves, such as an encoder; the root is always one.
+        check_pass: called before each pass.
         sizes: resident and mapped bytes, for the statistics.
     """
 
@@ -45,6 +47,7 @@ class Attachment:
         model: nn.Module,
         streamer: Streamer | None,
         sites: Mapping[int, Sequence[tuple[str, nn.Module]]],
+        entries: Mapping[str, nn.Module],
         check_pass: PassCheck | None,
         sizes: StreamStats,
     ) -> None:
@@ -54,7 +57,9 @@ class Attachment:
         self._sizes = sizes
         self._pid = os.getpid()
         self._lock = _PassLock()
-        self._pass_started_s: float | None = None
+        self._opener: nn.Module | None = None  # whose call is the pass under way
+        self._num_inside = 0  # calls of it inside of it
+        self._pass_started_s = 0.0
         self._num_passes = 0
         self._pass_s = 0.0
         self._handles: list[Any] = []
@@ -64,8 +69,10 @@ class Attachment:
                 self._handles.append(module.register_forward_pre_hook(hook.enter, prepend=True, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(hook.leave, always_call=True))
         # After the units' own hooks, so that a root that is a unit begins its pass first and ends it last.
-        self._handles.append(model.register_forward_pre_hook(self._begin_pass, prepend=True, with_kwargs=True))
-        self._handles.append(model.register_forward_hook(self._end_pass, always_call=True))
+        for name, module in {**entries, "": model}.items():
+            begin = functools.partial(self._begin_pass, name)
+            self._handles.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._end_pass, always_call=True))
         if streamer is not None:
             model.__dict__["_apply"] = _MoveGuard(model)
             # Threads and slots go with the model, also when nobody calls unload.
@@ -101,24 +108,38 @@ class Attachment:
     def __reduce__(self) -> str:
         raise StreamingError(PICKLE_REFUSED)
 
-    def _begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin_pass(self, entry: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._refuse_fork()
-        if self._check_pass is not None:
-            self._check_pass(module, args, kwargs)
+        if self._opener is not None and self._lock.is_mine():
+            if module is not self._opener and entry:
+                return  # a part of the pass under way
+            if module is self._opener and _num_calls(module) > 1:
+                self._num_inside += 1
+                return
+            # An interrupt (Ctrl-C) ended a pass where no hook saw it: what it left is put to rest now.
         self._lock.acquire()
-        if self._pass_started_s is not None or self._lock.depth > 1:
-            # An interrupt (Ctrl-C) ends a pass where no hook sees it: what it left is put to rest now.
-            self._lock.depth = 1
-        if self._streamer is not None:
-            self._streamer.reset()
+        self._lock.depth = 1
+        try:
+            if self._check_pass is not None:
+                self._check_pass(entry, module, args, kwargs)
+            if self._streamer is not None:
+                self._streamer.reset()
+        except BaseException:
+            self._opener = None
+            self._lock.release()
+            raise
+        self._opener, self._num_inside = module, 0
         self._pass_started_s = time.perf_counter()
 
     def _end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._pass_started_s is None or not self._lock.is_mine():
+        if module is not self._opener or not self._lock.is_mine():
+            return
+        if self._num_inside:
+            self._num_inside -= 1
             return
         self._pass_s += time.perf_counter() - self._pass_started_s
         self._num_passes += output is not None
-        self._pass_started_s = None
+        self._opener = None
         self._lock.release()
 
     def _refuse_fork(self) -> None:
@@ -136,28 +157,39 @@ class _UnitHook:
 
     def __init__(self, attachment: Attachment, number: int, name: str) -> None:
         assert attachment._streamer is not None
-        self._attachment, self._number, self._name = attachment, number, name
+        self._attachment: Attachment | None = attachment
+        self._number, self._name = number, name
         self._streamer = attachment._streamer
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._attachment._refuse_fork()
+        attachment = self._attachment
+        if attachment is None:
+            return
+        attachment._refuse_fork()
         if torch.is_grad_enabled():
             self._refuse_gradients(module, args, kwargs)
         # A submodule may be called without the root: then each unit takes its turn on its own.
-        self._attachment._lock.acquire()
+        attachment._lock.acquire()
         try:
             self._streamer.enter(self._number)
         finally:
             if not self._streamer.is_entered(self._number):
-                self._attachment._lock.release()
+                attachment._lock.release()
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self._attachment._lock.is_mine() or not self._streamer.is_entered(self._number):
+        attachment = self._attachment
+        if attachment is None or not attachment._lock.is_mine() or not self._streamer.is_entered(self._number):
             return
         try:
             self._streamer.leave(self._number)
         finally:
-            self._attachment._lock.release()
+            attachment._lock.release()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _UnitHook:
+        """The hook of a copied module does nothing: the copy has its weights in memory of its own."""
+        twin = object.__new__(_UnitHook)
+        twin._attachment = None
+        return twin
 
     def _refuse_gradients(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         what = None
@@ -221,6 +253,16 @@ def _is_calling(thread: threading.Thread) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _num_calls(module: nn.Module) -> int:
+    """How many calls of a module this thread is in."""
+    count, frame = 0, sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+            count += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
 
 
 def _any_requires_grad(values: Any) -> bool:

@@ -12,7 +12,7 @@ class StreamStats:
     """Counts since the model was loaded. Subtract two of them for what happened in between.
 
     Attributes:
-        num_passes: forward passes of the root that were completed.
+        num_passes: forward passes that were completed: of the root, or of a part that was called by itself (an encoder).
         pass_s: wall seconds inside passes.
         stall_s: wall seconds in which the computation waited for weights.
         num_reads: units that were read into a slot.

@@ -10,22 +10,22 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
+from bigmodel.allowance import DiskAllowance
+from bigmodel.checkpoint.header import encode_header
+from bigmodel.checkpoint.rewritten import written_whole
 from bigmodel.checkpoint.spec import Conversion, Extent, Source, TensorSpec
-from bigmodel.errors import DoesNotFitError
+from bigmodel.progress import Report
 from bigmodel.units import format_bytes
 
 __all__ = ["cached_conversions", "run_conversion"]
 
 logger = logging.getLogger("bigmodel.offload")
-
-_HEADER_ALIGN_BYTES = 4096
 
 
 def run_conversion(conversion: Conversion, read: Callable[[TensorSpec], torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -41,7 +41,8 @@ def cached_conversions(
     *,
     folder: Path,
     content_key: str,
-    limit_bytes: int,
+    allowance: DiskAllowance,
+    progress: Report | None = None,
 ) -> dict[str, Source]:
     """Sources that read the converted bytes from a cache file, which is written if it is not there.
 
@@ -50,13 +51,14 @@ def cached_conversions(
         read: gives a stored tensor on the CPU.
         folder: where cache files are.
         content_key: identifies the checkpoint's bytes.
-        limit_bytes: the disk tier's limit.
+        allowance: what may be written.
+        progress: called with (phase, done bytes, total bytes).
 
     Returns:
         Parameter name -> a source without a conversion.
 
     Raises:
-        DoesNotFitError: the file would be larger than `limit_bytes`, or than what is free in `folder`.
+        DoesNotFitError: the file would be larger than what may be written, or than what is free in `folder`.
     """
     by_name = {source.name: source for source in sources}
     described = [
@@ -69,8 +71,9 @@ def cached_conversions(
     path = folder / f"converted-{key}.safetensors"
     header, starts, size = _header(sources)
     if not _is_whole(path, header, size):
-        _refuse_too_large(folder, size, limit_bytes)
-        _write(path, header, starts, by_name, read)
+        with written_whole(path, size, allowance, "The copy of weights that need conversion") as file:
+            file.write(header)
+            _write(file, starts, by_name, read, progress)
         logger.info("wrote %s of converted weights to %s", format_bytes(size), path)
     return {
         name: Source(
@@ -82,20 +85,14 @@ def cached_conversions(
 
 def _header(sources: Sequence[Source]) -> tuple[bytes, dict[str, int], int]:
     """The safetensors header, each tensor's first byte in the file, and the file's size."""
-    names = {torch.bool: "BOOL", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8"}
-    entries: dict[str, object] = {}
-    at = 0
-    for source in sources:
-        dtype = names.get(source.dtype) or ("F" if source.dtype.is_floating_point else "I") + str(
-            8 * source.dtype.itemsize
-        )
-        entries[source.name] = {"dtype": dtype, "shape": list(source.shape), "data_offsets": [at, at + source.nbytes]}
+    # Wide dtypes first: each then begins where its dtype can view it.
+    ordered = sorted(sources, key=lambda source: -source.dtype.itemsize)
+    header = encode_header((source.name, source.dtype, tuple(source.shape)) for source in ordered)
+    starts, at = {}, len(header)
+    for source in ordered:
+        starts[source.name] = at
         at += source.nbytes
-    text = json.dumps(entries).encode()
-    text += b" " * (-(len(text) + 8) % _HEADER_ALIGN_BYTES)
-    data = 8 + len(text)
-    starts = {name: data + entry["data_offsets"][0] for name, entry in entries.items()}  # type: ignore[index]
-    return len(text).to_bytes(8, "little") + text, starts, data + at
+    return header, starts, at
 
 
 def _is_whole(path: Path, header: bytes, size: int) -> bool:
@@ -105,46 +102,24 @@ def _is_whole(path: Path, header: bytes, size: int) -> bool:
         return file.read(len(header)) == header
 
 
-def _refuse_too_large(folder: Path, size: int, limit_bytes: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    stat = os.statvfs(folder)
-    available = min(limit_bytes, stat.f_bavail * stat.f_frsize)
-    if size > available:
-        raise DoesNotFitError(
-            f"Weights that need conversion take {format_bytes(size)} of disk in {folder}, and {format_bytes(available)} may be "
-            "used. Raise max_memory['disk'], free some space, or give another offload_folder.",
-            tier="disk",
-            needed_bytes=size,
-            available_bytes=available,
-        )
-
-
 def _write(
-    path: Path,
-    header: bytes,
+    file: BinaryIO,
     starts: Mapping[str, int],
     sources: Mapping[str, Source],
     read: Callable[[TensorSpec], torch.Tensor],
+    progress: Report | None,
 ) -> None:
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(header)
-            written: set[str] = set()
-            for source in sources.values():
-                if source.name in written or source.conversion is None:
-                    continue
-                outputs = run_conversion(source.conversion, read)
-                for name, tensor in outputs.items():
-                    if name in sources and name not in written:
-                        raw = tensor.to(sources[name].dtype).reshape(-1).view(torch.uint8)
-                        file.seek(starts[name])
-                        file.write(raw.numpy().data)
-                        written.add(name)
-                del outputs
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    total, written = sum(source.nbytes for source in sources.values()), dict[str, int]()
+    for source in sources.values():
+        if source.name in written or source.conversion is None:
+            continue
+        outputs = run_conversion(source.conversion, read)
+        for name, tensor in outputs.items():
+            if name in sources and name not in written:
+                raw = tensor.to(sources[name].dtype).reshape(-1).view(torch.uint8)
+                file.seek(starts[name])
+                file.write(raw.numpy().data)
+                written[name] = raw.numel()
+        del outputs
+        if progress is not None:
+            progress("converting weights", sum(written.values()), total)

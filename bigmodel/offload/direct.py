@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import torch
 
 from bigmodel.checkpoint.spec import Source, TensorSpec
-from bigmodel.errors import ReadError
+from bigmodel.errors import ReadError, WeightNotResidentError
 from bigmodel.offload.converted import run_conversion
-from bigmodel.offload.reader import FileStamp
+from bigmodel.offload.reader import FileStamp, read_fully
+from bigmodel.units import format_bytes
 
 __all__ = ["DirectReads"]
 
@@ -20,10 +21,12 @@ class DirectReads:
 
     Args:
         stamps: path -> FileStamp as of the load: a file that changed since is an error.
+        limit_bytes: the most that `parameter` may take; None for no limit.
     """
 
-    def __init__(self, stamps: Mapping[str, FileStamp]) -> None:
+    def __init__(self, stamps: Mapping[str, FileStamp], *, limit_bytes: int | None = None) -> None:
         self._stamps = stamps
+        self._limit_bytes = limit_bytes
 
     def stored(self, spec: TensorSpec) -> torch.Tensor:
         """A tensor as it is stored: its own dtype and shape, on the CPU."""
@@ -32,7 +35,19 @@ class DirectReads:
         return flat.view(spec.dtype).view(spec.shape)
 
     def parameter(self, source: Source) -> torch.Tensor:
-        """A parameter as the model has it: put together, converted and cast."""
+        """A parameter as the model has it: put together, converted and cast.
+
+        Raises:
+            WeightNotResidentError: it would take more than the limit.
+            ReadError: the bytes are not there any more.
+        """
+        needed = _needed_bytes(source)
+        if self._limit_bytes is not None and needed > self._limit_bytes:
+            raise WeightNotResidentError(
+                f"{source.name} is used outside its unit's forward: reading it takes {format_bytes(needed)} of memory, and "
+                f"{format_bytes(self._limit_bytes)} is left of max_memory['cpu']. Raise that limit, or call "
+                "bigmodel.materialize(model) to have all weights in memory."
+            )
         with torch.inference_mode(False), torch.no_grad():
             if source.conversion is not None:
                 value = run_conversion(source.conversion, self.stored)[source.name]
@@ -51,16 +66,19 @@ class DirectReads:
             ) from error
         try:
             FileStamp.check(fd, file, self._stamps)
-            memory, done = flat.numpy().data, 0
-            while done < len(memory):
-                count = os.preadv(fd, [memory[done:]], offset + done)
-                if count <= 0:
-                    raise ReadError(
-                        f"{file} ends at byte {offset + done}, and {len(memory) - done} more bytes are needed."
-                    )
-                done += count
+            read_fully(fd, flat.numpy().data, offset, flat.numel(), file)
         finally:
             os.close(fd)
+
+
+def _needed_bytes(source: Source) -> int:
+    """The parameter, and what it is made from while it is made."""
+    if source.conversion is not None:
+        outputs = len(source.conversion.outputs) * source.nbytes
+        return sum(spec.nbytes for spec in source.conversion.inputs) + outputs
+    if source.stored_dtype != source.dtype:
+        return source.nbytes + source.nbytes // source.dtype.itemsize * source.stored_dtype.itemsize
+    return source.nbytes
 
 
 def _bytes_for(nbytes: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from bigmodel.checkpoint.spec import Source
 from bigmodel.errors import MalformedFileError, ReadError
+from bigmodel.offload.reader import FileStamp
 
 __all__ = ["FileMap", "is_written", "mapped_files"]
 
@@ -32,10 +33,12 @@ class FileMap:
 
     Args:
         path: of the file.
+        stamp: what the file looked like when its header was read; None for whatever it is now.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, stamp: FileStamp | None = None) -> None:
         self.path = os.fspath(path)
+        self._stamp = stamp
         self._map: mmap.mmap | None = None
         self._identity: tuple[int, int] | None = None
         self._lock = threading.Lock()
@@ -52,7 +55,7 @@ class FileMap:
 
         Raises:
             MalformedFileError: where the file has become shorter than the range.
-            ReadError: where it cannot be opened or mapped.
+            ReadError: where it cannot be opened or mapped, or changed since it was stamped.
         """
         if source.nbytes == 0:
             return torch.empty(source.shape, dtype=source.dtype, device="cpu")
@@ -81,6 +84,8 @@ class FileMap:
         flags, prot = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         try:
             with open(self.path, "rb", buffering=0) as file:
+                if self._stamp is not None:
+                    FileStamp.check(file.fileno(), self.path, {self.path: self._stamp})
                 stat = os.fstat(file.fileno())
                 self._identity = stat.st_dev, stat.st_ino
                 if stat.st_size == 0:

@@ -11,7 +11,6 @@ import errno
 import logging
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from bigmodel.offload import page_cache
 from bigmodel.offload.arena import ALIGN_BYTES, Arena
 from bigmodel.offload.ranges import Block, Layout
 
-__all__ = ["BLOCK_BYTES", "GAP_BYTES", "FileStamp", "Reader", "Ticket", "stamp_files"]
+__all__ = ["BLOCK_BYTES", "GAP_BYTES", "FileStamp", "Reader", "Ticket", "read_fully", "stamp_files"]
 
 logger = logging.getLogger("bigmodel.offload")
 
@@ -70,11 +69,9 @@ class Ticket:
 
     name: str
     num_left: int
-    started_s: float
     done: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
     is_cancelled: bool = False
-    finished_s: float = 0.0
 
     def wait(self) -> None:
         """Block until the slab is filled.
@@ -129,9 +126,8 @@ class Reader:
             is_urgent: goes before everything that waits.
             at_byte: where in the slab the layout begins; a multiple of ALIGN_BYTES.
         """
-        ticket = Ticket(name, len(layout.blocks), time.perf_counter())
+        ticket = Ticket(name, len(layout.blocks))
         if not layout.blocks:
-            ticket.finished_s = ticket.started_s
             ticket.done.set()
             return ticket
         memory = slab.memory[at_byte : at_byte + layout.nbytes]
@@ -186,7 +182,6 @@ class Reader:
                     ticket.num_left -= 1
                     is_last = ticket.num_left == 0
                 if is_last:
-                    ticket.finished_s = time.perf_counter()
                     ticket.done.set()
                 del ticket, block, memory, tensor
 
@@ -207,7 +202,7 @@ class Reader:
                     os.close(fd)
                     fd = direct_fd
             if block.is_aligned:
-                _read_fully(fd, memory[block.into : block.into + block.nbytes], block.offset, block.needed, block.file)
+                read_fully(fd, memory[block.into : block.into + block.nbytes], block.offset, block.needed, block.file)
             else:
                 assert bounce is not None
                 _read_indirect(fd, block, tensor, bounce, is_direct=not is_cached)
@@ -215,7 +210,7 @@ class Reader:
             os.close(fd)
 
 
-def _read_fully(fd: int, memory: memoryview, offset: int, needed: int, file: str) -> None:
+def read_fully(fd: int, memory: memoryview, offset: int, needed: int, file: str) -> None:
     """Read at least `needed` bytes at `offset`; the rest of `memory` may lie past the file's end."""
     done = 0
     while done < needed:
@@ -233,7 +228,7 @@ def _read_indirect(fd: int, block: Block, tensor: torch.Tensor, bounce: Arena, *
     head = block.offset - start
     wanted = head + block.needed
     length = -(-wanted // ALIGN_BYTES) * ALIGN_BYTES if is_direct else wanted
-    _read_fully(fd, bounce.memory[:length], start, wanted, block.file)
+    read_fully(fd, bounce.memory[:length], start, wanted, block.file)
     raw = bounce.tensor[head : head + block.needed]
     if block.cast_from is None or block.cast_to is None:
         _copy_serially(tensor[block.into : block.into + block.needed], raw)

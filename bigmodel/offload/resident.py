@@ -5,8 +5,9 @@ from __future__ import annotations
 import bisect
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -18,14 +19,15 @@ from bigmodel.offload.direct import DirectReads
 from bigmodel.offload.file_map import FileMap
 from bigmodel.offload.ranges import PACKED_ALIGN_BYTES, lay_out
 from bigmodel.offload.reader import BLOCK_BYTES, GAP_BYTES, FileStamp, Reader, Ticket
+from bigmodel.progress import Report
 
 __all__ = ["ResidentLoad", "tensor_at"]
 
 logger = logging.getLogger("bigmodel.offload")
 
 NUM_READERS = 4
-# A file is used where it lies in the page cache if nearly all of it is there.
-_WARM_FRACTION = 0.999
+# A file is used where it lies in the page cache if nearly all of it is there (systems reclaim a few pages at any time).
+_WARM_FRACTION = 0.95
 _POLL_S = 0.05
 # Files are kept as they were read if at least this part of them is used.
 _USED_FRACTION = 0.99
@@ -50,13 +52,13 @@ class ResidentLoad:
         *,
         stamps: Mapping[str, FileStamp],
         may_map: bool,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Report | None = None,
     ) -> None:
         self._sources = {source.name: source for source in sources}
         self._direct = DirectReads(stamps)
         self._progress = progress
         warm = _warm_files(sources) if may_map else set()
-        maps = {file: FileMap(file) for file in warm}
+        maps = {file: FileMap(file, stamp=stamps.get(file)) for file in warm}
         self._tensors: dict[str, torch.Tensor] = {}
         plain: list[Source] = []
         converted_bytes = 0
@@ -76,6 +78,7 @@ class ResidentLoad:
         if self._layout.blocks:
             self._reader = Reader(num_threads=NUM_READERS, stamps=stamps, bounce_bytes=self._layout.staging_bytes)
             self._ticket = self._reader.submit("the resident weights", self._layout, self._arena)
+            self._finalizer = weakref.finalize(self, _stop, self._reader, self._ticket)
 
     @classmethod
     def of_files(
@@ -83,7 +86,7 @@ class ResidentLoad:
         specs: Iterable[TensorSpec],
         *,
         stamps: Mapping[str, FileStamp],
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Report | None = None,
     ) -> ResidentLoad:
         """Begin to read whole files, before it is known which parameter is which: `give` tells them apart later."""
         sources = [
@@ -147,9 +150,7 @@ class ResidentLoad:
     def close(self) -> None:
         """Stop reading. What was read is freed with this object."""
         if self._reader is not None:
-            if self._ticket is not None:
-                self._ticket.cancel()
-            self._reader.close()
+            self._finalizer()  # also called where nobody closes: an interrupt before anybody could
             self._reader = None
 
     def _wait(self, ticket: Ticket) -> None:
@@ -164,7 +165,10 @@ class ResidentLoad:
     def _convert(self) -> None:
         at_byte = self._layout.nbytes
         waiting = {name: source for name, source in self._sources.items() if source.conversion is not None}
+        total, done = sum(source.nbytes for source in waiting.values()), 0
         while waiting:
+            if self._progress is not None:
+                self._progress("converting weights", done, total)
             first = next(iter(waiting.values()))
             assert first.conversion is not None
             outputs = run_conversion(first.conversion, self._direct.stored)
@@ -176,7 +180,13 @@ class ResidentLoad:
                 with torch.no_grad():
                     tensor.copy_(outputs[name].reshape(source.shape))
                 self._tensors[name] = tensor
+                done += source.nbytes
                 at_byte += -(-source.nbytes // PACKED_ALIGN_BYTES) * PACKED_ALIGN_BYTES
+
+
+def _stop(reader: Reader, ticket: Ticket) -> None:
+    ticket.cancel()
+    reader.close()
 
 
 def _holder(ranges: Mapping[str, list[Source]], source: Source) -> Source | None:
@@ -199,7 +209,7 @@ def tensor_at(arena: Arena, at_byte: int, source: Source) -> torch.Tensor:
 
 
 def _warm_files(sources: Sequence[Source]) -> set[str]:
-    """Files that lie whole in the page cache; judged in parallel, since a large one takes milliseconds."""
+    """Files that lie in the page cache; judged in parallel, since a large one may take milliseconds."""
     files = list({extent.file for source in sources for extent in source.extents})
     warm: set[str] = set()
 
@@ -207,16 +217,14 @@ def _warm_files(sources: Sequence[Source]) -> set[str]:
         for file in share:
             fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                if page_cache.cached_fraction(fd, 0, os.fstat(fd).st_size) >= _WARM_FRACTION:
+                fraction = page_cache.cached_fraction(fd, 0, os.fstat(fd).st_size)
+                if fraction >= _WARM_FRACTION:
                     warm.add(file)
+                    if fraction < 1.0:  # what is missing comes while the model is built
+                        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(fd)
 
-    threads = [
-        threading.Thread(target=judge, args=(files[i::NUM_READERS],)) for i in range(min(NUM_READERS, len(files)))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(max_workers=NUM_READERS) as threads:
+        list(threads.map(judge, (files[number::NUM_READERS] for number in range(min(NUM_READERS, len(files))))))
     return warm

@@ -7,14 +7,15 @@ import functools
 import mmap
 import os
 import tempfile
-import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import torch
 
-from bigmodel.errors import WeightNotResidentError
+from bigmodel.allowance import DiskAllowance
+from bigmodel.errors import DoesNotFitError, WeightNotResidentError
 from bigmodel.units import format_bytes
 
 __all__ = ["Spill", "trim_heap"]
@@ -33,19 +34,12 @@ class Spill:
 
     Args:
         folder: where the files are made; None for the first of the system's temporary folders that is on a disk.
-        limit_bytes: the most that may be held at once; None for what the disk has free.
+        allowance: the account that the files are charged to while they are in use; None for one without a limit.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None, limit_bytes: int | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None = None, *, allowance: DiskAllowance | None = None) -> None:
         self._folder = None if folder is None else os.fspath(folder)
-        self._limit_bytes = limit_bytes
-        self._held_bytes = 0
-        self._lock = threading.RLock()  # a finalizer may run in the thread that holds it
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the files that are still in use."""
-        return self._held_bytes
+        self._allowance = allowance or DiskAllowance()
 
     def hold(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """The same bytes, flat, in memory that is a file.
@@ -67,37 +61,23 @@ class Spill:
         folder = self._folder if self._folder is not None else _disk_folder()
         if folder is None:
             return flat  # every temporary folder is memory too: a file there would only hide what it holds
-        self._reserve(nbytes, folder, name)
+        try:
+            self._allowance.take(nbytes, Path(folder), f"A copy of {name}")
+        except DoesNotFitError as error:
+            raise WeightNotResidentError(
+                f"{name} is needed at one address outside its unit's forward. {error} bigmodel.save needs none of it."
+            ) from error
         try:
             mapped = _write_and_map(flat, folder)
         except OSError as error:
-            self._release(nbytes)
+            self._allowance.give_back(nbytes)
             raise WeightNotResidentError(
                 f"{name} is needed at one address outside its unit's forward, and its {format_bytes(nbytes)} could not "
                 f"be written to {folder}: {error.strerror or error}. Use bigmodel.save to save the model, or "
                 f"bigmodel.materialize to have all of it in memory."
             ) from error
-        weakref.finalize(mapped, self._release, nbytes).atexit = False
+        weakref.finalize(mapped, self._allowance.give_back, nbytes).atexit = False
         return torch.frombuffer(mapped, dtype=torch.uint8)
-
-    def _reserve(self, nbytes: int, folder: str, name: str) -> None:
-        with self._lock:
-            if self._limit_bytes is None:
-                stat = os.statvfs(folder)
-                left = stat.f_bavail * stat.f_frsize
-            else:
-                left = self._limit_bytes - self._held_bytes
-            if nbytes > left:
-                raise WeightNotResidentError(
-                    f"{name} is needed at one address outside its unit's forward: {format_bytes(nbytes)} would go to "
-                    f"{folder} and {format_bytes(max(left, 0))} is left there. Use bigmodel.save, which needs none of "
-                    f"it, save into smaller files, or raise the disk limit."
-                )
-            self._held_bytes += nbytes
-
-    def _release(self, nbytes: int) -> None:
-        with self._lock:
-            self._held_bytes -= nbytes
 
 
 def trim_heap() -> None:

@@ -212,7 +212,7 @@ def test_a_forked_child_raises():
 
 
 def test_a_refused_pass_changes_nothing():
-    def refuse(module, args, kwargs):
+    def refuse(entry, module, args, kwargs):
         if args[0].shape[0] > 3:
             raise StreamingError("too large")
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from bigmodel.allowance import DiskAllowance
 from bigmodel.checkpoint.spec import Conversion, Extent, Source, TensorSpec
 from bigmodel.errors import MalformedFileError, ReadError, WeightNotResidentError
 from bigmodel.offload.resting import FileMap, RestingTensor, files_in_use, resting_parameter
@@ -503,14 +504,14 @@ def large(folder: Path, spill: Spill | None = None, name: str = "large") -> tupl
 
 def test_the_address_is_that_of_a_file_without_a_name_and_goes_with_its_user(tmp_path: Path) -> None:
     (tmp_path / "spill").mkdir()
-    spill = Spill(tmp_path / "spill")
+    spill = Spill(tmp_path / "spill", allowance=(allowance := DiskAllowance()))
     parameter, truth, reads = large(tmp_path, spill)
     first, second = parameter.detach(), parameter.detach()
     assert first.data_ptr() == second.data_ptr() != 0
     assert first[3].data_ptr() == first.data_ptr() + 3 * 256 * 4
     assert first.untyped_storage().nbytes() == truth.nbytes
     assert reads.count == 1
-    assert spill.held_bytes == truth.nbytes
+    assert allowance.taken_bytes == truth.nbytes
     assert mapped_lines(tmp_path / "spill") == 1
     assert os.listdir(tmp_path / "spill") == []
     storage = second.untyped_storage()
@@ -518,7 +519,7 @@ def test_the_address_is_that_of_a_file_without_a_name_and_goes_with_its_user(tmp
     assert torch.equal(torch.empty(0).set_(storage, 0, truth.shape), truth)
     del storage
     gc.collect()
-    assert spill.held_bytes == 0
+    assert allowance.taken_bytes == 0
     assert mapped_lines(tmp_path / "spill") == 0
 
 
@@ -528,13 +529,13 @@ def test_different_weights_have_different_addresses_while_both_are_held(tmp_path
 
 
 def test_a_spill_beyond_the_disk_limit_is_refused_with_both_numbers(tmp_path: Path) -> None:
-    spill = Spill(tmp_path, limit_bytes=600 << 10)
+    spill = Spill(tmp_path, allowance=DiskAllowance(600 << 10))
     one, truth, _ = large(tmp_path, spill, "one")
     two, _, _ = large(tmp_path, spill, "two")
     one, two = one.detach(), two.detach()
     one.data_ptr()
     with pytest.raises(
-        WeightNotResidentError, match=r"two .*512 KiB would go to .* and 88.0 KiB is left.*bigmodel\.save"
+        WeightNotResidentError, match=r"two .*512 KiB of disk in .* and 88.0 KiB may be used.*bigmodel\.save"
     ):
         two.data_ptr()
     del one

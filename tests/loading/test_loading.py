@@ -51,7 +51,8 @@ def llama(checkpoints):
 
 
 def load(folder, device_map="auto", **options):
-    return bigmodel.load_sharded(folder, device_map, **{"workload": PAIR, "progress": False} | options)
+    defaults = {"workload": PAIR, "progress": False, "offload_folder": Path(folder).parent / "converted"}
+    return bigmodel.load_sharded(folder, device_map, **defaults | options)
 
 
 def make_plan(folder, **options):
@@ -425,6 +426,41 @@ def test_adapters_on_a_streamed_model_give_the_same_logits(llama):
     with pytest.raises(GradientRefusedError, match=r"model\.layers\.0 has a parameter that requires grad"):
         model(input_ids=IDS)
     assert bigmodel.stats_of(model).read_bytes > 0
+
+
+def test_a_part_can_be_copied_and_the_whole_cannot(llama):
+    model = load(llama, {"": "disk"})
+    expected = resident(llama).model.layers[1].mlp
+    twin = copy.deepcopy(model.model.layers[1])
+    x = torch.randn(2, 32)
+    assert torch.equal(twin.mlp(x), expected(x))
+    assert not any(parameter.data_ptr() == other.data_ptr() for parameter, other in zip(
+        twin.parameters(), model.model.layers[1].parameters(), strict=True))  # fmt: skip
+    with pytest.raises(StreamingError, match="cannot be copied"):
+        copy.deepcopy(model)
+
+
+def test_adapters_may_train_a_copy_of_a_streamed_module(llama):
+    peft = pytest.importorskip("peft")
+    model = load(llama, {"": "disk"})
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["lm_head"])
+    ).eval()
+    assert torch.equal(logits(adapted, input_ids=IDS), logits(resident(llama), input_ids=IDS))
+
+
+def test_what_is_saved_says_nothing_of_streaming(llama, tmp_path):
+    model = load(llama, {"": "disk"})
+    assert model.generation_config.disable_compile
+    bigmodel.save(model, tmp_path)
+    assert "disable_compile" not in (tmp_path / "generation_config.json").read_text()
+    assert model.generation_config.disable_compile
+
+
+@pytest.mark.parametrize("path", [None, 3, b"x", ["a"], ""])
+def test_a_path_that_is_none_is_refused_by_name(path):
+    with pytest.raises(InvalidArgumentError, match="path is "):
+        bigmodel.load_sharded(path)
 
 
 def test_a_second_thread_waits_and_two_models_do_not(llama, checkpoints):

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from bigmodel.checkpoint import Checkpoint, Source, TensorSpec
-from bigmodel.conversion import Traced, equal_values, sources_of, trace
 from bigmodel.errors import KeyMismatchError
+from bigmodel.models.conversion import Traced, equal_values, sources_of, trace
 
 __all__ = ["Skeleton", "change_tensors", "match_names", "refuse_mismatch", "take_sources"]
 

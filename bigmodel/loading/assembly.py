@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from bigmodel.allowance import DiskAllowance
 from bigmodel.checkpoint.spec import Source
 from bigmodel.device_map.plan import Plan
 from bigmodel.device_map.unit import Unit
-from bigmodel.errors import InvalidArgumentError, ReadError
+from bigmodel.errors import InvalidArgumentError
 from bigmodel.hooks.attach import Attachment, PassCheck
 from bigmodel.hooks.slots import Binding, DataBinding, EntryBinding
 from bigmodel.hooks.stats import StreamStats
@@ -29,12 +32,20 @@ from bigmodel.offload.reader import BLOCK_BYTES, GAP_BYTES, FileStamp, Reader
 from bigmodel.offload.resident import NUM_READERS, ResidentLoad
 from bigmodel.offload.resting import resting_parameter
 from bigmodel.offload.spill import Spill
+from bigmodel.progress import Report
 
-__all__ = ["Assembled", "Assembly", "assembled", "forget", "layout_of", "mark_streamed", "unmark_streamed"]
+__all__ = [
+    "Assembled",
+    "Assembly",
+    "assembled",
+    "forget",
+    "layout_of",
+    "mark_streamed",
+    "own_generation_config",
+    "unmark_streamed",
+]
 
 logger = logging.getLogger("bigmodel.loading")
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -42,20 +53,25 @@ class Assembled:
     """What is known of a model that was put together; goes with the model.
 
     Attributes:
-        plan: what was carried out.
+        make_plan: gives what was carried out.
+        stamps: of every file that weights are read from.
+        sizes: resident and mapped bytes.
         attachment: its hooks; None for a plain resident model.
         streamed: sources of the parameters that rest on disk, by first name.
         bindings: how each of those is shown.
-        stamps: of every file that they are read from.
-        sizes: resident and mapped bytes.
     """
 
-    plan: Plan
-    attachment: Attachment | None
-    streamed: Mapping[str, Source]
-    bindings: Mapping[str, Binding]
+    make_plan: Callable[[], Plan]
     stamps: Mapping[str, FileStamp]
     sizes: StreamStats
+    attachment: Attachment | None = None
+    streamed: Mapping[str, Source] = field(default_factory=dict)
+    bindings: Mapping[str, Binding] = field(default_factory=dict)
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """What was carried out."""
+        return self.make_plan()
 
 
 # What the user had set of what `mark_streamed` sets.
@@ -97,7 +113,8 @@ class Assembly:
         stamps: of the checkpoint's files, taken when their headers were checked.
         content_key: identifies the checkpoint's bytes, for caches made from them.
         cache_folder: where converted weights are kept.
-        disk_limit_bytes: what may be written there.
+        allowance: what may be written to disk.
+        progress: called with (phase, done bytes, total bytes).
     """
 
     def __init__(
@@ -108,68 +125,64 @@ class Assembly:
         stamps: Mapping[str, FileStamp],
         content_key: str,
         cache_folder: Path,
-        disk_limit_bytes: int,
+        allowance: DiskAllowance,
+        progress: Report,
     ) -> None:
         self._model = model
         self._sources = dict(sources)
         self._stamps = dict(stamps)
         self._content_key = content_key
         self._cache_folder = cache_folder
-        self._disk_limit_bytes = disk_limit_bytes
-        self._spill = Spill(limit_bytes=disk_limit_bytes)
-        self._direct = DirectReads(self._stamps)
+        self._allowance = allowance
+        self._progress = progress
         self._owners = _owners(model)
         self._names = dict(model.named_parameters())
 
-    def begin_resident(self, names: set[str] | None, *, may_map: bool, progress: Progress | None) -> ResidentLoad:
-        """Begin to read the parameters that stay (all, where `names` is None), and all buffers that the checkpoint holds."""
-        wanted = [
-            source
-            for name, source in self._sources.items()
-            if names is None or name in names or name not in self._names
-        ]
-        return ResidentLoad(wanted, stamps=self._stamps, may_map=may_map, progress=progress)
+    def keep_all(self, load: ResidentLoad, make_plan: Callable[[], Plan]) -> None:
+        """Put every weight in place from files that are being read whole; the plan is made when somebody asks for it."""
+        self._place(load.give(list(self._sources.values())))
+        _ASSEMBLED[self._model] = Assembled(make_plan=make_plan, stamps=self._stamps, sizes=_sizes(load))
 
-    def resident_names(self, plan: Plan, units: Sequence[Unit]) -> set[str]:
-        """Parameters whose unit rests in host memory by the plan."""
-        homes = {placement.unit: placement.home for placement in plan.placements}
-        return {name for unit in units for name in unit.parameters if homes[unit.name] == "cpu"}
-
-    def carry_out(
-        self,
-        plan: Plan,
-        units: Sequence[Unit],
-        load: ResidentLoad,
-        *,
-        is_whole_files: bool = False,
-        check_pass: PassCheck | None = None,
-    ) -> Assembled:
+    def carry_out(self, plan: Plan, units: Sequence[Unit], check_pass: PassCheck | None) -> None:
         """Put every weight where the plan says. On any error nothing is left running, and the module is not usable."""
-        resident = self.resident_names(plan, units)
-        away = {name: self._sources[name] for name in self._names if name not in resident and name in self._sources}
-        away |= self._cache_converted(away)
-        bindings = self._rest(away)
-        tensors = load.give(list(self._sources.values())) if is_whole_files else load.finish()
+        resident = _resident_names(plan, units)
+        # Buffers that the checkpoint holds stay whatever the plan says.
+        staying = [source for name, source in self._sources.items() if name in resident or name not in self._names]
+        load = ResidentLoad(staying, stamps=self._stamps, may_map=False, progress=self._progress)
+        try:
+            away = {name: self._sources[name] for name in self._names if name not in resident and name in self._sources}
+            away |= self._cache_converted(away)
+            held = sum(group.num_slots * group.slot_bytes for group in plan.slots)
+            held += plan.resident_bytes + plan.staging_bytes + plan.buffer_bytes
+            bindings = self._rest(away, max(0, plan.limits["cpu"] - held))
+            self._place(load.finish())
+        finally:
+            load.close()
+        streamer, sites = self._streamer(plan, units, away, bindings)
+        sizes = _sizes(load)
+        try:
+            attachment = None
+            if streamer is not None or check_pass is not None:
+                attachment = Attachment(self._model, streamer, sites, _entries(self._model), check_pass, sizes)
+        except BaseException:
+            if streamer is not None:
+                streamer.close()
+            raise
+        _ASSEMBLED[self._model] = Assembled(
+            make_plan=lambda: plan,
+            attachment=attachment,
+            streamed=away,
+            bindings=bindings,
+            stamps=self._stamps,
+            sizes=sizes,
+        )
+
+    def _place(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
             if name in self._names:
                 self._replace(name, nn.Parameter(tensor, requires_grad=False))
             else:
                 self._replace_buffer(name, tensor)
-        sizes = StreamStats(resident_bytes=load.private_bytes + load.mapped_bytes, mapped_bytes=load.mapped_bytes)
-        streamer, sites = self._streamer(plan, units, away, bindings)
-        try:
-            attachment = None
-            if streamer is not None or check_pass is not None:
-                attachment = Attachment(self._model, streamer, sites, check_pass, sizes)
-        except BaseException:
-            if streamer is not None:
-                streamer.close()
-            raise
-        result = Assembled(
-            plan=plan, attachment=attachment, streamed=away, bindings=bindings, stamps=self._stamps, sizes=sizes
-        )
-        _ASSEMBLED[self._model] = result
-        return result
 
     def _cache_converted(self, away: Mapping[str, Source]) -> dict[str, Source]:
         converting = [source for source in away.values() if source.conversion is not None]
@@ -177,33 +190,31 @@ class Assembly:
             return {}
         cached = cached_conversions(
             converting,
-            self._direct.stored,
+            DirectReads(self._stamps).stored,
             folder=self._cache_folder,
             content_key=self._content_key,
-            limit_bytes=self._disk_limit_bytes,
+            allowance=self._allowance,
+            progress=self._progress,
         )
         for source in cached.values():
             for extent in source.extents:
                 self._stamps.setdefault(extent.file, FileStamp.of(extent.file))
         return cached
 
-    def _rest(self, away: Mapping[str, Source]) -> dict[str, Binding]:
-        """Put parameters at rest where their bytes live."""
+    def _rest(self, away: Mapping[str, Source], limit_bytes: int) -> dict[str, Binding]:
+        """Put parameters at rest where their bytes live; one that must be read when it is used may take `limit_bytes`."""
+        direct, spill = DirectReads(self._stamps, limit_bytes=limit_bytes), Spill(allowance=self._allowance)
         maps: dict[str, FileMap] = {}
         bindings: dict[str, Binding] = {}
         for name, source in away.items():
             if source.is_view:
                 file = source.extents[0].file
-                if FileStamp.of(file) != self._stamps.get(file, FileStamp.of(file)):
-                    raise ReadError(f"{file} has changed since its header was read. Load it again.")
-                view = maps.setdefault(file, FileMap(file)).view(source)
+                view = maps.setdefault(file, FileMap(file, stamp=self._stamps.get(file))).view(source)
                 parameter = nn.Parameter(view, requires_grad=False)
                 self._replace(name, parameter)
                 bindings[name] = DataBinding(name, parameter, view, is_mapped=True)
             else:
-                resting = resting_parameter(
-                    source, self._direct.parameter, name, torch.device("cpu"), spill=self._spill
-                )
+                resting = resting_parameter(source, direct.parameter, name, torch.device("cpu"), spill=spill)
                 owners = self._replace(name, resting)
                 bindings[name] = EntryBinding(name, resting, owners)
         return bindings
@@ -257,6 +268,30 @@ class Assembly:
                     module._buffers[key] = tensor
 
 
+def _sizes(load: ResidentLoad) -> StreamStats:
+    return StreamStats(resident_bytes=load.private_bytes + load.mapped_bytes, mapped_bytes=load.mapped_bytes)
+
+
+def _resident_names(plan: Plan, units: Sequence[Unit]) -> set[str]:
+    """Parameters whose unit rests in host memory by the plan."""
+    homes = {placement.unit: placement.home for placement in plan.placements}
+    return {name for unit in units for name in unit.parameters if homes[unit.name] == "cpu"}
+
+
+def _entries(model: nn.Module) -> dict[str, nn.Module]:
+    """Parts of a transformers model that are called by themselves: the encoder by generate, the model in it by PEFT."""
+    names = {module: name for name, module in model.named_modules()}
+    parts = [getattr(model, "base_model", None)]
+    if _is_encoder_decoder(model):
+        parts.append(model.get_encoder())  # type: ignore[operator]
+    return {names[part]: part for part in parts if isinstance(part, nn.Module) and names.get(part)}
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False)) and callable(getattr(model, "get_encoder", None))
+
+
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -282,10 +317,17 @@ def mark_streamed(model: nn.Module, plan: Plan) -> None:
         # A compiled graph would keep the slot's bytes of the pass in which it was made.
         _COMPILE_BEFORE[model] = generation_config.disable_compile
         generation_config.disable_compile = True
-    config = getattr(model, "config", None)
-    find_encoder: Any = getattr(model, "get_encoder", None)
-    if getattr(config, "is_encoder_decoder", False) and find_encoder is not None:
-        find_encoder()._hf_hook = _IoHook()
+    if _is_encoder_decoder(model):
+        model.get_encoder()._hf_hook = _IoHook()  # type: ignore[operator]
+
+
+def own_generation_config(model: nn.Module) -> Any:
+    """The generation settings as the user has them, without what `mark_streamed` set; None where nothing was set."""
+    if model not in _COMPILE_BEFORE:
+        return None
+    settings: Any = copy.deepcopy(model.generation_config)
+    settings.disable_compile = _COMPILE_BEFORE[model]
+    return settings
 
 
 def unmark_streamed(model: nn.Module) -> None:

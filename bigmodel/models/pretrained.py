@@ -20,16 +20,15 @@ import torch
 from torch import nn
 
 from bigmodel.checkpoint import Checkpoint, refuse_prequantised
-from bigmodel.conversion import trace
 from bigmodel.errors import CheckpointError, InvalidArgumentError, UnsupportedCheckpointError
-from bigmodel.inputs import example_inputs
-from bigmodel.meta import call_on_meta, refuse_meta_buffers, refuse_real
-from bigmodel.skeleton import Skeleton, change_tensors, match_names, refuse_mismatch, take_sources
+from bigmodel.models.conversion import trace
+from bigmodel.models.meta import call_on_meta, refuse_meta_buffers, refuse_real
+from bigmodel.models.skeleton import Skeleton, change_tensors, match_names, refuse_mismatch, take_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["Skeleton", "build_skeleton", "example_inputs", "import_libraries", "load_generation_config"]
+__all__ = ["build_skeleton", "import_libraries", "load_generation_config", "revert_of"]
 
 
 def import_libraries() -> None:
@@ -123,6 +122,23 @@ def load_generation_config(model: nn.Module, checkpoint: Checkpoint, *, trust_re
         ) from error
 
 
+def revert_of(model: nn.Module) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None:
+    """From a transformers model's weights to the names and layout that its architecture's checkpoints have.
+
+    Returns:
+        A function of a state dict, or of a part of it; None where the model's own names are those.
+    """
+    if not _is_pretrained(model):
+        return None
+    from transformers.core_model_loading import revert_weight_conversion
+
+    def revert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        reverted: dict[str, torch.Tensor] = revert_weight_conversion(cast(Any, model), weights)
+        return reverted
+
+    return revert
+
+
 # --- What the arguments mean
 
 
@@ -203,7 +219,10 @@ def _find_class(checkpoint: Checkpoint, stated: Mapping[str, Any], *, trust_remo
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    names = [name for name in stated.get("architectures") or () if isinstance(name, str)]
+    architectures = stated.get("architectures") or ()
+    if isinstance(architectures, str):
+        architectures = (architectures,)
+    names = [name for name in architectures if isinstance(name, str)]
     own_code = {
         kind: reference
         for kind, reference in (stated.get("auto_map") or {}).items()

@@ -12,10 +12,10 @@ from by_hand import assemble
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bigmodel.boxes import extents_of
 from bigmodel.checkpoint import Source, TensorSpec
-from bigmodel.conversion import Traced, equal_values, sources_of, trace
 from bigmodel.errors import ReadError, UnsupportedCheckpointError
+from bigmodel.models.boxes import extents_of
+from bigmodel.models.conversion import Traced, equal_values, sources_of, trace
 
 ROW = 4096  # bytes: pieces of this size stay ranges
 

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import bigmodel
-from bigmodel.arguments import check_sampling, parse_device_map, parse_limits, read_prompt
+from bigmodel.cli.arguments import check_sampling, parse_device_map, parse_limits, read_prompt
 from bigmodel.errors import BigModelError, DoesNotFitError, InvalidArgumentError
 from bigmodel.units import format_bytes
 
 if TYPE_CHECKING:
+    from bigmodel.cli.text import TextStream
     from bigmodel.device_map.plan import Plan
     from bigmodel.hooks.stats import StreamStats
-    from bigmodel.text import TextStream
 
 __all__ = ["app", "main"]
 
@@ -75,6 +75,15 @@ Subfolder = Annotated[
 Variant = Annotated[
     str | None,
     typer.Option("--variant", rich_help_panel="Checkpoint", help="Such as fp16, for model.fp16.safetensors."),
+]
+OffloadFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--offload-folder",
+        metavar="FOLDER",
+        rich_help_panel="Checkpoint",
+        help="Where weights are kept that must be converted before they can stream; a cache folder by default.",
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool,
@@ -148,6 +157,7 @@ def run(
     revision: Revision = None,
     subfolder: Subfolder = None,
     variant: Variant = None,
+    offload_folder: OffloadFolder = None,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The text only: no plan, no bars, no figures.")] = False,
     with_traceback: WithTraceback = False,
@@ -162,12 +172,12 @@ def run(
 
         import torch
 
-        from bigmodel.checkpoint import open_checkpoint
+        from bigmodel.checkpoint.resolve import locate
+        from bigmodel.cli.text import TextStream, encode_prompt, load_tokenizer
         from bigmodel.footprint import PeakFootprint, footprint_bytes
-        from bigmodel.text import TextStream, encode_prompt, load_tokenizer
 
-        checkpoint = open_checkpoint(path, revision=revision, subfolder=subfolder, variant=variant)
-        tokenizer = load_tokenizer(checkpoint.path, subfolder=subfolder, trust_remote_code=trust_remote_code)
+        folder = locate(path, revision=revision, subfolder=subfolder, variant=variant).folder
+        tokenizer = load_tokenizer(folder, subfolder=subfolder, trust_remote_code=trust_remote_code)
         inputs = encode_prompt(tokenizer, text, chat=chat)
         workload = bigmodel.Workload(prompt_tokens=inputs["input_ids"].shape[1], new_tokens=max_new_tokens)
         before_bytes = footprint_bytes()
@@ -181,6 +191,7 @@ def run(
                 revision=revision,
                 subfolder=subfolder,
                 variant=variant,
+                offload_folder=offload_folder,
                 trust_remote_code=trust_remote_code,
                 progress=False if quiet else None,
             )
@@ -235,6 +246,7 @@ def plan(
     revision: Revision = None,
     subfolder: Subfolder = None,
     variant: Variant = None,
+    offload_folder: OffloadFolder = None,
     trust_remote_code: TrustRemoteCode = False,
     with_traceback: WithTraceback = False,
 ) -> None:
@@ -252,6 +264,7 @@ def plan(
             revision=revision,
             subfolder=subfolder,
             variant=variant,
+            offload_folder=offload_folder,
             trust_remote_code=trust_remote_code,
         )
         typer.echo(made.to_json() if as_json else made.explain())
@@ -261,7 +274,7 @@ def plan(
 def env(with_traceback: WithTraceback = False) -> None:
     """List versions and hardware, for a bug report."""
     with _told_in_a_sentence(with_traceback):
-        from bigmodel.environment import describe_environment
+        from bigmodel.cli.environment import describe_environment
 
         for name, value in describe_environment().items():
             typer.echo(f"{name + ':':<17} {value}")

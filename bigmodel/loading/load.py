@@ -15,8 +15,10 @@ from torch import nn
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.plan import Plan, Workload
 from bigmodel.errors import InvalidArgumentError
-from bigmodel.preparation import DeviceMap, Prepared, Progress, begin_early
-from bigmodel.progress import progress_bar
+from bigmodel.loading.decision import Decider, DeviceMap
+from bigmodel.loading.prepared import Here, Prepared, begin_early
+from bigmodel.models import Skeleton
+from bigmodel.progress import Report, progress_bar
 
 __all__ = ["load_sharded", "make_plan"]
 
@@ -39,7 +41,7 @@ def load_sharded(
     key_mapping: Mapping[str, str] | None = None,
     strict: bool = True,
     trust_remote_code: bool = False,
-    progress: bool | Progress | None = None,
+    progress: bool | Report | None = None,
 ) -> Any:
     """Load a checkpoint, keep in memory what fits, and stream the rest from disk while it runs.
 
@@ -75,8 +77,10 @@ def load_sharded(
     bars = nullcontext(progress) if callable(progress) else progress_bar(progress)
     # The caller may be inside inference_mode, or a device context: weights are made for every use.
     with torch.inference_mode(False), torch.device("cpu"), bars as report:
+        here = Here.of(max_memory, offload_folder, report)
         prepared = Prepared.of(
             path,
+            here,
             model=model,
             dtype=dtype,
             key_mapping=key_mapping,
@@ -85,13 +89,12 @@ def load_sharded(
             revision=revision,
             subfolder=subfolder,
             variant=variant,
-            offload_folder=offload_folder,
             no_split=no_split_module_classes,
-            begin=lambda checkpoint, stamps: begin_early(checkpoint, stamps, device_map, max_memory, report),
+            begin=lambda checkpoint, stamps: begin_early(
+                checkpoint, stamps, here, device_map, dtype, has_workload=workload is not None
+            ),
         )
-        loaded = prepared.load(
-            device_map=device_map, max_memory=max_memory, workload=workload or _workload_of(device_map), progress=report
-        )
+        loaded = prepared.load(device_map, workload or _workload_of(device_map))
     logger.info("%s loaded in %.2f s", path, time.perf_counter() - started_s)
     return loaded
 
@@ -103,7 +106,17 @@ def make_plan(
     max_memory: Mapping[int | str, int | str] | None = None,
     device_map: DeviceMap = "auto",
     allow_cpu_compute: bool = False,
-    **load_options: Any,
+    *,
+    dtype: str | torch.dtype = "auto",
+    offload_folder: str | os.PathLike[str] | None = None,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    no_split_module_classes: Collection[str] | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    strict: bool = True,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """What `load_sharded` would do, from headers alone: where every unit rests, and the peak memory that follows.
 
@@ -111,8 +124,8 @@ def make_plan(
         path_or_model: as in `load_sharded`; or a module, on meta or real.
         machine: the machine to plan for; this one if None.
         workload, max_memory, device_map, allow_cpu_compute: as in `load_sharded`.
-        load_options: `dtype`, `model`, `key_mapping`, `strict`, `revision`, `subfolder`, `variant`, `trust_remote_code`
-            and `no_split_module_classes`, as in `load_sharded`.
+        dtype, offload_folder, model, no_split_module_classes, revision, subfolder, variant, key_mapping, strict,
+            trust_remote_code: likewise; of these only `no_split_module_classes` goes with a module.
 
     Returns:
         A plan, to look at (`explain()`), to keep (`to_json()`), or to load with (`load_sharded(path, device_map=plan)`).
@@ -120,17 +133,44 @@ def make_plan(
     Raises:
         As `load_sharded`.
     """
-    no_split = load_options.pop("no_split_module_classes", None)
-    if isinstance(path_or_model, nn.Module):
-        if load_options:
-            raise InvalidArgumentError(
-                f"{', '.join(load_options)} say how to read a checkpoint, and a module was given."
-            )
-        prepared = Prepared.of_module(path_or_model, no_split)
-    else:
-        prepared = Prepared.of(path_or_model, no_split=no_split, **load_options)
+    here = Here.of(max_memory, offload_folder, _silent, machine)
     workload = workload or _workload_of(device_map)
-    return prepared.plan(machine=machine, device_map=device_map, max_memory=max_memory, workload=workload)
+    if isinstance(path_or_model, nn.Module):
+        reading = {
+            "model": model,
+            "revision": revision,
+            "subfolder": subfolder,
+            "variant": variant,
+            "key_mapping": key_mapping,
+            "dtype": None if dtype == "auto" else dtype,
+        }
+        if any(value is not None for value in reading.values()):
+            given = ", ".join(name for name, value in reading.items() if value is not None)
+            raise InvalidArgumentError(f"{given} say how to read a checkpoint, and a module was given.")
+        own = frozenset(getattr(path_or_model, "_no_split_modules", None) or ())
+        skeleton = Skeleton(model=path_or_model, sources={}, initialised=(), unexpected=(), no_split=own)
+        no_split = own | frozenset(no_split_module_classes or ())
+        decide = Decider(skeleton, fingerprint=None, no_split=no_split, baseline_bytes=0)
+        return decide(device_map, here.limits, workload, here.machine).plan
+    with torch.inference_mode(False), torch.device("cpu"):
+        prepared = Prepared.of(
+            path_or_model,
+            here,
+            model=model,
+            dtype=dtype,
+            key_mapping=key_mapping,
+            strict=strict,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            subfolder=subfolder,
+            variant=variant,
+            no_split=no_split_module_classes,
+        )
+        return prepared.plan(device_map, workload)
+
+
+def _silent(phase: str, done: int, total: int, /) -> None:
+    return None
 
 
 def _workload_of(device_map: DeviceMap) -> Workload:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
 import torch
 from torch import nn
 
-from bigmodel.assembly import assembled, forget, unmark_streamed
+from bigmodel import saving
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.plan import Plan
 from bigmodel.errors import DoesNotFitError, MoveRefusedError
 from bigmodel.hooks.stats import StreamStats
+from bigmodel.loading.assembly import assembled, forget, own_generation_config, unmark_streamed
+from bigmodel.models import revert_of
 from bigmodel.offload.resident import ResidentLoad
+from bigmodel.progress import Report, progress_bar
 from bigmodel.units import format_bytes
 
-__all__ = ["materialize", "plan_of", "stats_of", "unload"]
+__all__ = ["materialize", "plan_of", "save", "stats_of", "unload"]
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -58,6 +65,45 @@ def unload(model: nn.Module) -> nn.Module:
     return model
 
 
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    max_shard_size: int | str = "5GB",
+    *,
+    progress: bool | Report | None = None,
+) -> list[Path]:
+    """Write a model's weights and configuration to a folder, from which `from_pretrained` and `load_sharded` read it.
+
+    Tensor by tensor, never the whole model in memory; under temporary names, renamed when all is whole. A transformers model
+    gets the names and layout that its architecture's checkpoints have. A tied weight is written once. Weight files of an
+    earlier save in the same folder are replaced, and removed where they would be left over.
+
+    Args:
+        model: any module; weights may be in memory, on an accelerator, or at rest in their files.
+        folder: made if it is not there.
+        max_shard_size: the most bytes of weights in one file, such as ``"5GB"``; a larger tensor has a file to itself.
+        progress: True, False, None (bars where stderr is a terminal), or a callable ``(phase, done bytes, total bytes)``.
+
+    Returns:
+        The files written: weights in order, then index and configuration.
+
+    Raises:
+        InvalidArgumentError: for a folder that is a file, or a model whose state is not tensors with bytes.
+        DoesNotFitError: where the disk has less room than the weights need.
+        BigModelError: where a file to be replaced is one that a model in this process reads its weights from.
+    """
+    bars = nullcontext(progress) if callable(progress) else progress_bar(progress)
+    with bars as report:
+        return saving.save(
+            model,
+            folder,
+            max_shard_size,
+            revert=revert_of(model),
+            generation_config=own_generation_config(model),
+            progress=report,
+        )
+
+
 def materialize(model: nn.Module, device: str | torch.device = "cpu") -> nn.Module:
     """Put all weights in place and take the hooks off; returns the same module, now a plain one.
 
@@ -86,8 +132,9 @@ def materialize(model: nn.Module, device: str | torch.device = "cpu") -> nn.Modu
             needed_bytes=needed,
             available_bytes=available,
         )
-    load = ResidentLoad(list(state.streamed.values()), stamps=state.stamps, may_map=False)
-    tensors = load.finish()
+    with progress_bar() as report:
+        load = ResidentLoad(list(state.streamed.values()), stamps=state.stamps, may_map=False, progress=report)
+        tensors = load.finish()
     if state.attachment is not None:
         state.attachment.detach()
     for name, binding in state.bindings.items():

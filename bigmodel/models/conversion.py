@@ -19,9 +19,9 @@ from typing import Any, cast
 
 import torch
 
-from bigmodel.boxes import MOVERS, Boxes, Move, extents_of, whole
 from bigmodel.checkpoint.spec import Conversion, Extent, Source, TensorSpec
 from bigmodel.errors import ReadError, UnsupportedCheckpointError
+from bigmodel.models.boxes import MOVERS, Boxes, Move, extents_of, whole
 
 __all__ = ["Traced", "equal_values", "sources_of", "trace"]
 

@@ -1,0 +1,234 @@
+"""A checkpoint and its module on meta, everything known and nothing read: what plans and models are made from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bigmodel.allowance import DiskAllowance
+from bigmodel.checkpoint import Checkpoint, open_checkpoint, refuse_prequantised
+from bigmodel.checkpoint.rewritten import default_cache_folder
+from bigmodel.device_map.machine import Machine
+from bigmodel.device_map.maps import resolve_limits
+from bigmodel.device_map.plan import Plan, Workload
+from bigmodel.errors import CheckpointError, InvalidArgumentError
+from bigmodel.footprint import footprint_bytes
+from bigmodel.loading.assembly import Assembly, mark_streamed
+from bigmodel.loading.decision import Decider, DeviceMap, refuse_unknown
+from bigmodel.models import Skeleton, build_skeleton, import_libraries, load_generation_config
+from bigmodel.offload.reader import FileStamp, stamp_files
+from bigmodel.offload.resident import ResidentLoad
+from bigmodel.progress import Report
+
+__all__ = ["Here", "Prepared", "begin_early"]
+
+logger = logging.getLogger("bigmodel.loading")
+
+# Memory is plentiful where the weights would fit this often, and a workload beside them.
+_PLENTY, _PLENTY_BYTES = 2, 1 << 30
+
+MaxMemory = Mapping[int | str, int | str]
+Begin = Callable[[Checkpoint, Mapping[str, FileStamp]], ResidentLoad | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Here:
+    """What may be used here, and what is told while it is.
+
+    Attributes:
+        machine: where the model runs.
+        limits: tier -> bytes.
+        states_host_limit: whether the user stated the host's, so that passes are held to it.
+        cache_folder: where weights are kept that must be rewritten.
+        allowance: what may be written, whoever writes it.
+        progress: called with (phase, done bytes, total bytes).
+    """
+
+    machine: Machine
+    limits: Mapping[str, int]
+    states_host_limit: bool
+    cache_folder: Path
+    allowance: DiskAllowance
+    progress: Report
+
+    @classmethod
+    def of(
+        cls,
+        max_memory: MaxMemory | None,
+        offload_folder: str | os.PathLike[str] | None,
+        progress: Report,
+        machine: Machine | None = None,
+    ) -> Here:
+        """Limits as the user stated them, or as the machine (this one, if None) has them free."""
+        cache_folder = Path(offload_folder) if offload_folder is not None else default_cache_folder()
+        if cache_folder.exists() and not cache_folder.is_dir():
+            raise InvalidArgumentError(f"offload_folder is {cache_folder}, which is a file. Give a folder.")
+        machine = machine or Machine.probe(cache_folder)
+        limits = resolve_limits(max_memory, machine)
+        if machine.accelerators:
+            names = ", ".join(each.device for each in machine.accelerators)
+            logger.warning("this version computes on the CPU; %s is not used", names)
+        return cls(
+            machine=machine,
+            limits=limits,
+            states_host_limit=max_memory is not None and "cpu" in max_memory,
+            cache_folder=cache_folder,
+            allowance=DiskAllowance(limits["disk"]),
+            progress=progress,
+        )
+
+
+@dataclass(eq=False, kw_only=True)
+class Prepared:
+    """A checkpoint and its module on meta: everything known, nothing read."""
+
+    skeleton: Skeleton
+    checkpoint: Checkpoint
+    decide: Decider
+    here: Here
+    trust_remote_code: bool
+    stamps: Mapping[str, FileStamp] = field(default_factory=dict)
+    early: ResidentLoad | None = None
+
+    @classmethod
+    def of(
+        cls,
+        path: str | os.PathLike[str],
+        here: Here,
+        *,
+        model: nn.Module | Callable[[], nn.Module] | None,
+        dtype: str | torch.dtype,
+        key_mapping: Mapping[str, str] | None,
+        strict: bool,
+        trust_remote_code: bool,
+        revision: str | None,
+        subfolder: str | None,
+        variant: str | None,
+        no_split: Collection[str] | None,
+        begin: Begin = lambda checkpoint, stamps: None,
+    ) -> Prepared:
+        """Opens the checkpoint and builds its module. `begin` may start to read as soon as the headers are checked."""
+        import_libraries()
+        baseline_bytes = footprint_bytes()
+        checkpoint = open_checkpoint(
+            path,
+            revision=revision,
+            subfolder=subfolder,
+            variant=variant,
+            cache_folder=here.cache_folder,
+            allowance=here.allowance,
+            progress=here.progress,
+        )
+        refuse_prequantised(checkpoint)
+        stamps = _stamps(checkpoint)
+        early = begin(checkpoint, stamps)
+        try:
+            skeleton = build_skeleton(
+                checkpoint,
+                model=model,
+                dtype=dtype,
+                key_mapping=dict(key_mapping) if key_mapping else None,
+                strict=strict,
+                trust_remote_code=trust_remote_code,
+            )
+        except BaseException:
+            if early is not None:
+                early.close()
+            raise
+        return cls(
+            skeleton=skeleton,
+            checkpoint=checkpoint,
+            decide=Decider(
+                skeleton,
+                fingerprint=checkpoint.fingerprint,
+                no_split=skeleton.no_split | frozenset(no_split or ()),
+                baseline_bytes=baseline_bytes,
+            ),
+            here=here,
+            trust_remote_code=trust_remote_code,
+            stamps=stamps,
+            early=early,
+        )
+
+    def plan(self, device_map: DeviceMap, workload: Workload) -> Plan:
+        """What `load` would carry out."""
+        return self.decide(device_map, self.here.limits, workload, self.here.machine).plan
+
+    def load(self, device_map: DeviceMap, workload: Workload) -> nn.Module:
+        """The model, every weight where the plan puts it."""
+        here, model = self.here, self.skeleton.model
+        early, self.early = self.early, None
+        assembly = Assembly(
+            model,
+            self.skeleton.sources,
+            stamps=self.stamps,
+            content_key=f"{self.checkpoint.content_key} {json.dumps(self.checkpoint.config, sort_keys=True)}",
+            cache_folder=here.cache_folder,
+            allowance=here.allowance,
+            progress=here.progress,
+        )
+        try:
+            # Before anything of the model runs: a file that cannot be read leaves nothing behind.
+            load_generation_config(model, self.checkpoint, trust_remote_code=self.trust_remote_code)
+            if early is not None and early.can_give(list(self.skeleton.sources.values())):
+                # All of it stays, and memory is plentiful: what a pass would take decides nothing, and is tried when asked for.
+                # What is kept for that must not hold the model, which would never go then.
+                decide, limits, machine = self.decide, here.limits, here.machine
+                assembly.keep_all(early, lambda: decide(device_map, limits, workload, machine).plan)
+                return model
+        finally:
+            if early is not None:
+                early.close()
+        decision = self.decide(device_map, here.limits, workload, here.machine)
+        check = decision.check_pass if decision.plan.slots or here.states_host_limit else None
+        assembly.carry_out(decision.plan, decision.units, check)
+        mark_streamed(model, decision.plan)
+        return model
+
+
+def begin_early(
+    checkpoint: Checkpoint,
+    stamps: Mapping[str, FileStamp],
+    here: Here,
+    device_map: DeviceMap,
+    dtype: str | torch.dtype,
+    *,
+    has_workload: bool,
+) -> ResidentLoad | None:
+    """Begin to read the files while the model is built, where it is plain that everything will stay as it is stored."""
+    refuse_unknown(device_map)
+    specs = checkpoint.tensors.values()
+    if not isinstance(device_map, str) or not _is_as_stored(checkpoint, dtype):
+        return None
+    if here.states_host_limit or has_workload:
+        return None  # then it matters what a pass takes
+    if _PLENTY * sum(spec.nbytes for spec in specs) + _PLENTY_BYTES > here.limits["cpu"]:
+        return None
+    return ResidentLoad.of_files(specs, stamps=stamps, progress=here.progress)
+
+
+def _is_as_stored(checkpoint: Checkpoint, dtype: str | torch.dtype) -> bool:
+    """Whether most bytes are of the dtype that the model will have, as far as config.json says."""
+    config = checkpoint.config or {}
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    stated = [str(part.get("dtype") or part.get("torch_dtype")) for part in parts]
+    wanted = [each for each in stated if each not in ("None", "auto")] if str(dtype) == "auto" else [str(dtype)]
+    sizes: dict[str, int] = {}
+    for spec in checkpoint.tensors.values():
+        sizes[str(spec.dtype)] = sizes.get(str(spec.dtype), 0) + spec.nbytes
+    most = max(sizes, key=lambda name: sizes[name], default="")
+    return not wanted or any(each.removeprefix("torch.") == most.removeprefix("torch.") for each in wanted)
+
+
+def _stamps(checkpoint: Checkpoint) -> dict[str, FileStamp]:
+    try:
+        return stamp_files({spec.file for spec in checkpoint.tensors.values()})
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} went away while the checkpoint was opened. Open it again.") from error

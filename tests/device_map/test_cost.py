@@ -1,0 +1,113 @@
+"""What a pass takes, measured on tensors that hold nothing, is what a real pass takes."""
+
+import copy
+
+import pytest
+import torch
+from families import make_checkpoint, resident
+from torch import nn
+
+from bigmodel.device_map.cost import measure
+from bigmodel.device_map.plan import Workload
+from bigmodel.device_map.trial import NotTriedError, Trial, like
+from bigmodel.models import example_inputs
+
+WORK = Workload(batch_size=2, prompt_tokens=24, new_tokens=8)
+
+
+def costs_of(model, workload=WORK):
+    return measure(Trial(model), model, lambda batch, tokens: example_inputs(model, batch, tokens), workload)
+
+
+def cache_bytes(cache):
+    """Of the storages that a real cache holds: a sliding window may be a view of more than it shows."""
+    storages = {}
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            if isinstance(value, torch.Tensor) and value.ndim >= 3:
+                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2", "bloom", "mixtral", "deepseek_v3"])
+@torch.no_grad()
+def test_the_kv_cache_is_what_the_model_s_own_cache_allocates(family, tmp_path):
+    model = resident(make_checkpoint(family, tmp_path))
+    costs = costs_of(model)
+    assert costs.is_measured, costs.reason
+    for tokens in (24, 16):
+        cache = model(input_ids=torch.ones(2, tokens, dtype=torch.int64), use_cache=True).past_key_values
+        assert costs.kv_bytes(2, tokens) == pytest.approx(cache_bytes(cache), rel=0.02), tokens
+
+
+@torch.no_grad()
+def test_activations_cover_what_torch_allocates(tmp_path):
+    model = resident(make_checkpoint("llama", tmp_path))
+    costs = costs_of(model)
+    ids = torch.ones(2, 24, dtype=torch.int64)
+    model(input_ids=ids)
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(input_ids=ids)
+    live = peak = 0
+    for event in profile.events():
+        live += event.self_cpu_memory_usage
+        peak = max(peak, live)
+    assert costs.prefill_bytes + costs.kv_bytes(2, 24) >= peak > 0
+
+
+def test_alike_layers_are_measured_once_and_count_for_all(tmp_path):
+    import transformers as t
+
+    def kv(num_layers):
+        config = t.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=num_layers,
+                               num_attention_heads=4)  # fmt: skip
+        with torch.device("meta"):
+            return costs_of(t.LlamaForCausalLM(config)).kv_bytes(1, 100)
+
+    assert kv(40) == 10 * kv(4) == 20 * kv(2)
+
+
+def test_the_model_is_not_changed(tmp_path):
+    model = resident(make_checkpoint("llama", tmp_path))
+    calls = []
+    trial = Trial(model)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    modules = {name: id(module) for name, module in model.named_modules()}
+    measure(trial, model, lambda batch, tokens: example_inputs(model, batch, tokens), WORK)
+    assert not calls
+    assert before == {name: id(parameter) for name, parameter in model.named_parameters()}
+    assert modules == {name: id(module) for name, module in model.named_modules()}
+
+
+class Counting(nn.Module):
+    """Reads a number out of a tensor: nothing that holds no numbers can follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(x) * x.sum().item()
+
+
+def test_a_pass_that_cannot_be_tried_says_why():
+    with pytest.raises(NotTriedError, match="DataDependent"):
+        Trial(Counting())(lambda: like([torch.ones(2, 8)], {}))
+    costs = measure(Trial(Counting()), Counting(), lambda batch, tokens: None, WORK)
+    assert not costs.is_measured
+    assert costs.reason == "nothing is known that the model's forward could be called with"
+    assert costs.workload_activation_bytes > 0
+
+
+def test_like_arguments_share_nothing_with_the_real_ones():
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    cache.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), 0)
+    before = copy.deepcopy(cache.layers[0].keys)
+    args, kwargs = like([torch.ones(2)], {"past_key_values": cache, "flag": True})
+    kwargs["past_key_values"].update(torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4), 0)
+    assert args[0].shape == (2,)
+    assert kwargs["flag"] is True
+    assert torch.equal(cache.layers[0].keys, before)
