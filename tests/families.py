@@ -196,6 +196,22 @@ def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float3
     return folder
 
 
+def large_experts(folder: Path) -> Path:
+    """A mixture of experts of 80 MB in bfloat16, stored as the published checkpoints of its class are."""
+    import transformers as t
+
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 1024, "hidden_size": 512,
+             "num_hidden_layers": 6, "head_dim": 128}  # fmt: skip
+    config = _configs()["qwen3_vl_moe"]()
+    config.text_config = t.Qwen3VLMoeTextConfig(**config.text_config.to_dict() | sizes)
+    config.vision_config.out_hidden_size = 512
+    config.text_config.rope_parameters["mrope_section"] = [24, 20, 20]
+    torch.manual_seed(7)
+    t.Qwen3VLMoeForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="40MB")
+    _transpose_experts(folder)
+    return folder
+
+
 def _transpose_experts(folder: Path) -> None:
     """As the published checkpoints store them; save_pretrained does not."""
     from safetensors.torch import load_file, save_file

@@ -14,7 +14,7 @@ an `.item()`) gets the true value: only then are bytes read, and of those tensor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -207,25 +207,32 @@ class _Replay:
     wanted: dict[str, TensorSpec | _Value]
 
     def __call__(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        uses = _uses(self.wanted.values())
-        done: dict[_Step, Any] = {}
-
-        def result_of(value: Any) -> Any:
-            if isinstance(value, TensorSpec):
-                return tensors[value.name]
-            if not isinstance(value, _Value):
-                return value
-            step = value.step
-            if step not in done:
-                done[step] = step.func(*_swap(step.args, result_of), **_swap(step.kwargs, result_of))
-            result = done[step]
-            uses[step] -= 1
-            if not uses[step]:
-                del done[step]  # intermediate tensors are as large as parameters: none is kept beyond its last use
-            return result if value.item is None else result[value.item]
-
+        run = _Run(dict(tensors), _uses(self.wanted.values()))
         with torch.no_grad():
-            return {name: result_of(value).contiguous() for name, value in self.wanted.items()}
+            return {name: run.result_of(value).contiguous() for name, value in self.wanted.items()}
+
+
+@dataclass(slots=True)
+class _Run:
+    """One repetition. Nothing refers to it from inside: with it go the tensors, without the garbage collector."""
+
+    inputs: dict[str, torch.Tensor]
+    uses: dict[_Step, int]
+    done: dict[_Step, Any] = field(default_factory=dict)
+
+    def result_of(self, value: Any) -> Any:
+        if isinstance(value, TensorSpec):
+            return self.inputs[value.name]
+        if not isinstance(value, _Value):
+            return value
+        step, done = value.step, self.done
+        if step not in done:
+            done[step] = step.func(*_swap(step.args, self.result_of), **_swap(step.kwargs, self.result_of))
+        result = done[step]
+        self.uses[step] -= 1
+        if not self.uses[step]:
+            del done[step]  # intermediate tensors are as large as parameters: none is kept beyond its last use
+        return result if value.item is None else result[value.item]
 
 
 def _uses(values: Iterable[Any]) -> dict[_Step, int]:

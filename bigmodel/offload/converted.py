@@ -20,6 +20,7 @@ from bigmodel.allowance import DiskAllowance
 from bigmodel.checkpoint.header import encode_header
 from bigmodel.checkpoint.rewritten import written_whole
 from bigmodel.checkpoint.spec import Conversion, Extent, Source, TensorSpec
+from bigmodel.offload.spill import trim_heap
 from bigmodel.progress import Report
 from bigmodel.units import format_bytes
 
@@ -120,6 +121,7 @@ def _write(
                 file.seek(starts[name])
                 file.write(raw.numpy().data)
                 written[name] = raw.numel()
-        del outputs
+        del outputs, tensor, raw
+        trim_heap()
         if progress is not None:
             progress("converting weights", sum(written.values()), total)

@@ -19,6 +19,7 @@ from bigmodel.offload.direct import DirectReads
 from bigmodel.offload.file_map import FileMap
 from bigmodel.offload.ranges import PACKED_ALIGN_BYTES, lay_out
 from bigmodel.offload.reader import BLOCK_BYTES, GAP_BYTES, FileStamp, Reader, Ticket
+from bigmodel.offload.spill import trim_heap
 from bigmodel.progress import Report
 
 __all__ = ["ResidentLoad", "tensor_at"]
@@ -182,6 +183,8 @@ class ResidentLoad:
                 self._tensors[name] = tensor
                 done += source.nbytes
                 at_byte += -(-source.nbytes // PACKED_ALIGN_BYTES) * PACKED_ALIGN_BYTES
+            del outputs  # before the next one's are made
+            trim_heap()
 
 
 def _stop(reader: Reader, ticket: Ticket) -> None:

@@ -14,22 +14,22 @@ GROUPS = Path("/sys/fs/cgroup/memory")
 CHILD = """
 import json, sys
 from pathlib import Path
-group, path, limit, prompt, new = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+group, path, limit, prompt, new, dtype = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6]
 if group:
     Path(group, "cgroup.procs").write_text("0")
 import torch, transformers, bigmodel, bigmodel.loading
 import torch._subclasses.fake_tensor
-from transformers import LlamaForCausalLM
+getattr(transformers, json.loads(Path(path, "config.json").read_text())["architectures"][0])
 from bigmodel.footprint import PeakFootprint, footprint_bytes
 
 workload = bigmodel.Workload(prompt_tokens=prompt, new_tokens=new)
-options = {"max_memory": {"cpu": limit}, "workload": workload}
+options = {"max_memory": {"cpu": limit}, "workload": workload, "dtype": dtype, "offload_folder": path + "-converted"}
 plan = bigmodel.make_plan(path, **options)
 baseline = footprint_bytes()
 peak = plan.estimate.peak_bytes["cpu"]
 if group:
     Path(group, "memory.limit_in_bytes").write_text(str(baseline + peak + (64 << 20)))
-ids = torch.arange(100, 100 + prompt).view(1, prompt)
+ids = (torch.arange(prompt) % 80 + 5).view(1, prompt)
 with PeakFootprint() as measured:
     model = bigmodel.load_sharded(path, progress=False, **options)
     tokens = model.generate(input_ids=ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
@@ -41,9 +41,9 @@ print(json.dumps({
 """
 
 
-def run(path, limit, prompt=64, new=16, group=""):
+def run(path, limit, prompt=64, new=16, group="", dtype="auto"):
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(group), str(path), limit, str(prompt), str(new)],
+        [sys.executable, "-c", CHILD, str(group), str(path), limit, str(prompt), str(new), dtype],
         capture_output=True,
         text=True,
         check=False,
@@ -57,6 +57,26 @@ def run(path, limit, prompt=64, new=16, group=""):
 def test_a_streamed_run_stays_within_the_stated_peak(smollm2, limit, prompt):
     result = run(smollm2, limit, prompt)
     assert result["read"] > 0
+    assert result["measured"] <= result["planned"] <= result["limit"]
+
+
+def test_a_run_that_casts_every_weight_stays_within_it(smollm2):
+    result = run(smollm2, "360MiB", dtype="float32")
+    assert result["read"] > 0
+    assert result["measured"] <= result["planned"] <= result["limit"]
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """80 MB of experts that are stored transposed, and must be converted before they can stream."""
+    from families import large_experts
+
+    return large_experts(tmp_path / "experts")
+
+
+@pytest.mark.parametrize("limit", ["150MiB", "1GiB"])
+def test_a_run_that_converts_weights_stays_within_it(experts, limit):
+    result = run(experts, limit)
     assert result["measured"] <= result["planned"] <= result["limit"]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,6 +180,22 @@ def test_a_conversion_can_be_run_again_and_changes_nothing_that_it_is_given(tmp_
     assert torch.equal(first, second)
     assert torch.equal(given_in[spec.name], tensor)
     assert first.is_contiguous()
+
+
+def test_what_a_conversion_read_goes_with_it(tmp_path: Path) -> None:
+    (spec,) = store(tmp_path, torch.randn(4, 6))
+    conversion = source_of(trace(spec).t().contiguous() + 1).conversion
+    assert conversion is not None
+    given_in = torch.randn(4, 6)
+    gone = weakref.ref(given_in)
+    gc.collect()
+    gc.disable()  # weights that wait for the collector would be memory beyond the budget
+    try:
+        conversion.run({spec.name: given_in})
+        del given_in
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0, 2)])
