@@ -92,6 +92,14 @@ def _bigmodel(path: str) -> Loaded:
     return model.named_parameters(), model
 
 
+def _bigmodel_private(path: str) -> Loaded:
+    """With a stated limit: weights in memory of the process's own, which nobody evicts."""
+    import bigmodel
+
+    model = bigmodel.load_sharded(path, device_map="cpu", max_memory={"cpu": "64GiB"})
+    return model.named_parameters(), model
+
+
 def _transformers(device_map: str | None) -> Callable[[str], Loaded]:
     def load(path: str) -> Loaded:
         from transformers import AutoModelForCausalLM
@@ -154,6 +162,7 @@ def _files(path: str) -> list[str]:
 
 LOADERS: dict[str, Callable[[str], Loaded]] = {
     "bigmodel": _bigmodel,
+    "bigmodel, private": _bigmodel_private,
     "transformers": _transformers(None),
     "transformers, device_map='cpu'": _transformers("cpu"),
     "transformers, device_map='auto'": _transformers("auto"),

@@ -22,6 +22,10 @@
 Foreign errors (OSError, safetensors, huggingface_hub, pickle) are translated where the foreign package is owned.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 __all__ = [
     "BigModelError",
     "CheckpointError",
@@ -93,6 +97,10 @@ class DoesNotFitError(BigModelError):
         self.needed_bytes = needed_bytes
         self.available_bytes = available_bytes
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles with its numbers: a worker's error crosses to its parent."""
+        return _rebuild, (str(self), self.tier, self.needed_bytes, self.available_bytes)
+
 
 class StreamingError(BigModelError):
     """Something went wrong, or was refused, while a loaded model ran."""
@@ -116,3 +124,7 @@ class GradientRefusedError(StreamingError):
 
 class ForkedError(StreamingError):
     """A streamed model was run in a forked child, where its reader threads do not exist."""
+
+
+def _rebuild(message: str, tier: str, needed_bytes: int, available_bytes: int) -> DoesNotFitError:
+    return DoesNotFitError(message, tier=tier, needed_bytes=needed_bytes, available_bytes=available_bytes)

@@ -100,5 +100,5 @@ def streamed_stack(num_blocks: int = 5, num_slots: int = 2, delay_s: float = 0.0
         sites[number] = [(name, block)]
     store = MemoryStore(content, delay_s)
     streamer = Streamer(units, [(num_slots, UNIT_BYTES)], store)
-    attachment = Attachment(model, streamer, sites, {}, check_pass, StreamStats())
+    attachment = Attachment(model, streamer, sites, {}, check_pass, StreamStats(), refuses_moves=True)
     return model, reference, attachment, store

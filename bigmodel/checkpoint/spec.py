@@ -59,11 +59,13 @@ class Conversion:
         inputs: the tensors that it reads.
         run: takes ``{spec.name: CPU tensor as stored}`` and returns ``{parameter name: CPU tensor}`` for ALL of `outputs`.
         outputs: the parameters that one run gives; run once, use for each.
+        recipe: a digest of what `run` does, for caches of what it gives.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
     run: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+    recipe: str = ""
 
 
 @dataclass(frozen=True, slots=True)

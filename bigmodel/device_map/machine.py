@@ -74,7 +74,7 @@ class Machine:
             num_processors=max(1, math.floor(min([len(os.sched_getaffinity(0)), *groups.processors()]))),
             disk_bytes=_free_disk_bytes(Path(folder) if folder is not None else Path.home()),
             accelerators=_probe_accelerators(),
-            num_sharing=max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)),
+            num_sharing=_num_local_processes(),
         )
 
     @classmethod
@@ -137,6 +137,12 @@ class Machine:
             return _less_spare(next((each.memory_bytes for each in self.accelerators if each.device == tier), 0))
         free = self.host_bytes if tier == "cpu" else self.disk_bytes
         return _less_spare(free) // self.num_sharing
+
+
+def _num_local_processes() -> int:
+    """Processes of a launcher's job on this machine; 1 where no launcher says otherwise."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(text)) if text.isdecimal() else 1
 
 
 def _less_spare(free: int) -> int:

@@ -211,13 +211,30 @@ class Plan:
             fields["workload"] = Workload(**fields["workload"])
             fields["estimate"] = Estimate(**fields["estimate"])
             fields["notes"] = tuple(fields["notes"])
-            return cls(**fields)
+            plan = cls(**fields)
+            plan._refuse_nonsense()
+            return plan
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InvalidArgumentError):
                 raise
             raise InvalidArgumentError(
                 f"The text is not a plan ({type(error).__name__}: {error}). Write one with to_json()."
             ) from error
+
+    def _refuse_nonsense(self) -> None:
+        """TypeError or ValueError where a text had the fields of a plan and not their meaning."""
+        if not isinstance(self.fingerprint, str):
+            raise TypeError(f"fingerprint is {self.fingerprint!r}")
+        names = [placement.unit for placement in self.placements]
+        for placement in self.placements:
+            texts = (placement.unit, placement.home, placement.run_on, placement.prefill_on, *placement.parameters)
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"the placement of {placement.unit!r} has something that is no text")
+        if len(set(names)) < len(names):
+            raise ValueError("a unit is placed twice")
+        for tier, limit in self.limits.items():
+            if not isinstance(tier, str) or not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
+                raise ValueError(f"the limit of {tier!r} is {limit!r}")
 
 
 def _collapsed(names: Sequence[str]) -> str:

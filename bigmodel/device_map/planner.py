@@ -78,6 +78,7 @@ def decide(
     *,
     homes: Mapping[str, str] | None = None,
     all_resident: bool = False,
+    refuses: bool = True,
     num_readers: int = 1,
     max_slots: int = MAX_SLOTS,
     fingerprint: str = "",
@@ -95,6 +96,7 @@ def decide(
         workload: what `demand` was measured for.
         homes: unit name -> ``"cpu"`` or ``"disk"``, honoured exactly, but for units that must stay.
         all_resident: everything stays, or DoesNotFitError.
+        refuses: whether what does not fit is an error; otherwise the plan states what it takes.
         num_readers: threads that read at once; each has a buffer where reads cannot go straight into place.
         max_slots: per group of units.
         fingerprint: of the checkpoint.
@@ -113,7 +115,7 @@ def decide(
             choice = everything
         else:
             choice = _spread(costs, room, num_readers, max_slots)
-    if choice.total_bytes > room:
+    if choice.total_bytes > room and refuses:
         raise _too_large(choice, costs, demand, limits, workload, homes, all_resident)
     return _plan(choice, costs, demand, limits, workload, homes, fingerprint)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from bigmodel.errors import ForkedError, GradientRefusedError, MoveRefusedError, StreamingError
 from bigmodel.hooks.stats import StreamStats
@@ -25,7 +26,10 @@ COPY_REFUSED = (
     "A model whose weights stream, or whose passes are checked against a budget, cannot be copied: the copy would share its "
     "slots. Load it a second time, or call bigmodel.materialize(model) first."
 )
-PICKLE_REFUSED = "A streamed model cannot be pickled. Use bigmodel.save(model, folder)."
+PICKLE_REFUSED = (
+    "A model whose weights stream, or whose passes are checked against a budget, cannot be pickled. Use "
+    "bigmodel.save(model, folder)."
+)
 # Looks at a pass before it begins and raises DoesNotFitError when it would not fit; "" is the root's name.
 PassCheck = Callable[[str, nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
 
@@ -37,9 +41,10 @@ class Attachment:
         model: the root; its forward is a pass.
         streamer: moves the units; None where nothing streams and only passes are checked.
         sites: per unit number, the modules whose forward uses it.
-        entries: name -> modules that are also called by themselves, such as an encoder; the root is always one.
+        entries: name -> modules around units, which may be called by themselves, such as an encoder; the root is always one.
         check_pass: called before each pass.
         sizes: resident and mapped bytes, for the statistics.
+        refuses_moves: whether weights rest elsewhere than where they run, so that the model cannot be moved or cast in place.
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class Attachment:
         entries: Mapping[str, nn.Module],
         check_pass: PassCheck | None,
         sizes: StreamStats,
+        *,
+        refuses_moves: bool,
     ) -> None:
         self._model = weakref.ref(model)
         self._streamer = streamer
@@ -62,7 +69,7 @@ class Attachment:
         self._pass_started_s = 0.0
         self._num_passes = 0
         self._pass_s = 0.0
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         for number, modules in sites.items():
             for name, module in modules:
                 hook = _UnitHook(self, number, name)
@@ -73,8 +80,9 @@ class Attachment:
             begin = functools.partial(self._begin_pass, name)
             self._handles.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._end_pass, always_call=True))
-        if streamer is not None:
+        if refuses_moves:
             model.__dict__["_apply"] = _MoveGuard(model)
+        if streamer is not None:
             # Threads and slots go with the model, also when nobody calls unload.
             self._finalizer = weakref.finalize(model, streamer.close)
 
@@ -88,8 +96,13 @@ class Attachment:
             if self._streamer is not None:
                 self._finalizer.detach()
                 self._streamer.close()
-                if model is not None:
-                    model.__dict__.pop("_apply", None)
+            if model is not None:
+                model.__dict__.pop("_apply", None)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a pass is under way."""
+        return self._opener is not None
 
     def stats(self) -> StreamStats:
         """Counts so far."""
@@ -111,9 +124,10 @@ class Attachment:
     def _begin_pass(self, entry: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._refuse_fork()
         if self._opener is not None and self._lock.is_mine():
-            if module is not self._opener and entry:
+            num_calls = _num_calls(self._opener)
+            if module is not self._opener and num_calls > 0:
                 return  # a part of the pass under way
-            if module is self._opener and _num_calls(module) > 1:
+            if module is self._opener and num_calls > 1:
                 self._num_inside += 1
                 return
             # An interrupt (Ctrl-C) ended a pass where no hook saw it: what it left is put to rest now.
@@ -208,24 +222,25 @@ class _UnitHook:
 class _PassLock:
     """One pass at a time; re-entrant; taken over from a thread that died, or was interrupted, in the middle of one.
 
-    torch runs release hooks after exceptions, but not after Ctrl-C: a thread that holds the lock and is in no module's
-    call any more has lost its pass.
+    torch runs release hooks after exceptions, but not after Ctrl-C: a thread that took the lock for a pass and is in no
+    module's call any more has lost its pass. As a context manager the lock is held for something else, and never taken over.
     """
 
     def __init__(self) -> None:
         self._condition = threading.Condition(threading.Lock())
         self._owner: threading.Thread | None = None
+        self._is_for_pass = True
         self.depth = 0
 
-    def acquire(self) -> None:
+    def acquire(self, *, is_for_pass: bool = True) -> None:
         me = threading.current_thread()
         with self._condition:
             while self._owner is not None and self._owner is not me:
-                if not _is_calling(self._owner):
+                if self._is_for_pass and not _is_calling(self._owner):
                     self.depth = 0
                     break
                 self._condition.wait(timeout=0.2)
-            self._owner = me
+            self._owner, self._is_for_pass = me, is_for_pass
             self.depth += 1
 
     def release(self) -> None:
@@ -239,7 +254,8 @@ class _PassLock:
     def is_mine(self) -> bool:
         return self._owner is threading.current_thread()
 
-    __enter__ = acquire
+    def __enter__(self) -> None:
+        self.acquire(is_for_pass=False)
 
     def __exit__(self, *exc: object) -> None:
         self.release()
@@ -286,12 +302,13 @@ class _MoveGuard:
         assert model is not None
         kinds = {(tensor.dtype, tensor.device) for tensor in (*model.parameters(), *model.buffers())}
         for dtype, device in sorted(kinds, key=str):
-            after = fn(torch.empty(0, dtype=dtype, device=device))
-            if after.dtype != dtype or after.device != device:
+            before = torch.empty(0, dtype=dtype, device=device)
+            after = fn(before)
+            if after is not before or after.is_shared():  # type: ignore[no-untyped-call]
                 raise MoveRefusedError(
-                    f"This model streams its weights and cannot be moved or cast in place: {dtype} on {device} would become "
-                    f"{after.dtype} on {after.device}. Call bigmodel.materialize(model, device) to have all weights in one "
-                    "place, or load it again with another dtype= or device_map=."
+                    f"This model streams its weights and cannot be moved, cast or shared in place: {dtype} on {device} would "
+                    f"become {after.dtype} on {after.device}. Call bigmodel.materialize(model, device) to have all weights in "
+                    "one place, or load it again with another dtype= or device_map=."
                 )
         return model
 

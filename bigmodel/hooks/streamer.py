@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch.profiler import record_function
 
@@ -42,13 +42,6 @@ class StreamedUnit:
     is_bound: bool = False
 
 
-@dataclass(eq=False, slots=True)
-class Lane:
-    """Slots of one size."""
-
-    slots: list[Slot] = field(default_factory=list)
-
-
 class Streamer:
     """Keeps the slots filled ahead of the computation. Used by one thread at a time; the reader threads only set tickets.
 
@@ -67,16 +60,16 @@ class Streamer:
         streams: Streams | None = None,
     ) -> None:
         self._units = units
-        self._lanes = [Lane([Slot(Arena(slot_bytes)) for _ in range(num_slots)]) for num_slots, slot_bytes in lanes]
+        self._lanes = [[Slot(Arena(slot_bytes)) for _ in range(num_slots)] for num_slots, slot_bytes in lanes]
         self._store = store
         self._streams = streams or HostStreams()
         self._schedule = Schedule(len(units))
         self._is_closed = False
         self.stall_s = 0.0
         self.num_reads = self.read_bytes = self.num_hits = self.num_misses = 0
-        self.slot_bytes = sum(slot.arena.nbytes for lane in self._lanes for slot in lane.slots)
+        self.slot_bytes = sum(slot.arena.nbytes for lane in self._lanes for slot in lane)
         for number, unit in enumerate(units):
-            for slot in self._lanes[unit.lane].slots:
+            for slot in self._lanes[unit.lane]:
                 slot.views[number] = views_of(unit.bindings, unit.places, slot.arena)
 
     def enter(self, number: int) -> None:
@@ -138,8 +131,9 @@ class Streamer:
         """Issue reads for the units that come next, into slots whose weights are needed later than theirs."""
         if self._is_closed:
             return
+        self._settle()
         takeable = (SlotState.EMPTY, SlotState.READY)
-        open_lanes = {n for n, lane in enumerate(self._lanes) if any(slot.state in takeable for slot in lane.slots)}
+        open_lanes = {n for n, lane in enumerate(self._lanes) if any(slot.state in takeable for slot in lane)}
         if not open_lanes:
             return
         distance = self._distances()
@@ -161,7 +155,7 @@ class Streamer:
             unit.depth = 0
             self._release(unit)
         for lane in self._lanes:
-            for slot in lane.slots:
+            for slot in lane:
                 if slot.state is SlotState.FILLING and slot.unit is None:
                     self._recover(slot)
 
@@ -171,7 +165,7 @@ class Streamer:
         self.reset()
         self._store.close()
         for lane in self._lanes:
-            for slot in lane.slots:
+            for slot in lane:
                 slot.views.clear()
         for unit in self._units:
             unit.slot = None
@@ -205,6 +199,20 @@ class Streamer:
             raise
         slot.ticket = None
 
+    def _settle(self) -> None:
+        """Note which fillings have ended: a unit that was expected and did not come must not keep its slot."""
+        for lane in self._lanes:
+            for slot in lane:
+                ticket = slot.ticket
+                if slot.state is not SlotState.FILLING or ticket is None or not ticket.done.is_set():
+                    continue
+                if slot.unit is not None and self._units[slot.unit].depth:
+                    continue  # somebody is about to wait for it
+                if ticket.error is not None:
+                    self._empty(slot)  # it is read again when it is needed, and says then what is wrong
+                elif slot.unit is not None:
+                    slot.state, slot.ticket = SlotState.READY, None
+
     def _check_unchanged(self, unit: StreamedUnit, slot: Slot) -> None:
         changed = [binding.name for binding in unit.bindings if not binding.is_unchanged()]
         if changed:
@@ -215,11 +223,12 @@ class Streamer:
             )
 
     def _claim_for_now(self, number: int) -> None:
+        self._settle()
         lane = self._units[number].lane
         distance = self._distances()
         slot = self._free_slot(lane, distance, later_than=-1)
         if slot is None:
-            filling = [slot for slot in self._lanes[lane].slots if slot.state is SlotState.FILLING and slot.ticket]
+            filling = [slot for slot in self._lanes[lane] if slot.state is SlotState.FILLING and slot.ticket]
             if not filling:
                 return
             slot = max(
@@ -239,7 +248,7 @@ class Streamer:
         """An empty slot, or the one whose weights are needed last, if that is later than `later_than` entries ahead."""
         best: Slot | None = None
         best_distance = later_than
-        for slot in self._lanes[lane].slots:
+        for slot in self._lanes[lane]:
             if slot.state is SlotState.EMPTY:
                 return slot
             if slot.state is SlotState.READY:
@@ -267,7 +276,9 @@ class Streamer:
         if slot.unit is not None:
             self._units[slot.unit].slot, slot.unit = None, None
         slot.ticket.cancel()
+        started = time.perf_counter()
         slot.ticket.done.wait()
+        self.stall_s += time.perf_counter() - started
 
     def _recover(self, slot: Slot) -> None:
         """Take back a slot whose filling was interrupted before it was noted for whom it is."""

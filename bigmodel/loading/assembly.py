@@ -6,7 +6,7 @@ import copy
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ __all__ = [
     "assembled",
     "forget",
     "layout_of",
-    "mark_streamed",
     "own_generation_config",
     "unmark_streamed",
 ]
@@ -59,6 +58,7 @@ class Assembled:
         attachment: its hooks; None for a plain resident model.
         streamed: sources of the parameters that rest on disk, by first name.
         bindings: how each of those is shown.
+        compile_before: (what the user had set,) of what marks a streamed model; None where nothing is marked.
     """
 
     make_plan: Callable[[], Plan]
@@ -67,6 +67,7 @@ class Assembled:
     attachment: Attachment | None = None
     streamed: Mapping[str, Source] = field(default_factory=dict)
     bindings: Mapping[str, Binding] = field(default_factory=dict)
+    compile_before: tuple[bool | None] | None = None
 
     @functools.cached_property
     def plan(self) -> Plan:
@@ -74,8 +75,6 @@ class Assembled:
         return self.make_plan()
 
 
-# What the user had set of what `mark_streamed` sets.
-_COMPILE_BEFORE: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 _ASSEMBLED: weakref.WeakKeyDictionary[nn.Module, Assembled] = weakref.WeakKeyDictionary()
 
 
@@ -152,9 +151,8 @@ class Assembly:
         try:
             away = {name: self._sources[name] for name in self._names if name not in resident and name in self._sources}
             away |= self._cache_converted(away)
-            held = sum(group.num_slots * group.slot_bytes for group in plan.slots)
-            held += plan.resident_bytes + plan.staging_bytes + plan.buffer_bytes
-            bindings = self._rest(away, max(0, plan.limits["cpu"] - held))
+            room = _RoomAtRest(plan)
+            bindings = self._rest(away, room, gathered=_gathered_names(plan, units))
             self._place(load.finish())
         finally:
             load.close()
@@ -162,13 +160,22 @@ class Assembly:
         sizes = _sizes(load)
         try:
             attachment = None
-            if streamer is not None or check_pass is not None:
-                attachment = Attachment(self._model, streamer, sites, _entries(self._model), check_pass, sizes)
+            if streamer is not None or check_pass is not None or away:
+                attachment = Attachment(
+                    self._model,
+                    streamer,
+                    sites,
+                    _entries(self._model, units),
+                    check_pass,
+                    sizes,
+                    refuses_moves=bool(away),
+                )
+                room.attachment = weakref.ref(attachment)
         except BaseException:
             if streamer is not None:
                 streamer.close()
             raise
-        _ASSEMBLED[self._model] = Assembled(
+        _ASSEMBLED[self._model] = state = Assembled(
             make_plan=lambda: plan,
             attachment=attachment,
             streamed=away,
@@ -176,6 +183,8 @@ class Assembly:
             stamps=self._stamps,
             sizes=sizes,
         )
+        if away:
+            state.compile_before = _mark_streamed(self._model, units)
 
     def _place(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -201,15 +210,19 @@ class Assembly:
                 self._stamps.setdefault(extent.file, FileStamp.of(extent.file))
         return cached
 
-    def _rest(self, away: Mapping[str, Source], limit_bytes: int) -> dict[str, Binding]:
-        """Put parameters at rest where their bytes live; one that must be read when it is used may take `limit_bytes`."""
-        direct, spill = DirectReads(self._stamps, limit_bytes=limit_bytes), Spill(allowance=self._allowance)
+    def _rest(
+        self, away: Mapping[str, Source], room: Callable[[], int], *, gathered: Collection[str]
+    ) -> dict[str, Binding]:
+        """Put parameters at rest where their bytes live; one that must be read when it is used may take the `room`."""
+        direct, spill = DirectReads(self._stamps, room=room), Spill(allowance=self._allowance)
         maps: dict[str, FileMap] = {}
         bindings: dict[str, Binding] = {}
         for name, source in away.items():
             if source.is_view:
                 file = source.extents[0].file
-                view = maps.setdefault(file, FileMap(file, stamp=self._stamps.get(file))).view(source)
+                view = maps.setdefault(file, FileMap(file, stamp=self._stamps.get(file))).view(
+                    source, random=name in gathered
+                )
                 parameter = nn.Parameter(view, requires_grad=False)
                 self._replace(name, parameter)
                 bindings[name] = DataBinding(name, parameter, view, is_mapped=True)
@@ -278,13 +291,16 @@ def _resident_names(plan: Plan, units: Sequence[Unit]) -> set[str]:
     return {name for unit in units for name in unit.parameters if homes[unit.name] == "cpu"}
 
 
-def _entries(model: nn.Module) -> dict[str, nn.Module]:
-    """Parts of a transformers model that are called by themselves: the encoder by generate, the model in it by PEFT."""
-    names = {module: name for name, module in model.named_modules()}
-    parts = [getattr(model, "base_model", None)]
-    if _is_encoder_decoder(model):
-        parts.append(model.get_encoder())  # type: ignore[operator]
-    return {names[part]: part for part in parts if isinstance(part, nn.Module) and names.get(part)}
+def _entries(model: nn.Module, units: Sequence[Unit]) -> dict[str, nn.Module]:
+    """Modules around units, which may be called by themselves: the encoder by generate, the model in a root by PEFT."""
+    names: dict[str, None] = {}
+    for unit in units:
+        for site in unit.sites:
+            while site:
+                site = site.rpartition(".")[0]
+                names[site] = None
+    modules = {name: model.get_submodule(name) for name in names if name}
+    return {name: module for name, module in modules.items() if type(module).forward is not nn.Module.forward}
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
@@ -307,34 +323,54 @@ class _IoHook:
     io_same_device = False
 
 
-def mark_streamed(model: nn.Module, plan: Plan) -> None:
-    """Tell transformers and PEFT what they ask of a model that was dispatched; does nothing to a resident one."""
-    if all(placement.home == placement.run_on for placement in plan.placements):
-        return
-    model.hf_device_map = {placement.unit: torch.device(placement.run_on) for placement in plan.placements}  # type: ignore[assignment]
-    generation_config = getattr(model, "generation_config", None)
-    if generation_config is not None:
-        # A compiled graph would keep the slot's bytes of the pass in which it was made.
-        _COMPILE_BEFORE[model] = generation_config.disable_compile
-        generation_config.disable_compile = True
+def _mark_streamed(model: nn.Module, units: Sequence[Unit]) -> tuple[bool | None] | None:
+    """Tell transformers and PEFT what they ask of a model that was dispatched; returns what was set before."""
+    model.hf_device_map = {site: torch.device("cpu") for unit in units for site in unit.sites}  # type: ignore[assignment]
     if _is_encoder_decoder(model):
         model.get_encoder()._hf_hook = _IoHook()  # type: ignore[operator]
-
-
-def own_generation_config(model: nn.Module) -> Any:
-    """The generation settings as the user has them, without what `mark_streamed` set; None where nothing was set."""
-    if model not in _COMPILE_BEFORE:
+    settings: Any = getattr(model, "generation_config", None)
+    if settings is None:
         return None
-    settings: Any = copy.deepcopy(model.generation_config)
-    settings.disable_compile = _COMPILE_BEFORE[model]
-    return settings
+    # A compiled graph would keep the slot's bytes of the pass in which it was made.
+    before: bool | None = settings.disable_compile
+    settings.disable_compile = True
+    return (before,)
 
 
-def unmark_streamed(model: nn.Module) -> None:
-    """Take back what `mark_streamed` set."""
+def unmark_streamed(model: nn.Module, state: Assembled) -> None:
+    """Take back what marks a streamed model."""
     model.__dict__.pop("hf_device_map", None)
-    if model in _COMPILE_BEFORE:
-        model.generation_config.disable_compile = _COMPILE_BEFORE.pop(model)  # type: ignore[union-attr]
+    if state.compile_before is not None:
+        (model.generation_config.disable_compile,) = state.compile_before  # type: ignore[union-attr]
     for module in model.modules():
         if isinstance(module.__dict__.get("_hf_hook"), _IoHook):
             del module._hf_hook
+
+
+def own_generation_config(model: nn.Module) -> Any:
+    """The generation settings as the user has them, without what marks a streamed model; None where nothing does."""
+    state = _ASSEMBLED.get(model)
+    if state is None or state.compile_before is None:
+        return None
+    settings: Any = copy.deepcopy(model.generation_config)
+    (settings.disable_compile,) = state.compile_before
+    return settings
+
+
+class _RoomAtRest:
+    """What one read of a resting weight may take: beside a pass, only what is not planned for it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._beside_pass = max(0, plan.limits["cpu"] - plan.estimate.peak_bytes["cpu"] + plan.reserve_bytes)
+        self._at_rest = self._beside_pass + plan.kv_bytes + plan.activation_bytes
+        self.attachment: weakref.ref[Attachment] | None = None
+
+    def __call__(self) -> int:
+        attachment = self.attachment() if self.attachment is not None else None
+        return self._beside_pass if attachment is not None and attachment.is_running else self._at_rest
+
+
+def _gathered_names(plan: Plan, units: Sequence[Unit]) -> set[str]:
+    """Parameters of tables that rest on disk without a slot."""
+    in_slots = {name for group in plan.slots for name in group.units}
+    return {name for unit in units if unit.gathers and unit.name not in in_slots for name in unit.parameters}

@@ -62,9 +62,22 @@ class Decider:
         self._parameters = dict(self._skeleton.model.named_parameters())
 
     def __call__(
-        self, device_map: DeviceMap, limits: Mapping[str, int], workload: Workload, machine: Machine
+        self,
+        device_map: DeviceMap,
+        limits: Mapping[str, int],
+        workload: Workload,
+        machine: Machine,
+        *,
+        is_loaded: bool = False,
     ) -> Decision:
         """Where every unit rests.
+
+        Args:
+            device_map: as the user gave it.
+            limits: tier -> bytes.
+            workload: what must fit beside the weights.
+            machine: whose tiers are meant.
+            is_loaded: all weights are in memory already: the plan says what that takes, and refuses nothing.
 
         Raises:
             DeviceMapError: names or tiers that are not there, or a plan of something else.
@@ -102,7 +115,10 @@ class Decider:
                     limits,
                     workload,
                     homes=homes,
-                    all_resident=device_map == "cpu" or (homes is not None and set(homes.values()) == {"cpu"}),
+                    all_resident=is_loaded
+                    or device_map == "cpu"
+                    or (homes is not None and set(homes.values()) == {"cpu"}),
+                    refuses=not is_loaded,
                     num_readers=NUM_READERS,
                     fingerprint=self._fingerprint or "",
                 )
@@ -184,13 +200,18 @@ class Decider:
             )
         sources = [self._skeleton.sources[name] for name in unit.parameters if name in self._skeleton.sources]
         layout = layout_of(sources)
+        # What the checkpoint does not have was initialised, and stays.
+        initialised_bytes = sum(
+            self._parameters[name].nbytes for name in unit.parameters if name not in self._skeleton.sources
+        )
         converted = [source for source in sources if source.conversion is not None]
         # Converted weights stream from a cache file, where each begins within a page of where the last one ends.
         converted_bytes = sum(source.nbytes + ALIGN_BYTES for source in converted)
         return UnitCost(
             unit=unit,
             weight_bytes=weight_bytes,
-            resident_bytes=layout.nbytes + converted_bytes,
+            # All that stays is read as one, where a run of reads may begin in the gap before it.
+            resident_bytes=layout.nbytes + 2 * ALIGN_BYTES * layout.num_runs + converted_bytes + initialised_bytes,
             slot_bytes=layout.nbytes + converted_bytes + ALIGN_BYTES * bool(converted),
             staging_bytes=layout.staging_bytes,
             conversion_bytes=max((_conversion_bytes(source) for source in converted), default=0),

@@ -12,7 +12,7 @@ from torch import nn
 from bigmodel import saving
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.plan import Plan
-from bigmodel.errors import DoesNotFitError, MoveRefusedError
+from bigmodel.errors import DoesNotFitError, InvalidArgumentError
 from bigmodel.hooks.stats import StreamStats
 from bigmodel.loading.assembly import assembled, forget, own_generation_config, unmark_streamed
 from bigmodel.models import revert_of
@@ -60,7 +60,7 @@ def unload(model: nn.Module) -> nn.Module:
     root, state = assembled(model)
     if state.attachment is not None:
         state.attachment.detach()
-    unmark_streamed(root)
+    unmark_streamed(root, state)
     forget(root)
     return model
 
@@ -116,7 +116,7 @@ def materialize(model: nn.Module, device: str | torch.device = "cpu") -> nn.Modu
     Raises:
         InvalidArgumentError: bigmodel did not load it.
         DoesNotFitError: the streamed weights are larger than the free host memory.
-        MoveRefusedError: `device` is not there.
+        InvalidArgumentError: `device` is not there.
         ReadError: a file could not be read; the model is as before.
     """
     device = torch.device(device)
@@ -139,7 +139,7 @@ def materialize(model: nn.Module, device: str | torch.device = "cpu") -> nn.Modu
         state.attachment.detach()
     for name, binding in state.bindings.items():
         binding.settle(tensors[name])
-    unmark_streamed(root)
+    unmark_streamed(root, state)
     forget(root)
     if device.type != "cpu":
         root.to(device)
@@ -150,6 +150,6 @@ def _refuse_missing(device: torch.device) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise MoveRefusedError(
+        raise InvalidArgumentError(
             f"There is no device {device} here ({str(error).splitlines()[0]}). Give another one."
         ) from error

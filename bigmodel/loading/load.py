@@ -51,10 +51,11 @@ def load_sharded(
         device_map: ``"auto"``; ``"cpu"`` (all resident, or DoesNotFitError); a dict of module or parameter names to
             ``"cpu"`` or ``"disk"`` in Accelerate's grammar, saying where weights rest; or a Plan.
         max_memory: tier -> limit, such as ``{"cpu": "8GiB"}``: bytes, or strings with a unit. What is left out is what is
-            free now, less max(1 GiB, 5%).
+            free now, less max(1 GiB, 5%). If None, a Plan's own limits count.
         dtype: ``"auto"`` (what from_pretrained gives each parameter), a torch dtype, or its name.
         workload: what the budget must hold beside the weights; ``Workload()`` if None.
-        allow_cpu_compute: beside an accelerator, whether units may run on the CPU. Without one they do anyway.
+        allow_cpu_compute: beside an accelerator, whether units may run on the CPU. No effect yet: this version computes on
+            the CPU, and says so where it leaves an accelerator unused.
         offload_folder: where weights that must be converted are kept; a private cache if None.
         model: an nn.Module with its parameters on meta, or a callable that builds one; None for the class in config.json.
         no_split_module_classes: classes whose modules are never divided into smaller units, beside the model's own.
@@ -77,7 +78,7 @@ def load_sharded(
     bars = nullcontext(progress) if callable(progress) else progress_bar(progress)
     # The caller may be inside inference_mode, or a device context: weights are made for every use.
     with torch.inference_mode(False), torch.device("cpu"), bars as report:
-        here = Here.of(max_memory, offload_folder, report)
+        here = Here.of(max_memory, device_map, offload_folder, report)
         prepared = Prepared.of(
             path,
             here,
@@ -133,44 +134,45 @@ def make_plan(
     Raises:
         As `load_sharded`.
     """
-    here = Here.of(max_memory, offload_folder, _silent, machine)
-    workload = workload or _workload_of(device_map)
-    if isinstance(path_or_model, nn.Module):
+    with torch.inference_mode(False), torch.device("cpu"), progress_bar() as report:
+        here = Here.of(max_memory, device_map, offload_folder, report, machine)
+        workload = workload or _workload_of(device_map)
+        if not isinstance(path_or_model, nn.Module):
+            prepared = Prepared.of(
+                path_or_model,
+                here,
+                model=model,
+                dtype=dtype,
+                key_mapping=key_mapping,
+                strict=strict,
+                trust_remote_code=trust_remote_code,
+                revision=revision,
+                subfolder=subfolder,
+                variant=variant,
+                no_split=no_split_module_classes,
+            )
+            return prepared.plan(device_map, workload)
         reading = {
-            "model": model,
-            "revision": revision,
-            "subfolder": subfolder,
-            "variant": variant,
-            "key_mapping": key_mapping,
-            "dtype": None if dtype == "auto" else dtype,
+            "dtype": dtype != "auto",
+            "offload_folder": offload_folder is not None,
+            "model": model is not None,
+            "revision": revision is not None,
+            "subfolder": subfolder is not None,
+            "variant": variant is not None,
+            "key_mapping": key_mapping is not None,
+            "strict": not strict,
+            "trust_remote_code": trust_remote_code,
         }
-        if any(value is not None for value in reading.values()):
-            given = ", ".join(name for name, value in reading.items() if value is not None)
-            raise InvalidArgumentError(f"{given} say how to read a checkpoint, and a module was given.")
+        if any(reading.values()):
+            given = ", ".join(name for name, is_given in reading.items() if is_given)
+            raise InvalidArgumentError(
+                f"{given} say how to read a checkpoint, and a module was given. Leave them out, or give a path."
+            )
         own = frozenset(getattr(path_or_model, "_no_split_modules", None) or ())
         skeleton = Skeleton(model=path_or_model, sources={}, initialised=(), unexpected=(), no_split=own)
         no_split = own | frozenset(no_split_module_classes or ())
         decide = Decider(skeleton, fingerprint=None, no_split=no_split, baseline_bytes=0)
         return decide(device_map, here.limits, workload, here.machine).plan
-    with torch.inference_mode(False), torch.device("cpu"):
-        prepared = Prepared.of(
-            path_or_model,
-            here,
-            model=model,
-            dtype=dtype,
-            key_mapping=key_mapping,
-            strict=strict,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-            subfolder=subfolder,
-            variant=variant,
-            no_split=no_split_module_classes,
-        )
-        return prepared.plan(device_map, workload)
-
-
-def _silent(phase: str, done: int, total: int, /) -> None:
-    return None
 
 
 def _workload_of(device_map: DeviceMap) -> Workload:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from bigmodel.device_map.cost import ModelCosts
 from bigmodel.device_map.plan import Plan
-from bigmodel.device_map.trial import NotTriedError, Trial, like
+from bigmodel.device_map.trial import NotTriedError, Trial, like, tensors_in
 from bigmodel.errors import DoesNotFitError
 from bigmodel.units import format_bytes
 
@@ -24,6 +24,10 @@ logger = logging.getLogger("bigmodel.loading")
 _TOKEN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 # As large as the tokens are many, and counted with them.
 _BESIDE_TOKENS = ("mask", "position_ids", "token_type_ids", "labels", "cache_position")
+# They hold what was counted when it was made.
+_CACHES = ("past_key_values", "cache_params")
+# Beside tokens, inputs of this size in all decide nothing.
+_SMALL_BYTES = 64 << 10
 _REMEMBERED = 256
 
 
@@ -58,17 +62,16 @@ class PassLimit:
         Raises:
             DoesNotFitError: it would not fit; with both numbers and the workload to state.
         """
-        inputs = dict(_named(module, args, kwargs))
-        shape = _token_shape(inputs, kwargs)
-        others = [name for name, tensor in inputs.items() if not self._is_planned(name, tensor)]
+        given = _named(module, args, kwargs)
+        shape = _token_shape(given)
+        others = self._unplanned(given, shape)
         workload = self.plan.workload
         if shape is None or others:
-            needed = self._try(entry, args, kwargs, inputs)
-            said = ", ".join(f"{name} {list(inputs[name].shape)}" for name in others or inputs)
+            needed = self._try(entry, args, kwargs, given)
+            said = ", ".join(f"{name} {_told(given[name])}" for name in given if name not in _CACHES)
             self._refuse_beyond(needed, f"A pass with {said} needs {format_bytes(needed)}", "Make its inputs smaller")
             return
-        batch_size, num_tokens, past_tokens = shape
-        total = past_tokens + num_tokens
+        batch_size, num_tokens, past_tokens, total = shape
         if (
             batch_size <= workload.batch_size
             and total <= workload.total_tokens
@@ -84,18 +87,37 @@ class PassLimit:
             f"Load with workload=Workload(batch_size={batch_size}, prompt_tokens={max(1, total)})",
         )
 
-    def _is_planned(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether an input is tokens, goes with them, or is no larger than what was tried."""
-        if name in _TOKEN_INPUTS or any(name.endswith(each) for each in _BESIDE_TOKENS) or tensor.ndim < 2:
-            return True
+    def _unplanned(self, given: Mapping[str, Any], shape: _Shape | None) -> list[str]:
+        """Names of inputs that are no tokens, go with none, and are larger than what was tried."""
+        found = []
+        small = 0
+        for name, value in given.items():
+            if name in _CACHES or name in _TOKEN_INPUTS or name.endswith(_BESIDE_TOKENS):
+                continue
+            if isinstance(value, torch.Tensor) and self._is_tried(name, value):
+                continue
+            tensors = tensors_in(value)
+            if name == "encoder_outputs" and shape is not None and all(map(self._is_encoded, tensors)):
+                continue
+            if name.startswith("output_") and value:
+                found.append(name)  # every layer's states are kept
+            elif tensors:
+                found.append(name)
+                small += sum(tensor.nbytes for tensor in tensors)
+        return found if shape is None or small > _SMALL_BYTES or any(map(_asks_for_more, found)) else []
+
+    def _is_tried(self, name: str, tensor: torch.Tensor) -> bool:
         known = self.planned.get(name)
         return known is not None and len(known) == tensor.ndim and all(map(int.__le__, tensor.shape, known))
 
-    def _try(
-        self, entry: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Mapping[str, torch.Tensor]
-    ) -> int:
+    def _is_encoded(self, tensor: torch.Tensor) -> bool:
+        """Whether it is what an encoder gives for the planned tokens."""
+        workload = self.plan.workload
+        return tensor.ndim == 3 and tensor.shape[0] <= workload.batch_size and tensor.shape[1] <= workload.prompt_tokens
+
+    def _try(self, entry: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Mapping[str, Any]) -> int:
         """What a call takes, in bytes; 0 where it cannot be tried."""
-        key = (entry, tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.items()))
+        key = (entry, *((name, _signature(value)) for name, value in given.items()))
         if key not in self._seen:
             try:
                 tried = self.trial(lambda: like(args, kwargs), entry=entry)
@@ -121,27 +143,59 @@ class PassLimit:
             )
 
 
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that a module is called with, by the names of its forward's parameters."""
+_Shape = tuple[int, int, int, int]
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a module is called with, by the names of its forward's parameters."""
+    names: list[str] = []
     if args:
         names = [
             parameter.name
             for parameter in inspect.signature(module.forward).parameters.values()
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         ]
-        for number, value in enumerate(args):
-            if isinstance(value, torch.Tensor):
-                yield names[number] if number < len(names) else f"argument {number}", value
-    for name, value in kwargs.items():
-        if isinstance(value, torch.Tensor):
-            yield name, value
+    given = {names[number] if number < len(names) else f"argument {number}": value for number, value in enumerate(args)}
+    return given | {name: value for name, value in kwargs.items() if value is not None}
 
 
-def _token_shape(inputs: Mapping[str, torch.Tensor], kwargs: Mapping[str, Any]) -> tuple[int, int, int] | None:
-    """(sequences, tokens of this pass, tokens before it) of a forward call; None where its inputs are no tokens."""
-    shapes = [tuple(inputs[name].shape[:2]) for name in _TOKEN_INPUTS if name in inputs and inputs[name].ndim >= 2]
+def _token_shape(given: Mapping[str, Any]) -> _Shape | None:
+    """(sequences, tokens of this pass, tokens before it, tokens that the cache is made for); None where there are none."""
+    tokens = [given[name] for name in _TOKEN_INPUTS if isinstance(given.get(name), torch.Tensor)]
+    shapes = [tuple(tensor.shape[:2]) for tensor in tokens if tensor.ndim >= 2]
     if not shapes:
         return None
-    cache: Any = kwargs.get("past_key_values")
-    past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-    return max(shape[0] for shape in shapes), max(shape[1] for shape in shapes), int(past)
+    batch_size, num_tokens = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
+    cache: Any = given.get("past_key_values")
+    past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    return batch_size, num_tokens, past, max(past + num_tokens, _capacity(cache))
+
+
+def _capacity(cache: Any) -> int:
+    """Tokens that a static cache takes memory for at its first pass; 0 for one that grows."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    if not getattr(cache, "is_compileable", False):
+        return 0
+    return max((int(getattr(layer, "max_cache_len", 0)) for layer in getattr(cache, "layers", ())), default=0)
+
+
+def _asks_for_more(name: str) -> bool:
+    return name.startswith("output_")
+
+
+def _told(value: Any) -> str:
+    """Shapes of tensors, or the value itself, as far as it is short."""
+    return ", ".join(str(list(tensor.shape)) for tensor in tensors_in(value)[:4]) or repr(value)[:40]
+
+
+def _signature(value: Any) -> object:
+    """What the cost of a call depends on: shapes and dtypes of tensors, and plain values, however deep."""
+    if isinstance(value, torch.Tensor):
+        return (tuple(value.shape), value.dtype)
+    if isinstance(value, Mapping):
+        return tuple((str(key), _signature(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_signature, value))
+    if isinstance(value, (int, float, str, bool)):
+        return value
+    return (type(value).__qualname__, *((tuple(each.shape), each.dtype) for each in tensors_in(value)))

@@ -19,8 +19,8 @@ from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.maps import resolve_limits
 from bigmodel.device_map.plan import Plan, Workload
 from bigmodel.errors import CheckpointError, InvalidArgumentError
-from bigmodel.footprint import footprint_bytes
-from bigmodel.loading.assembly import Assembly, mark_streamed
+from bigmodel.footprint import bound_product_cache, footprint_bytes
+from bigmodel.loading.assembly import Assembly
 from bigmodel.loading.decision import Decider, DeviceMap, refuse_unknown
 from bigmodel.models import Skeleton, build_skeleton, import_libraries, load_generation_config
 from bigmodel.offload.reader import FileStamp, stamp_files
@@ -62,11 +62,14 @@ class Here:
     def of(
         cls,
         max_memory: MaxMemory | None,
+        device_map: DeviceMap,
         offload_folder: str | os.PathLike[str] | None,
         progress: Report,
         machine: Machine | None = None,
     ) -> Here:
-        """Limits as the user stated them, or as the machine (this one, if None) has them free."""
+        """Limits as the user stated them, as a plan brings them, or as the machine (this one, if None) has them free."""
+        if max_memory is None and isinstance(device_map, Plan):
+            max_memory = {tier: device_map.limits[tier] for tier in ("cpu", "disk") if tier in device_map.limits}
         cache_folder = Path(offload_folder) if offload_folder is not None else default_cache_folder()
         if cache_folder.exists() and not cache_folder.is_dir():
             raise InvalidArgumentError(f"offload_folder is {cache_folder}, which is a file. Give a folder.")
@@ -115,6 +118,7 @@ class Prepared:
         begin: Begin = lambda checkpoint, stamps: None,
     ) -> Prepared:
         """Opens the checkpoint and builds its module. `begin` may start to read as soon as the headers are checked."""
+        bound_product_cache()
         import_libraries()
         baseline_bytes = footprint_bytes()
         checkpoint = open_checkpoint(
@@ -142,6 +146,7 @@ class Prepared:
             if early is not None:
                 early.close()
             raise
+        _tell_differences(skeleton, checkpoint)
         return cls(
             skeleton=skeleton,
             checkpoint=checkpoint,
@@ -181,7 +186,7 @@ class Prepared:
                 # All of it stays, and memory is plentiful: what a pass would take decides nothing, and is tried when asked for.
                 # What is kept for that must not hold the model, which would never go then.
                 decide, limits, machine = self.decide, here.limits, here.machine
-                assembly.keep_all(early, lambda: decide(device_map, limits, workload, machine).plan)
+                assembly.keep_all(early, lambda: decide(device_map, limits, workload, machine, is_loaded=True).plan)
                 return model
         finally:
             if early is not None:
@@ -189,7 +194,6 @@ class Prepared:
         decision = self.decide(device_map, here.limits, workload, here.machine)
         check = decision.check_pass if decision.plan.slots or here.states_host_limit else None
         assembly.carry_out(decision.plan, decision.units, check)
-        mark_streamed(model, decision.plan)
         return model
 
 
@@ -212,6 +216,16 @@ def begin_early(
     if _PLENTY * sum(spec.nbytes for spec in specs) + _PLENTY_BYTES > here.limits["cpu"]:
         return None
     return ResidentLoad.of_files(specs, stamps=stamps, progress=here.progress)
+
+
+def _tell_differences(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
+    """One line about weights that were initialised or passed over."""
+    for names, what in (
+        (skeleton.initialised, "are not in the checkpoint and were initialised by the model's own rule"),
+        (skeleton.unexpected, "are in the checkpoint and not in the model, and were passed over"),
+    ):
+        if names:
+            logger.warning("%d weights of %s %s: %s", len(names), checkpoint.path, what, ", ".join(names[:20]))
 
 
 def _is_as_stored(checkpoint: Checkpoint, dtype: str | torch.dtype) -> bool:

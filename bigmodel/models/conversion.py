@@ -13,6 +13,7 @@ an `.item()`) gets the true value: only then are bytes read, and of those tensor
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -256,6 +257,32 @@ def _inputs(values: Iterable[TensorSpec | _Value]) -> dict[TensorSpec, None]:
     return dict.fromkeys(sorted(specs, key=lambda spec: (spec.file, spec.offset, spec.name)))
 
 
+def _recipe(wanted: Mapping[str, TensorSpec | _Value]) -> str:
+    """A digest of what is computed from what: equal for equal operations on equally named tensors."""
+    numbers: dict[_Step, int] = {}
+    told: list[object] = []
+
+    def tell(value: Any) -> object:
+        if isinstance(value, TensorSpec):
+            return ["stored", value.name]
+        if isinstance(value, _Value):
+            if value.step not in numbers:
+                step = [
+                    str(value.step.func),
+                    *(repr(_swap(each, tell)) for each in (value.step.args, value.step.kwargs)),
+                ]
+                numbers[value.step] = len(numbers)
+                told.append(step)
+            return ["step", numbers[value.step], value.item]
+        if isinstance(value, torch.Tensor):
+            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            return ["constant", str(value.dtype), tuple(value.shape), hashlib.sha256(raw).hexdigest()]
+        return repr(value)
+
+    results = {name: tell(value) for name, value in wanted.items()}
+    return hashlib.sha256(repr([told, results]).encode()).hexdigest()
+
+
 def _conversions(tensors: Mapping[str, Traced]) -> dict[str, Conversion]:
     """Conversion per name; names that share an input, directly or through others, share the conversion."""
     groups: dict[TensorSpec, tuple[str, ...]] = {}
@@ -268,7 +295,9 @@ def _conversions(tensors: Mapping[str, Traced]) -> dict[str, Conversion]:
     conversions: dict[str, Conversion] = {}
     for names in dict.fromkeys(groups.values()):
         wanted = {name: tensors[name].value for name in names}
-        conversion = Conversion(inputs=tuple(_inputs(wanted.values())), outputs=names, run=_Replay(wanted))
+        conversion = Conversion(
+            inputs=tuple(_inputs(wanted.values())), outputs=names, run=_Replay(wanted), recipe=_recipe(wanted)
+        )
         conversions.update(dict.fromkeys(names, conversion))
     return conversions
 

@@ -63,14 +63,14 @@ def cached_conversions(
     """
     by_name = {source.name: source for source in sources}
     described = [
-        [name, str(s.dtype), list(s.shape), [i.name for i in s.conversion.inputs]]
+        [name, str(s.dtype), list(s.shape), [i.name for i in s.conversion.inputs], s.conversion.recipe]
         for name, s in by_name.items()
         if s.conversion
     ]
     libraries = [torch.__version__, importlib.metadata.version("transformers")]
     key = hashlib.sha256(json.dumps([content_key, libraries, sorted(described)]).encode()).hexdigest()[:32]
     path = folder / f"converted-{key}.safetensors"
-    header, starts, size = _header(sources)
+    header, starts, size = _header(sources, key)
     if not _is_whole(path, header, size):
         with written_whole(path, size, allowance, "The copy of weights that need conversion") as file:
             file.write(header)
@@ -84,11 +84,12 @@ def cached_conversions(
     }
 
 
-def _header(sources: Sequence[Source]) -> tuple[bytes, dict[str, int], int]:
+def _header(sources: Sequence[Source], key: str) -> tuple[bytes, dict[str, int], int]:
     """The safetensors header, each tensor's first byte in the file, and the file's size."""
     # Wide dtypes first: each then begins where its dtype can view it.
     ordered = sorted(sources, key=lambda source: -source.dtype.itemsize)
-    header = encode_header((source.name, source.dtype, tuple(source.shape)) for source in ordered)
+    entries = ((source.name, source.dtype, tuple(source.shape)) for source in ordered)
+    header = encode_header(entries, {"format": "pt", "bigmodel_key": key})
     starts, at = {}, len(header)
     for source in ordered:
         starts[source.name] = at

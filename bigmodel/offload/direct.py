@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -21,12 +21,12 @@ class DirectReads:
 
     Args:
         stamps: path -> FileStamp as of the load: a file that changed since is an error.
-        limit_bytes: the most that `parameter` may take; None for no limit.
+        room: says what `parameter` may take now, in bytes; None for no limit.
     """
 
-    def __init__(self, stamps: Mapping[str, FileStamp], *, limit_bytes: int | None = None) -> None:
+    def __init__(self, stamps: Mapping[str, FileStamp], *, room: Callable[[], int] | None = None) -> None:
         self._stamps = stamps
-        self._limit_bytes = limit_bytes
+        self._room = room
 
     def stored(self, spec: TensorSpec) -> torch.Tensor:
         """A tensor as it is stored: its own dtype and shape, on the CPU."""
@@ -42,10 +42,10 @@ class DirectReads:
             ReadError: the bytes are not there any more.
         """
         needed = _needed_bytes(source)
-        if self._limit_bytes is not None and needed > self._limit_bytes:
+        if self._room is not None and needed > (left := self._room()):
             raise WeightNotResidentError(
                 f"{source.name} is used outside its unit's forward: reading it takes {format_bytes(needed)} of memory, and "
-                f"{format_bytes(self._limit_bytes)} is left of max_memory['cpu']. Raise that limit, or call "
+                f"{format_bytes(left)} is left of max_memory['cpu']. Raise that limit, or call "
                 "bigmodel.materialize(model) to have all weights in memory."
             )
         with torch.inference_mode(False), torch.no_grad():

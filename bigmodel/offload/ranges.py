@@ -56,6 +56,7 @@ class Layout:
         blocks: the reads, in file order.
         read_bytes: bytes that one filling reads from files.
         staging_bytes: size of the bounce buffer that the largest indirect read needs, 0 if all go straight in.
+        num_runs: ranges of files that are read straight into place.
     """
 
     nbytes: int
@@ -63,6 +64,7 @@ class Layout:
     blocks: tuple[Block, ...]
     read_bytes: int
     staging_bytes: int
+    num_runs: int
 
 
 def lay_out(sources: Iterable[Source], *, block_bytes: int, gap_bytes: int) -> Layout:
@@ -89,7 +91,8 @@ def lay_out(sources: Iterable[Source], *, block_bytes: int, gap_bytes: int) -> L
 
     blocks: list[Block] = []
     end = 0
-    for run in _runs(in_place, gap_bytes):
+    runs = _runs(in_place, gap_bytes)
+    for run in runs:
         first = run[0].extents[0].offset
         start = first - first % ALIGN_BYTES
         last = max(source.extents[0].offset + source.nbytes for source in run)
@@ -120,6 +123,7 @@ def lay_out(sources: Iterable[Source], *, block_bytes: int, gap_bytes: int) -> L
         blocks=tuple(blocks),
         read_bytes=sum(block.nbytes for block in blocks),
         staging_bytes=staging + 2 * ALIGN_BYTES if staging else 0,
+        num_runs=len(runs),
     )
 
 

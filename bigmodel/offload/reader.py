@@ -81,10 +81,8 @@ class Ticket:
         """
         self.done.wait()
         if self.error is not None:
-            if isinstance(self.error, ReadError):
-                raise self.error
             raise ReadError(
-                f"The weights of {self.name} could not be read: {self.error}. "
+                f"The weights of {self.name} could not be read: {str(self.error).rstrip('.')}. "
                 "The model is still usable: mend the file or its disk and run again."
             ) from self.error
 

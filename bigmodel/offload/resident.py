@@ -13,12 +13,12 @@ import torch
 
 from bigmodel.checkpoint.spec import Extent, Source, TensorSpec
 from bigmodel.offload import page_cache
-from bigmodel.offload.arena import Arena
+from bigmodel.offload.arena import ALIGN_BYTES, Arena
 from bigmodel.offload.converted import run_conversion
 from bigmodel.offload.direct import DirectReads
 from bigmodel.offload.file_map import FileMap
 from bigmodel.offload.ranges import PACKED_ALIGN_BYTES, lay_out
-from bigmodel.offload.reader import BLOCK_BYTES, GAP_BYTES, FileStamp, Reader, Ticket
+from bigmodel.offload.reader import BLOCK_BYTES, FileStamp, Reader, Ticket
 from bigmodel.offload.spill import trim_heap
 from bigmodel.progress import Report
 
@@ -30,6 +30,8 @@ NUM_READERS = 4
 # A file is used where it lies in the page cache if nearly all of it is there (systems reclaim a few pages at any time).
 _WARM_FRACTION = 0.95
 _POLL_S = 0.05
+# What streams lies between what stays, and must not be read for a gap's sake: a gap that costs no more than two roundings.
+_GAP_BYTES = 2 * ALIGN_BYTES
 # Files are kept as they were read if at least this part of them is used.
 _USED_FRACTION = 0.99
 
@@ -71,7 +73,7 @@ class ResidentLoad:
             else:
                 plain.append(source)
         self.mapped_bytes = sum(tensor.nbytes for tensor in self._tensors.values())
-        self._layout = lay_out(plain, block_bytes=BLOCK_BYTES, gap_bytes=GAP_BYTES)
+        self._layout = lay_out(plain, block_bytes=BLOCK_BYTES, gap_bytes=_GAP_BYTES)
         self._arena = Arena(self._layout.nbytes + converted_bytes)
         self.private_bytes = self._arena.nbytes
         self._reader: Reader | None = None

@@ -46,6 +46,37 @@ def test_an_order_that_changes_costs_time_and_never_correctness():
             assert torch.equal(model(X), reference(X))
 
 
+@pytest.mark.parametrize("num_slots", [2, 3])
+def test_units_that_were_expected_and_did_not_come_give_their_slots_back(num_slots):
+    model, reference, attachment, _ = streamed_stack(num_slots=num_slots)
+    model(X)  # the first units of the next pass are on their way
+    model.order = reference.order = [4, 3, 2, 1]
+    for _ in range(3):
+        assert torch.equal(model(X), reference(X))
+    before = attachment.stats()
+    assert torch.equal(model(X), reference(X))
+    assert (attachment.stats() - before).num_misses == 0
+    held = {slot.unit for lane in attachment._streamer._lanes for slot in lane}
+    assert 0 not in held
+
+
+def test_the_lock_of_something_else_than_a_pass_is_never_taken_over():
+    _, _, attachment, _ = streamed_stack(num_slots=2)
+    lock, taken = attachment._lock, threading.Event()
+
+    def take():
+        lock.acquire()
+        taken.set()
+        lock.release()
+
+    with lock:
+        thread = threading.Thread(target=take)
+        thread.start()
+        assert not taken.wait(0.5)
+    assert taken.wait(5)
+    thread.join()
+
+
 def test_an_exception_in_the_middle_leaves_the_model_usable():
     model, reference, attachment, _ = streamed_stack(num_slots=2)
     model.blocks[2].fail = True
@@ -84,7 +115,7 @@ def test_a_read_that_was_given_up_is_never_taken_for_done():
     model(X)
     # As an interrupt in the middle of a claim leaves a slot: filling, for nobody; once noted, once not.
     for forget_ticket in (False, True):
-        slot = streamer._lanes[0].slots[0]
+        slot = streamer._lanes[0][0]
         if slot.unit is not None:
             streamer._units[slot.unit].slot = None
         slot.ticket = store.fetch("blocks.3", slot.arena, is_urgent=False)
@@ -234,7 +265,7 @@ def test_detaching_leaves_a_plain_module():
 def test_a_model_that_nobody_holds_goes_at_once_with_its_slots():
     model, _, attachment, store = streamed_stack(num_slots=2)
     model(X)
-    slots = [weakref.ref(slot.arena.tensor) for lane in attachment._streamer._lanes for slot in lane.slots]
+    slots = [weakref.ref(slot.arena.tensor) for lane in attachment._streamer._lanes for slot in lane]
     gone = weakref.ref(model)
     gc.collect()
     gc.disable()

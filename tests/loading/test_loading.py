@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import logging
 import os
 import threading
 import weakref
@@ -463,6 +464,74 @@ def test_a_path_that_is_none_is_refused_by_name(path):
         bigmodel.load_sharded(path)
 
 
+@pytest.mark.parametrize("change", ["half", "share_memory", "double"])
+def test_a_model_that_only_looks_rows_up_in_a_file_cannot_be_cast_either(llama, change):
+    model = load(llama, {"": "cpu", "model.embed_tokens": "disk"})
+    assert not bigmodel.plan_of(model).slots
+    with pytest.raises(MoveRefusedError, match="materialize"):
+        getattr(model, change)()
+    assert torch.equal(logits(model, input_ids=IDS), logits(resident(llama), input_ids=IDS))
+
+
+def test_a_plan_brings_its_limit(llama):
+    plan = make_plan(llama, max_memory={"cpu": "200MiB"})
+    assert bigmodel.plan_of(load(llama, plan)).limits["cpu"] == 200 << 20
+    assert bigmodel.plan_of(load(llama, plan, max_memory={"cpu": "300MiB"})).limits["cpu"] == 300 << 20
+
+
+def test_what_is_resident_is_within_what_was_planned(checkpoints):
+    for family in ("llama", "mixtral", "t5", "qwen3_vl_moe"):
+        folder = checkpoints(family)
+        units = [placement.unit for placement in make_plan(folder).placements]
+        for offset in (0, 1):
+            homes = {"": "cpu"} | {unit: "disk" for number, unit in enumerate(units) if number % 2 == offset}
+            homes = {name: home for name, home in homes.items() if "shared" not in name}
+            model = load(folder, homes)
+            plan = bigmodel.plan_of(model)
+            assert bigmodel.stats_of(model).resident_bytes <= -(-plan.resident_bytes // 4096) * 4096 + (2 << 20)
+            assert model.hf_device_map.keys() <= dict(model.named_modules()).keys()
+
+
+def test_a_divided_unit_shows_modules_in_the_device_map(llama):
+    model = load(llama, {"": "disk", "model.layers.1.mlp.up_proj": "cpu"})
+    assert model.hf_device_map.keys() <= dict(model.named_modules()).keys()
+    assert set(model.hf_device_map.values()) == {torch.device("cpu")}
+
+
+def test_errors_cross_to_another_process(llama):
+    import pickle
+
+    with pytest.raises(DoesNotFitError) as caught:
+        load(llama, max_memory={"cpu": "1MiB"})
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.tier, again.needed_bytes) == (str(caught.value), "cpu", caught.value.needed_bytes)
+
+
+def test_unload_waits_for_a_pass_of_another_thread(llama):
+    model = load(llama, {"": "disk"})
+    expected = logits(resident(llama), input_ids=IDS)
+    inside, go_on, results = threading.Event(), threading.Event(), []
+
+    def pause(*_):
+        inside.set()
+        go_on.wait(10)
+
+    handle = model.model.layers[2].register_forward_hook(pause)
+    runner = threading.Thread(target=lambda: results.append(logits(model, input_ids=IDS)))
+    runner.start()
+    inside.wait(10)
+    ender = threading.Thread(target=bigmodel.unload, args=(model,))
+    ender.start()
+    ender.join(0.3)
+    assert ender.is_alive()
+    go_on.set()
+    runner.join(10)
+    ender.join(10)
+    handle.remove()
+    assert torch.equal(results[0], expected)
+    assert torch.equal(logits(model, input_ids=IDS), expected)
+
+
 def test_a_second_thread_waits_and_two_models_do_not(llama, checkpoints):
     qwen = checkpoints("qwen3")
     models = [load(folder, {"": "disk"}) for folder in (llama, qwen)]
@@ -521,7 +590,7 @@ def test_a_plain_module_streams_too(odd):
     assert "stay in host memory" in plan.explain()
 
 
-def test_missing_weights_are_listed_or_initialised(odd, tmp_path):
+def test_missing_weights_are_listed_or_initialised(odd, tmp_path, caplog):
     from safetensors.torch import load_file, save_file
 
     path, reference = odd
@@ -532,7 +601,16 @@ def test_missing_weights_are_listed_or_initialised(odd, tmp_path):
     with pytest.raises(KeyMismatchError, match=r"blocks\.2\.weight") as caught:
         load(tmp_path / "partial.safetensors", model=Odd)
     assert "extra" in str(caught.value)
-    model = load(tmp_path / "partial.safetensors", {"": "disk"}, model=Odd, strict=False)
+    with caplog.at_level(logging.WARNING, logger="bigmodel.loading"):
+        model = load(tmp_path / "partial.safetensors", {"": "disk"}, model=Odd, strict=False)
+    assert "1 weights" in caplog.text
+    assert "initialised by the model's own rule: blocks.2.weight" in caplog.text
+    assert "passed over: extra" in caplog.text
+    plans = [
+        make_plan(each, model=Odd, strict=False, device_map={"": "disk"})
+        for each in (path, tmp_path / "partial.safetensors")
+    ]
+    assert plans[1].resident_bytes >= 16 * 16 * 4
     assert model.blocks[2].weight.abs().sum() > 0
     assert torch.equal(model.blocks[1](torch.ones(16)), reference.blocks[1](torch.ones(16)))
 

@@ -1,0 +1,141 @@
+"""load_sharded(path) and nothing else: files are read, or mapped, while the model is built."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from families import FAMILIES, inputs_for, make_checkpoint, resident
+
+import bigmodel
+from bigmodel.errors import KeyMismatchError
+from bigmodel.offload import page_cache
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = make_checkpoint(family, tmp_path_factory.mktemp("defaults") / family)
+        return made[family]
+
+    return get
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_exact_and_plain(folders, family):
+    folder = folders(family)
+    model, reference = bigmodel.load_sharded(folder, progress=False), resident(folder)
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert not hasattr(model, "hf_device_map")
+    assert not model._forward_pre_hooks
+    inputs = inputs_for(family)
+    expected = reference(**inputs)
+    assert torch.equal(
+        model(**inputs)[0 if family == "vit" else "logits"], expected[0 if family == "vit" else "logits"]
+    )
+    plan = bigmodel.plan_of(model)
+    assert all(placement.home == "cpu" for placement in plan.placements)
+    assert bigmodel.plan_of(model) is plan
+
+
+def is_mapped(tensor, folder):
+    address = tensor.data_ptr()
+    with open("/proc/self/maps", encoding="utf-8") as file:
+        for line in file:
+            fields = line.split(maxsplit=5)
+            begin, end = (int(each, 16) for each in fields[0].split("-"))
+            if begin <= address < end:
+                return len(fields) == 6 and str(folder) in fields[5]
+    return False
+
+
+def test_warm_files_are_mapped_and_cold_ones_read(folders):
+    import os
+
+    folder = folders("llama")
+    (file,) = list(folder.glob("*-00002-of-*.safetensors"))
+    os.sync()
+    with open(file, "rb") as opened:
+        opened.read()
+        if page_cache.cached_fraction(opened.fileno(), 0, file.stat().st_size) < 1:
+            pytest.skip("this system does not say what its page cache holds")
+        warm = bigmodel.load_sharded(folder, progress=False)
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        names = set(_names_in(file))
+        if page_cache.cached_fraction(opened.fileno(), 0, file.stat().st_size) > 0:
+            mapped = [is_mapped(p, folder) for n, p in warm.named_parameters() if n in names]
+            assert all(mapped)
+            return  # the map itself keeps the pages
+    del warm
+
+
+def _names_in(file):
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
+
+
+def test_a_stated_limit_wants_private_memory(folders):
+    folder = folders("llama")
+    model = bigmodel.load_sharded(folder, max_memory={"cpu": "1GiB"}, progress=False)
+    assert not any(is_mapped(parameter, folder) for parameter in model.parameters())
+
+
+def test_an_early_read_ends_with_a_load_that_fails(folders, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folders("llama"), copy)
+    for file in copy.glob("*.safetensors"):
+        state = load_file(file)
+        if state.pop("model.layers.1.mlp.up_proj.weight", None) is not None:
+            save_file(state, file, {"format": "pt"})
+    del state  # it maps the last file itself
+    index = copy / "model.safetensors.index.json"
+    import json
+
+    text = json.loads(index.read_text())
+    del text["weight_map"]["model.layers.1.mlp.up_proj.weight"]
+    index.write_text(json.dumps(text))
+    before = set(threading.enumerate())
+    with pytest.raises(KeyMismatchError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        bigmodel.load_sharded(copy, progress=False)
+    gc.collect()
+    assert set(threading.enumerate()) == before
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        assert str(copy) not in maps.read()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_another_dtype_is_cast(folders, dtype):
+    folder = folders("qwen3")
+    model = bigmodel.load_sharded(folder, dtype=dtype, progress=False)
+    reference = resident(folder, dtype=getattr(torch, dtype))
+    assert torch.equal(model(**inputs_for("qwen3")).logits, reference(**inputs_for("qwen3")).logits)
+
+
+def test_a_plan_asked_for_late_is_of_the_model_that_was_loaded(folders):
+    import gc
+    import weakref
+
+    folder = folders("llama")
+    model = bigmodel.load_sharded(folder, progress=False)
+    early = bigmodel.make_plan(folder)
+    model.half()
+    del model.model.layers[2:]
+    late = bigmodel.plan_of(model)
+    assert late.placements == early.placements
+    assert late.estimate.peak_bytes["cpu"] == early.estimate.peak_bytes["cpu"]
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
