@@ -34,17 +34,20 @@ class Report(Protocol):
 
 
 @contextmanager
-def progress_bar(enabled: bool | None = None) -> Iterator[Report]:
+def progress_bar(enabled: bool | Report | None = None) -> Iterator[Report]:
     """Shows bars on stderr, with bytes, rate and time left, for every phase that takes over a second.
 
     The bars are gone afterwards: what stays on the screen is what the program printed.
 
     Args:
-        enabled: None shows bars where stderr is a terminal.
+        enabled: None shows bars where stderr is a terminal; a callable is told instead.
 
     Yields:
         What the work calls: ``report(phase, done, total)``.
     """
+    if callable(enabled):
+        yield enabled
+        return
     if not (sys.stderr.isatty() if enabled is None else enabled):
         yield _silent
         return

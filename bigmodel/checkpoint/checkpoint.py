@@ -16,8 +16,9 @@ from bigmodel.checkpoint.header import IncompleteFileError, join_some, read_head
 from bigmodel.checkpoint.pickled import read_pickle
 from bigmodel.checkpoint.provenance import fetch_command
 from bigmodel.checkpoint.resolve import Location, locate, read_config
-from bigmodel.checkpoint.rewritten import RewriteCache, default_cache_folder, file_stamp
+from bigmodel.checkpoint.rewritten import RewriteCache, default_cache_folder
 from bigmodel.checkpoint.spec import TensorSpec
+from bigmodel.checkpoint.stamp import FileStamp, stamp_key
 from bigmodel.errors import (
     CheckpointError,
     InvalidArgumentError,
@@ -44,6 +45,7 @@ class Checkpoint:
         config: config.json, None if there is none.
         fingerprint: names, dtypes, shapes and places in the files: equal for equal copies on any machine.
         content_key: fingerprint and each file's path, size and times: for caches of what was made from the bytes.
+        stamps: of every file that a tensor is in, as it was when its header was read.
         tied: groups of names whose bytes are one range, each in order; groups of one are left out.
     """
 
@@ -53,6 +55,7 @@ class Checkpoint:
     config: dict[str, Any] | None
     fingerprint: str
     content_key: str
+    stamps: Mapping[str, FileStamp]
     tied: tuple[tuple[str, ...], ...]
 
 
@@ -107,7 +110,8 @@ def open_checkpoint(
         tensors=tensors,
         config=config,
         fingerprint=fingerprint,
-        content_key=_digest([fingerprint, *stamps]),
+        content_key=_digest([fingerprint, *(stamp_key(file, stamp) for file, stamp in stamps.items())]),
+        stamps=stamps | {file: FileStamp.of(file) for file in {spec.file for spec in tensors.values()} - stamps.keys()},
         tied=_tied(tensors.values()),
     )
 
@@ -136,9 +140,9 @@ def refuse_prequantised(checkpoint: Checkpoint) -> None:
         )
 
 
-def _stamps(location: Location) -> list[str]:
+def _stamps(location: Location) -> dict[str, FileStamp]:
     try:
-        return [file_stamp(file) for file in location.files]
+        return {file: FileStamp.of(file) for file in location.files}
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}.") from None
 

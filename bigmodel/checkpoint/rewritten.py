@@ -22,12 +22,13 @@ import torch
 from bigmodel.allowance import DiskAllowance
 from bigmodel.checkpoint.header import encode_header, read_header
 from bigmodel.checkpoint.spec import TensorSpec
+from bigmodel.checkpoint.stamp import FileStamp, stamp_key
 from bigmodel.errors import CheckpointError
 from bigmodel.progress import Report
 
-__all__ = ["RewriteCache", "default_cache_folder", "file_stamp", "written_whole"]
+__all__ = ["RewriteCache", "default_cache_folder", "written_whole"]
 
-_log = logging.getLogger("bigmodel.checkpoint")
+logger = logging.getLogger("bigmodel.checkpoint")
 
 _CACHE_VERSION = "1"  # raise it when what is written changes
 _WRITE_BYTES = 64 << 20
@@ -37,15 +38,6 @@ def default_cache_folder() -> Path:
     """``$XDG_CACHE_HOME/bigmodel``, by default ``~/.cache/bigmodel``; not made here."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "bigmodel"
-
-
-def file_stamp(file: str) -> str:
-    """What tells this content of this file from any other: real path, size, and times of change.
-
-    The change time (ctime) is among them because a file can be overwritten and its modification time set back.
-    """
-    status = os.stat(file)
-    return json.dumps([os.path.realpath(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +69,18 @@ class RewriteCache:
             UnsupportedCheckpointError: a dtype that safetensors has no name for.
             CheckpointError: it cannot be written, or `file` changed meanwhile.
         """
-        stamp = file_stamp(file)
+        stamp = stamp_key(file, FileStamp.of(file))
         wanted = "all" if names is None else json.dumps(sorted(names))
         key = hashlib.sha256("\0".join([_CACHE_VERSION, stamp, wanted]).encode("utf-8", "surrogateescape")).hexdigest()
         target = self.folder / "rewritten" / f"{key}.safetensors"
         found = _cached(target, key)
         if found is not None:
             return found
-        _log.info("%s cannot be streamed as it is: tensors of it are rewritten to %s", file, target)
+        logger.info("%s cannot be streamed as it is: tensors of it are rewritten to %s", file, target)
         weights = {name: tensor for name, tensor in load().items() if names is None or name in names}
         try:
             self._write(file, weights, target, key)
-            is_same = file_stamp(file) == stamp
+            is_same = stamp_key(file, FileStamp.of(file)) == stamp
             if not is_same:
                 target.unlink(missing_ok=True)
         except OSError as error:

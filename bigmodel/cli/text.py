@@ -101,11 +101,9 @@ class TextStream:
         self,
         tokenizer: PreTrainedTokenizerBase,
         write: Callable[[str], None],
-        on_first_token: Callable[[], None] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._write = write
-        self._on_first_token = on_first_token
         self._tokens: list[int] = []
         self._window_start = 0  # decoding starts here ...
         self._written_end = 0  # ... and the text of tokens up to here is written
@@ -122,8 +120,6 @@ class TextStream:
         self.last_token_s = time.perf_counter()
         if self.first_token_s is None:
             self.first_token_s = self.last_token_s
-            if self._on_first_token is not None:
-                self._on_first_token()
         tokens = value.flatten().tolist()
         self.num_tokens += len(tokens)
         self._tokens += tokens

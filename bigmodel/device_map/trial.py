@@ -164,7 +164,7 @@ def like(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
 
 
 # Larger buffers hold nothing in a trial; smaller ones may be what a forward decides by.
-_SMALL_BUFFER_BYTES = 1 << 20
+_SMALL_BUFFER_BYTES = 64 << 10
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch import nn
 
 from bigmodel.allowance import DiskAllowance
 from bigmodel.checkpoint.spec import Source
+from bigmodel.checkpoint.stamp import FileStamp
 from bigmodel.device_map.plan import Plan
 from bigmodel.device_map.unit import Unit
 from bigmodel.errors import InvalidArgumentError
@@ -28,7 +28,7 @@ from bigmodel.offload.direct import DirectReads
 from bigmodel.offload.disk import DiskStore
 from bigmodel.offload.file_map import FileMap
 from bigmodel.offload.ranges import Layout, lay_out
-from bigmodel.offload.reader import BLOCK_BYTES, GAP_BYTES, FileStamp, Reader
+from bigmodel.offload.reader import BLOCK_BYTES, GAP_BYTES, Reader
 from bigmodel.offload.resident import NUM_READERS, ResidentLoad
 from bigmodel.offload.resting import resting_parameter
 from bigmodel.offload.spill import Spill
@@ -43,8 +43,6 @@ __all__ = [
     "own_generation_config",
     "unmark_streamed",
 ]
-
-logger = logging.getLogger("bigmodel.loading")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -142,18 +140,26 @@ class Assembly:
         self._place(load.give(list(self._sources.values())))
         _ASSEMBLED[self._model] = Assembled(make_plan=make_plan, stamps=self._stamps, sizes=_sizes(load))
 
-    def carry_out(self, plan: Plan, units: Sequence[Unit], check_pass: PassCheck | None) -> None:
-        """Put every weight where the plan says. On any error nothing is left running, and the module is not usable."""
+    def carry_out(
+        self, plan: Plan, units: Sequence[Unit], check_pass: PassCheck | None, early: ResidentLoad | None = None
+    ) -> None:
+        """Put every weight where the plan says. On any error nothing is left running, and the module is not usable.
+
+        Args:
+            plan, units: what to do.
+            check_pass: looks at passes before they begin.
+            early: a load under way that can give every weight, where the plan keeps all of them.
+        """
         resident = _resident_names(plan, units)
         # Buffers that the checkpoint holds stay whatever the plan says.
         staying = [source for name, source in self._sources.items() if name in resident or name not in self._names]
-        load = ResidentLoad(staying, stamps=self._stamps, may_map=False, progress=self._progress)
+        load = early or ResidentLoad(staying, stamps=self._stamps, may_map=False, progress=self._progress)
         try:
             away = {name: self._sources[name] for name in self._names if name not in resident and name in self._sources}
             away |= self._cache_converted(away)
             room = _RoomAtRest(plan)
             bindings = self._rest(away, room, gathered=_gathered_names(plan, units))
-            self._place(load.finish())
+            self._place(load.finish() if early is None else load.give(staying))
         finally:
             load.close()
         streamer, sites = self._streamer(plan, units, away, bindings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -92,8 +91,7 @@ def save(
         DoesNotFitError: where the disk has less room than the weights need.
         BigModelError: where a file to be replaced is one that a model in this process reads its weights from.
     """
-    bars = nullcontext(progress) if callable(progress) else progress_bar(progress)
-    with bars as report:
+    with progress_bar(progress) as report:
         return saving.save(
             model,
             folder,

@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -75,9 +74,8 @@ def load_sharded(
         DoesNotFitError: a limit is too small; with both numbers and what would do.
     """
     started_s = time.perf_counter()
-    bars = nullcontext(progress) if callable(progress) else progress_bar(progress)
     # The caller may be inside inference_mode, or a device context: weights are made for every use.
-    with torch.inference_mode(False), torch.device("cpu"), bars as report:
+    with torch.inference_mode(False), torch.device("cpu"), progress_bar(progress) as report:
         here = Here.of(max_memory, device_map, offload_folder, report)
         prepared = Prepared.of(
             path,
@@ -91,9 +89,7 @@ def load_sharded(
             subfolder=subfolder,
             variant=variant,
             no_split=no_split_module_classes,
-            begin=lambda checkpoint, stamps: begin_early(
-                checkpoint, stamps, here, device_map, dtype, has_workload=workload is not None
-            ),
+            begin=lambda checkpoint: begin_early(checkpoint, here, device_map, dtype),
         )
         loaded = prepared.load(device_map, workload or _workload_of(device_map))
     logger.info("%s loaded in %.2f s", path, time.perf_counter() - started_s)
@@ -136,7 +132,7 @@ def make_plan(
     """
     with torch.inference_mode(False), torch.device("cpu"), progress_bar() as report:
         here = Here.of(max_memory, device_map, offload_folder, report, machine)
-        workload = workload or _workload_of(device_map)
+        workload = workload or _workload_of(device_map) or Workload()
         if not isinstance(path_or_model, nn.Module):
             prepared = Prepared.of(
                 path_or_model,
@@ -175,6 +171,6 @@ def make_plan(
         return decide(device_map, here.limits, workload, here.machine).plan
 
 
-def _workload_of(device_map: DeviceMap) -> Workload:
+def _workload_of(device_map: DeviceMap) -> Workload | None:
     """A plan brings the workload that it was made for."""
-    return device_map.workload if isinstance(device_map, Plan) else Workload()
+    return device_map.workload if isinstance(device_map, Plan) else None

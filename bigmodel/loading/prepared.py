@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,12 +18,11 @@ from bigmodel.checkpoint.rewritten import default_cache_folder
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.maps import resolve_limits
 from bigmodel.device_map.plan import Plan, Workload
-from bigmodel.errors import CheckpointError, InvalidArgumentError
+from bigmodel.errors import InvalidArgumentError
 from bigmodel.footprint import bound_product_cache, footprint_bytes
 from bigmodel.loading.assembly import Assembly
 from bigmodel.loading.decision import Decider, DeviceMap, refuse_unknown
 from bigmodel.models import Skeleton, build_skeleton, import_libraries, load_generation_config
-from bigmodel.offload.reader import FileStamp, stamp_files
 from bigmodel.offload.resident import ResidentLoad
 from bigmodel.progress import Report
 
@@ -35,7 +34,7 @@ logger = logging.getLogger("bigmodel.loading")
 _PLENTY, _PLENTY_BYTES = 2, 1 << 30
 
 MaxMemory = Mapping[int | str, int | str]
-Begin = Callable[[Checkpoint, Mapping[str, FileStamp]], ResidentLoad | None]
+Begin = Callable[[Checkpoint], ResidentLoad | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +96,6 @@ class Prepared:
     decide: Decider
     here: Here
     trust_remote_code: bool
-    stamps: Mapping[str, FileStamp] = field(default_factory=dict)
     early: ResidentLoad | None = None
 
     @classmethod
@@ -115,7 +113,7 @@ class Prepared:
         subfolder: str | None,
         variant: str | None,
         no_split: Collection[str] | None,
-        begin: Begin = lambda checkpoint, stamps: None,
+        begin: Begin = lambda checkpoint: None,
     ) -> Prepared:
         """Opens the checkpoint and builds its module. `begin` may start to read as soon as the headers are checked."""
         bound_product_cache()
@@ -131,8 +129,7 @@ class Prepared:
             progress=here.progress,
         )
         refuse_prequantised(checkpoint)
-        stamps = _stamps(checkpoint)
-        early = begin(checkpoint, stamps)
+        early = begin(checkpoint)
         try:
             skeleton = build_skeleton(
                 checkpoint,
@@ -158,7 +155,6 @@ class Prepared:
             ),
             here=here,
             trust_remote_code=trust_remote_code,
-            stamps=stamps,
             early=early,
         )
 
@@ -166,14 +162,14 @@ class Prepared:
         """What `load` would carry out."""
         return self.decide(device_map, self.here.limits, workload, self.here.machine).plan
 
-    def load(self, device_map: DeviceMap, workload: Workload) -> nn.Module:
-        """The model, every weight where the plan puts it."""
+    def load(self, device_map: DeviceMap, workload: Workload | None) -> nn.Module:
+        """The model, every weight where the plan puts it. `workload` is None where nobody stated one."""
         here, model = self.here, self.skeleton.model
         early, self.early = self.early, None
         assembly = Assembly(
             model,
             self.skeleton.sources,
-            stamps=self.stamps,
+            stamps=self.checkpoint.stamps,
             content_key=f"{self.checkpoint.content_key} {json.dumps(self.checkpoint.config, sort_keys=True)}",
             cache_folder=here.cache_folder,
             allowance=here.allowance,
@@ -182,40 +178,43 @@ class Prepared:
         try:
             # Before anything of the model runs: a file that cannot be read leaves nothing behind.
             load_generation_config(model, self.checkpoint, trust_remote_code=self.trust_remote_code)
-            if early is not None and early.can_give(list(self.skeleton.sources.values())):
-                # All of it stays, and memory is plentiful: what a pass would take decides nothing, and is tried when asked for.
-                # What is kept for that must not hold the model, which would never go then.
+            can_stay = early is not None and early.can_give(
+                list(self.skeleton.sources.values()), is_exact=here.states_host_limit
+            )
+            if early is not None and can_stay and workload is None and not here.states_host_limit:
+                # What a pass would take decides nothing, and is tried when asked for. What is kept for that must not hold the
+                # model, which would never go then.
                 decide, limits, machine = self.decide, here.limits, here.machine
-                assembly.keep_all(early, lambda: decide(device_map, limits, workload, machine, is_loaded=True).plan)
+                assembly.keep_all(early, lambda: decide(device_map, limits, Workload(), machine, is_loaded=True).plan)
                 return model
+            decision = self.decide(device_map, here.limits, workload or Workload(), here.machine)
+            stays = all(placement.home == "cpu" for placement in decision.plan.placements)
+            check = decision.check_pass if decision.plan.slots or here.states_host_limit else None
+            assembly.carry_out(decision.plan, decision.units, check, early if can_stay and stays else None)
+            return model
         finally:
             if early is not None:
                 early.close()
-        decision = self.decide(device_map, here.limits, workload, here.machine)
-        check = decision.check_pass if decision.plan.slots or here.states_host_limit else None
-        assembly.carry_out(decision.plan, decision.units, check)
-        return model
 
 
 def begin_early(
     checkpoint: Checkpoint,
-    stamps: Mapping[str, FileStamp],
     here: Here,
     device_map: DeviceMap,
     dtype: str | torch.dtype,
-    *,
-    has_workload: bool,
 ) -> ResidentLoad | None:
-    """Begin to read the files while the model is built, where it is plain that everything will stay as it is stored."""
+    """Begin to read the files while the model is built, where it is plain that everything will stay as it is stored.
+
+    Where the host's limit is stated, into private memory: the weights are to count and to stay.
+    """
     refuse_unknown(device_map)
     specs = checkpoint.tensors.values()
     if not isinstance(device_map, str) or not _is_as_stored(checkpoint, dtype):
         return None
-    if here.states_host_limit or has_workload:
-        return None  # then it matters what a pass takes
     if _PLENTY * sum(spec.nbytes for spec in specs) + _PLENTY_BYTES > here.limits["cpu"]:
         return None
-    return ResidentLoad.of_files(specs, stamps=stamps, progress=here.progress)
+    may_map = not here.states_host_limit
+    return ResidentLoad.of_files(specs, stamps=checkpoint.stamps, may_map=may_map, progress=here.progress)
 
 
 def _tell_differences(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
@@ -239,10 +238,3 @@ def _is_as_stored(checkpoint: Checkpoint, dtype: str | torch.dtype) -> bool:
         sizes[str(spec.dtype)] = sizes.get(str(spec.dtype), 0) + spec.nbytes
     most = max(sizes, key=lambda name: sizes[name], default="")
     return not wanted or any(each.removeprefix("torch.") == most.removeprefix("torch.") for each in wanted)
-
-
-def _stamps(checkpoint: Checkpoint) -> dict[str, FileStamp]:
-    try:
-        return stamp_files({spec.file for spec in checkpoint.tensors.values()})
-    except OSError as error:
-        raise CheckpointError(f"{error.filename} went away while the checkpoint was opened. Open it again.") from error

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 import torch
 
 from bigmodel.checkpoint.spec import Source, TensorSpec
+from bigmodel.checkpoint.stamp import FileStamp
 from bigmodel.errors import ReadError, WeightNotResidentError
 from bigmodel.offload.converted import run_conversion
-from bigmodel.offload.reader import FileStamp, read_fully
+from bigmodel.offload.reader import check_stamp, read_fully
 from bigmodel.units import format_bytes
 
 __all__ = ["DirectReads"]
@@ -65,7 +66,7 @@ class DirectReads:
                 f"{file} could not be opened: {error.strerror}. Put the file back, or load again."
             ) from error
         try:
-            FileStamp.check(fd, file, self._stamps)
+            check_stamp(fd, file, self._stamps)
             read_fully(fd, flat.numpy().data, offset, flat.numel(), file)
         finally:
             os.close(fd)

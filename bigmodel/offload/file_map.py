@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from bigmodel.checkpoint.spec import Source
+from bigmodel.checkpoint.stamp import FileStamp
 from bigmodel.errors import MalformedFileError, ReadError
-from bigmodel.offload.reader import FileStamp
+from bigmodel.offload.reader import check_stamp
 
 __all__ = ["FileMap", "is_written", "mapped_files"]
 
@@ -85,7 +86,7 @@ class FileMap:
         try:
             with open(self.path, "rb", buffering=0) as file:
                 if self._stamp is not None:
-                    FileStamp.check(file.fileno(), self.path, {self.path: self._stamp})
+                    check_stamp(file.fileno(), self.path, {self.path: self._stamp})
                 stat = os.fstat(file.fileno())
                 self._identity = stat.st_dev, stat.st_ino
                 if stat.st_size == 0:

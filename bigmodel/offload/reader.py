@@ -8,23 +8,21 @@ there is memory would defeat the page cache anyway, and direct reads cost almost
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
+from bigmodel.checkpoint.stamp import FileStamp
 from bigmodel.errors import ReadError
 from bigmodel.offload import page_cache
 from bigmodel.offload.arena import ALIGN_BYTES, Arena
 from bigmodel.offload.ranges import Block, Layout
 
-__all__ = ["BLOCK_BYTES", "GAP_BYTES", "FileStamp", "Reader", "Ticket", "read_fully", "stamp_files"]
-
-logger = logging.getLogger("bigmodel.offload")
+__all__ = ["BLOCK_BYTES", "GAP_BYTES", "Reader", "Ticket", "check_stamp", "read_fully"]
 
 # Measured (NVMe behind a virtual machine): 8 MiB blocks with two or more readers reach the device's rate; reading a gap of
 # 128 KiB costs less than a second request.
@@ -35,32 +33,6 @@ _CACHED_ENOUGH = 0.95
 # torch splits an elementwise operation over its threads from 32768 elements on.
 _SERIAL_ELEMENTS = 32256
 _STOP = None
-
-
-@dataclass(frozen=True, slots=True)
-class FileStamp:
-    """What a file looked like when its header was read. A file that changed since is an error, never other numbers."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, file: str | int) -> FileStamp:
-        """The stamp of a path or an open file."""
-        stat = os.stat(file)
-        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-
-    @classmethod
-    def check(cls, fd: int, path: str, stamps: Mapping[str, FileStamp]) -> None:
-        """Raise ReadError where the open file is not the one that was stamped under `path`."""
-        then, now = stamps.get(path), cls.of(fd)
-        if then is not None and now != then:
-            raise ReadError(
-                f"{path} has changed since the model was loaded ({then.size} bytes then, {now.size} now). "
-                "Its weights would not be the same model's: load it again."
-            )
 
 
 @dataclass(eq=False, slots=True)
@@ -186,16 +158,15 @@ class Reader:
     def _read(self, block: Block, memory: memoryview, tensor: torch.Tensor, bounce: Arena | None) -> None:
         fd = os.open(block.file, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            FileStamp.check(fd, block.file, self._stamps)
-            is_cached = page_cache.cached_fraction(fd, block.offset, block.needed) >= _CACHED_ENOUGH
-            direct = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT
-            if not is_cached:
+            check_stamp(fd, block.file, self._stamps)
+            is_direct = page_cache.cached_fraction(fd, block.offset, block.needed) < _CACHED_ENOUGH
+            if is_direct:
                 try:
-                    direct_fd = os.open(f"/proc/self/fd/{fd}", direct)
+                    direct_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
                 except OSError as error:
                     if error.errno not in (errno.EINVAL, errno.ENOENT, errno.EACCES):
                         raise
-                    is_cached = True  # the file system has no direct reads
+                    is_direct = False  # the file system has no direct reads
                 else:
                     os.close(fd)
                     fd = direct_fd
@@ -203,7 +174,7 @@ class Reader:
                 read_fully(fd, memory[block.into : block.into + block.nbytes], block.offset, block.needed, block.file)
             else:
                 assert bounce is not None
-                _read_indirect(fd, block, tensor, bounce, is_direct=not is_cached)
+                _read_indirect(fd, block, tensor, bounce, is_direct=is_direct)
         finally:
             os.close(fd)
 
@@ -244,6 +215,11 @@ def _copy_serially(into: torch.Tensor, values: torch.Tensor) -> None:
         into[start : start + _SERIAL_ELEMENTS].copy_(values[start : start + _SERIAL_ELEMENTS])
 
 
-def stamp_files(files: Iterable[str]) -> dict[str, FileStamp]:
-    """FileStamps of files, as they are now."""
-    return {file: FileStamp.of(file) for file in files}
+def check_stamp(fd: int, path: str, stamps: Mapping[str, FileStamp]) -> None:
+    """Raise ReadError where the open file is not the one that was stamped under `path`, or not as it was."""
+    then, now = stamps.get(path), FileStamp.of(fd)
+    if then is not None and now != then:
+        raise ReadError(
+            f"{path} has changed since its header was read ({then.size} bytes then, {now.size} now). "
+            "Its weights would not be the same model's: load it again."
+        )

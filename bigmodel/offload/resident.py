@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import logging
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,19 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from bigmodel.checkpoint.spec import Extent, Source, TensorSpec
+from bigmodel.checkpoint.stamp import FileStamp
 from bigmodel.offload import page_cache
 from bigmodel.offload.arena import ALIGN_BYTES, Arena
 from bigmodel.offload.converted import run_conversion
 from bigmodel.offload.direct import DirectReads
 from bigmodel.offload.file_map import FileMap
 from bigmodel.offload.ranges import PACKED_ALIGN_BYTES, lay_out
-from bigmodel.offload.reader import BLOCK_BYTES, FileStamp, Reader, Ticket
+from bigmodel.offload.reader import BLOCK_BYTES, Reader, Ticket
 from bigmodel.offload.spill import trim_heap
 from bigmodel.progress import Report
 
 __all__ = ["ResidentLoad", "tensor_at"]
-
-logger = logging.getLogger("bigmodel.offload")
 
 NUM_READERS = 4
 # A file is used where it lies in the page cache if nearly all of it is there (systems reclaim a few pages at any time).
@@ -89,6 +87,7 @@ class ResidentLoad:
         specs: Iterable[TensorSpec],
         *,
         stamps: Mapping[str, FileStamp],
+        may_map: bool = True,
         progress: Report | None = None,
     ) -> ResidentLoad:
         """Begin to read whole files, before it is known which parameter is which: `give` tells them apart later."""
@@ -97,15 +96,15 @@ class ResidentLoad:
             for spec in specs
             if spec.nbytes
         ]
-        return cls(sources, stamps=stamps, may_map=True, progress=progress)
+        return cls(sources, stamps=stamps, may_map=may_map, progress=progress)
 
-    def can_give(self, wanted: Sequence[Source]) -> bool:
-        """Whether these parameters stand in what is being read just as they are, and hardly anything else does."""
+    def can_give(self, wanted: Sequence[Source], *, is_exact: bool) -> bool:
+        """Whether these parameters stand in what is being read just as they are, and nothing (or hardly anything) else does."""
         ranges = self._ranges()
         if not all(source.nbytes == 0 or (source.is_view and _holder(ranges, source)) for source in wanted):
             return False
         used = sum({source.extents[0]: source.nbytes for source in wanted if source.nbytes}.values())
-        return used >= _USED_FRACTION * sum(source.nbytes for source in self._sources.values())
+        return used >= (1 if is_exact else _USED_FRACTION) * sum(source.nbytes for source in self._sources.values())
 
     def give(self, wanted: Sequence[Source]) -> dict[str, torch.Tensor]:
         """`finish`, under other names and shapes: parameter name -> CPU tensor, for sources that `can_give` agreed to."""

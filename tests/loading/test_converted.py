@@ -113,3 +113,28 @@ def test_a_streamed_model_can_be_saved_and_loaded_again(folder, expected, tmp_pa
     bigmodel.save(model, tmp_path / "saved")
     assert torch.equal(logits(load(tmp_path / "saved", tmp_path / "cache")), expected)
     assert torch.equal(logits(resident(tmp_path / "saved")), expected)
+
+
+def test_another_conversion_of_the_same_tensors_has_a_file_of_its_own(tmp_path):
+    from safetensors.torch import save_file
+
+    from bigmodel.allowance import DiskAllowance
+    from bigmodel.checkpoint import open_checkpoint
+    from bigmodel.models.conversion import sources_of, trace
+    from bigmodel.offload.converted import cached_conversions
+    from bigmodel.offload.direct import DirectReads
+
+    stored = torch.randn(4, 6)
+    save_file({"w": stored}, tmp_path / "w.safetensors")
+    (spec,) = open_checkpoint(tmp_path / "w.safetensors").tensors.values()
+    for number in (1, 2, 2, torch.tensor(3.0), torch.tensor(4.0)):
+        sources = sources_of({"made": trace(spec).t().contiguous() * number})
+        cached = cached_conversions(
+            list(sources.values()),
+            DirectReads({}).stored,
+            folder=tmp_path / "cache",
+            content_key="same",
+            allowance=DiskAllowance(),
+        )
+        assert torch.equal(DirectReads({}).parameter(cached["made"]), stored.t() * number)
+    assert len(files_of(tmp_path / "cache")) == 4

@@ -5,9 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bigmodel.checkpoint.spec import Extent, Source
+from bigmodel.checkpoint.stamp import FileStamp
 from bigmodel.offload.arena import ALIGN_BYTES, Arena
 from bigmodel.offload.ranges import lay_out
-from bigmodel.offload.reader import Reader, stamp_files
+from bigmodel.offload.reader import Reader
 
 BLOCK = 4 * ALIGN_BYTES
 
@@ -32,7 +33,9 @@ def filled(sources, file_bytes, tmp_path_factory):
     ]
     layout = lay_out(placed, block_bytes=BLOCK, gap_bytes=1000)
     slab = Arena(layout.nbytes)
-    reader = Reader(num_threads=2, stamps=stamp_files(paths.values()), bounce_bytes=layout.staging_bytes)
+    reader = Reader(
+        num_threads=2, stamps={path: FileStamp.of(path) for path in paths.values()}, bounce_bytes=layout.staging_bytes
+    )
     try:
         reader.submit("unit", layout, slab).wait()
     finally:

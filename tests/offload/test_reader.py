@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from bigmodel.checkpoint.spec import Extent, Source
+from bigmodel.checkpoint.stamp import FileStamp
 from bigmodel.errors import ReadError
 from bigmodel.offload import page_cache
 from bigmodel.offload.arena import Arena
 from bigmodel.offload.ranges import lay_out
-from bigmodel.offload.reader import Reader, stamp_files
+from bigmodel.offload.reader import Reader
 
 NBYTES = 3 * (1 << 20) + 123
 
@@ -57,9 +58,9 @@ def test_a_file_cut_after_load_is_named(source):
 
 def test_a_file_that_changed_since_its_header_was_read_is_refused(source):
     path = source.extents[0].file
-    stamps = stamp_files([path])
+    stamps = {path: FileStamp.of(path)}
     os.utime(path, ns=(1, 1))
-    with pytest.raises(ReadError, match="has changed since the model was loaded"):
+    with pytest.raises(ReadError, match="has changed since its header was read"):
         read(source, stamps)
 
 
