@@ -21,6 +21,7 @@ assert bigmodel.stats_of(model).read_bytes > 0
 """
 
 
+@pytest.mark.slow  # each imports everything in a process of its own
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_generate_where_accelerate_is_not_installed(family, tmp_path):
     import json

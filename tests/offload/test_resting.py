@@ -708,6 +708,7 @@ MEMORY = """
 """
 
 
+@pytest.mark.slow  # a process of its own, and half a gigabyte to write
 def test_saving_a_resting_model_holds_about_one_tensor_in_memory(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path)], capture_output=True, text=True, check=False
