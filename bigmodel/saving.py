@@ -43,25 +43,14 @@ def save(
 ) -> list[Path]:
     """Write a model's weights and configuration to a folder, from which `from_pretrained` and `load_sharded` read it.
 
-    Everything is written under temporary names first and renamed when it is whole. Weight files of an earlier save in
-    the same folder are replaced, and removed where they would be left over. A tied weight is written once.
+    What `bigmodel.save` does, with what it needs to know of transformers and of streaming handed in.
 
     Args:
-        model: any module; weights may be in memory, on an accelerator, or at rest in their files.
-        folder: made if it is not there.
-        max_shard_size: the most bytes of weights in one file, such as ``"5GB"``; a larger tensor has a file to itself.
+        model, folder, max_shard_size: as there.
         revert: from the model's state dict to the one whose names and layout the architecture's checkpoints have; it is
             given a few tensors at a time. None: the model's own names.
         generation_config: written in place of the model's own; None for that.
         progress: called with ``"saving"``, bytes written and bytes in total.
-
-    Returns:
-        The files written: weights in order, then index and configuration.
-
-    Raises:
-        InvalidArgumentError: for a folder that is a file, or a model whose state is not tensors with bytes.
-        DoesNotFitError: where the disk has less room than the weights need.
-        BigModelError: where a file to be replaced is one that a model in this process reads its weights from.
     """
     limit_bytes = max(1, parse_bytes(max_shard_size, "max_shard_size"))
     target = Path(folder)

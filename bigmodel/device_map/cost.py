@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from bigmodel.device_map.counter import NotTriedError
 from bigmodel.device_map.plan import Workload
-from bigmodel.device_map.trial import Call, NotTriedError, Trial
+from bigmodel.device_map.trial import Call, Trial
 
 __all__ = ["ModelCosts", "measure"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,13 +94,15 @@ class Decider:
             baseline_bytes=self._baseline_bytes,
         )
 
+        settle = functools.partial(self._settle, demand, limits, workload)
+
         def settled(plan: Plan, units: tuple[Unit, ...]) -> Decision:
             if not costs.is_measured:
                 plan = replace(plan, notes=(*plan.notes, _GUESSED.format(reason=costs.reason)))
             return Decision(plan, units, PassLimit(costs, plan, self._trial, self._planned_shapes(workload)))
 
         if isinstance(device_map, Plan):
-            return settled(*self._follow(device_map, demand, limits, workload))
+            return settled(*self._follow(device_map, settle))
         error: DoesNotFitError | None = None
         for units in self._divisions():
             homes = None
@@ -109,19 +112,10 @@ class Decider:
                 refuse_accelerators(by_parameter)
                 units, homes = divide_by_home(units, by_parameter)
             try:
-                plan = decide(
-                    [self._cost_of(unit, whole_units) for unit in units],
-                    demand,
-                    limits,
-                    workload,
-                    homes=homes,
-                    all_resident=is_loaded
-                    or device_map == "cpu"
-                    or (homes is not None and set(homes.values()) == {"cpu"}),
-                    refuses=not is_loaded,
-                    num_readers=NUM_READERS,
-                    fingerprint=self._fingerprint or "",
+                all_resident = (
+                    is_loaded or device_map == "cpu" or (homes is not None and set(homes.values()) == {"cpu"})
                 )
+                plan = settle(units, whole_units, homes=homes, all_resident=all_resident, refuses=not is_loaded)
             except DoesNotFitError as too_large:
                 # Smaller units need smaller slots; what is told is what the finest division would need.
                 error = too_large
@@ -132,9 +126,21 @@ class Decider:
         assert error is not None
         raise error
 
-    def _follow(
-        self, plan: Plan, demand: Demand, limits: Mapping[str, int], workload: Workload
-    ) -> tuple[Plan, tuple[Unit, ...]]:
+    def _settle(
+        self,
+        demand: Demand,
+        limits: Mapping[str, int],
+        workload: Workload,
+        units: Sequence[Unit],
+        whole_units: Collection[str],
+        **choices: Any,
+    ) -> Plan:
+        """The planner's decision about these units; `choices` are its own."""
+        costs = [self._cost_of(unit, whole_units) for unit in units]
+        fingerprint = self._fingerprint or ""
+        return decide(costs, demand, limits, workload, num_readers=NUM_READERS, fingerprint=fingerprint, **choices)
+
+    def _follow(self, plan: Plan, settle: Callable[..., Plan]) -> tuple[Plan, tuple[Unit, ...]]:
         """A plan that was made before: refused where it is another checkpoint's, or does not fit here and now."""
         if plan.fingerprint and plan.fingerprint != (self._fingerprint or ""):
             raise DeviceMapError(
@@ -157,17 +163,8 @@ class Decider:
         refuse_accelerators(homes_of)
         names = {unit.name for unit in whole}
         # Decided again with these homes: the plan's own figures may be of another dtype, workload or machine.
-        fresh = decide(
-            [self._cost_of(unit, names) for unit in units],
-            demand,
-            limits,
-            workload,
-            homes=homes,
-            num_readers=NUM_READERS,
-            max_slots=max((group.num_slots for group in plan.slots), default=1),
-            fingerprint=self._fingerprint or "",
-        )
-        return fresh, units
+        max_slots = max((group.num_slots for group in plan.slots), default=1)
+        return settle(units, names, homes=homes, max_slots=max_slots), units
 
     def _divisions(self) -> Iterator[tuple[Unit, ...]]:
         """The model's units; then finer and finer ones, as far as there are any."""

