@@ -12,6 +12,7 @@
     |-- InvalidArgumentError         a wrong size, map, dtype or option (also a ValueError)
     |   `-- DeviceMapError           unknown or uncovered names, unknown tiers
     |-- DoesNotFitError              a tier's limit is too small: needed, available, what would do
+    |-- SavingError                  a model cannot be written as asked; what was there is left as it was
     `-- StreamingError               while a loaded model runs
         |-- ReadError                the bytes of a unit could not be read
         |-- WeightNotResidentError   a weight was used where it cannot be shown
@@ -24,6 +25,7 @@ Foreign errors (OSError, safetensors, huggingface_hub, pickle) are translated wh
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
@@ -39,10 +41,12 @@ __all__ = [
     "MissingFilesError",
     "MoveRefusedError",
     "ReadError",
+    "SavingError",
     "StreamingError",
     "UnsafeFileError",
     "UnsupportedCheckpointError",
     "WeightNotResidentError",
+    "join_some",
 ]
 
 
@@ -102,6 +106,10 @@ class DoesNotFitError(BigModelError):
         return _rebuild, (str(self), self.tier, self.needed_bytes, self.available_bytes)
 
 
+class SavingError(BigModelError):
+    """A model cannot be written as asked; what was in the folder before is left as it was."""
+
+
 class StreamingError(BigModelError):
     """Something went wrong, or was refused, while a loaded model ran."""
 
@@ -124,6 +132,13 @@ class GradientRefusedError(StreamingError):
 
 class ForkedError(StreamingError):
     """A streamed model was run in a forked child, where its reader threads do not exist."""
+
+
+def join_some(items: Iterable[str], limit: int = 8, separator: str = ", ") -> str:
+    """The first few of many names, and how many more there are."""
+    items = list(items)
+    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return separator.join([*items[:limit], *more])
 
 
 def _rebuild(message: str, tier: str, needed_bytes: int, available_bytes: int) -> DoesNotFitError:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from bigmodel.checkpoint.header import encode_header
-from bigmodel.errors import BigModelError, DoesNotFitError, InvalidArgumentError
+from bigmodel.errors import DoesNotFitError, InvalidArgumentError, SavingError, join_some
 from bigmodel.offload.resting import files_in_use
 from bigmodel.offload.spill import trim_heap
 from bigmodel.progress import Report
@@ -134,8 +134,8 @@ def _entries(model: nn.Module) -> tuple[list[_Entry], dict[str, str]]:
             entries.append(_Entry(name, value.dtype, tuple(value.shape), value))
     if wrong:
         raise InvalidArgumentError(
-            f"{len(wrong)} entries of the model's state cannot be saved as tensors: {', '.join(wrong[:10])}"
-            f"{', ...' if len(wrong) > 10 else ''}. Load or initialise them, or remove them, first."
+            f"{len(wrong)} entries of the model's state cannot be saved as tensors: {join_some(wrong)}. Load or "
+            "initialise them, or remove them, first."
         )
     return entries, aliases
 
@@ -171,7 +171,7 @@ def _reverted(entries: Sequence[_Entry], revert: Revert) -> list[_Entry]:
         blocks.setdefault(match[1] if match else "", []).append(name)
     left = [name for names in blocks.values() if not try_group(names) for name in names]
     if (left and not try_group(left)) or origins.keys() != results.keys():
-        raise BigModelError(
+        raise SavingError(
             f"{len(results.keys() - origins.keys())} of {len(results)} weights could not be given the names of the "
             f"architecture's checkpoints a few at a time. Save the model's own names, or use save_pretrained."
         )
@@ -336,9 +336,9 @@ def _refuse_files_in_use(paths: Sequence[Path]) -> None:
         path.name for path in paths if (stat := _stat(path)) is not None and (stat.st_dev, stat.st_ino) in in_use
     ]
     if clashes:
-        raise BigModelError(
+        raise SavingError(
             f"{len(clashes)} files in {paths[0].parent} are those that a model in this process streams its weights "
-            f"from: {', '.join(sorted(clashes)[:5])}{', ...' if len(clashes) > 5 else ''}. Save to another folder, or "
+            f"from: {join_some(sorted(clashes))}. Save to another folder, or "
             f"call bigmodel.materialize on that model first."
         )
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from bigmodel.checkpoint.header import read_header
 from bigmodel.checkpoint.spec import Extent, Source
-from bigmodel.errors import BigModelError, DoesNotFitError, InvalidArgumentError
+from bigmodel.errors import DoesNotFitError, InvalidArgumentError, SavingError
 from bigmodel.offload.resting import FileMap, resting_parameter
 from bigmodel.saving import save
 
@@ -268,9 +268,9 @@ def test_files_that_a_model_streams_from_are_not_replaced(way: str, tmp_path: Pa
     link.symlink_to(tmp_path)
     for model in (streamed, nn.Linear(2, 2)):
         for folder in (tmp_path, link):
-            with pytest.raises(BigModelError, match=r"1 files in .*model\.safetensors.*Save to another folder"):
+            with pytest.raises(SavingError, match=r"1 files in .*model\.safetensors.*Save to another folder"):
                 save(model, folder)
-    with pytest.raises(BigModelError, match=r"1 files"):
+    with pytest.raises(SavingError, match=r"1 files"):
         save(nn.Linear(64, 64), tmp_path, 8000)  # not replaced but removed, as a left-over
     save(streamed, tmp_path / "copy")
     assert torch.equal(load_file(tmp_path / "copy" / "model.safetensors")["weight"], first.weight)

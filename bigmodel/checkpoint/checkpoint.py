@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bigmodel.allowance import DiskAllowance
-from bigmodel.checkpoint.header import IncompleteFileError, join_some, read_header
+from bigmodel.checkpoint.header import IncompleteFileError, read_header
 from bigmodel.checkpoint.pickled import read_pickle
 from bigmodel.checkpoint.provenance import fetch_command
 from bigmodel.checkpoint.resolve import Location, locate, read_config
@@ -26,6 +26,7 @@ from bigmodel.errors import (
     MissingFilesError,
     UnsafeFileError,
     UnsupportedCheckpointError,
+    join_some,
 )
 from bigmodel.progress import Report
 

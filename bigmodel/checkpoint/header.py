@@ -18,9 +18,15 @@ from typing import Any
 import torch
 
 from bigmodel.checkpoint.spec import TensorSpec
-from bigmodel.errors import CheckpointError, MalformedFileError, MissingFilesError, UnsupportedCheckpointError
+from bigmodel.errors import (
+    CheckpointError,
+    MalformedFileError,
+    MissingFilesError,
+    UnsupportedCheckpointError,
+    join_some,
+)
 
-__all__ = ["Header", "IncompleteFileError", "encode_header", "join_some", "open_regular", "parse_json", "read_header"]
+__all__ = ["Header", "IncompleteFileError", "encode_header", "open_regular", "parse_json", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _FIRST_READ_BYTES = 64 << 10  # holds the whole header of most files: one read each
@@ -185,13 +191,6 @@ def parse_json(raw: bytes, subject: str) -> Any:
         raise MalformedFileError(f"{subject} is nested too deeply.") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise MalformedFileError(f"{subject} is not valid JSON: {ascii(str(error))[1:-1]}.") from None
-
-
-def join_some(items: Iterable[str], limit: int = 8, separator: str = ", ") -> str:
-    """The first `limit` items, and how many more there are."""
-    items = list(items)
-    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
-    return separator.join(items[:limit] + more)
 
 
 def _read_raw(descriptor: int, size: int, file: str) -> tuple[bytes, int]:

@@ -23,10 +23,10 @@ from typing import IO, Any
 
 import torch
 
-from bigmodel.checkpoint.header import IncompleteFileError, join_some, open_regular
+from bigmodel.checkpoint.header import IncompleteFileError, open_regular
 from bigmodel.checkpoint.rewritten import RewriteCache
 from bigmodel.checkpoint.spec import TensorSpec
-from bigmodel.errors import CheckpointError, MalformedFileError, UnsafeFileError, UnsupportedCheckpointError
+from bigmodel.errors import CheckpointError, MalformedFileError, UnsafeFileError, UnsupportedCheckpointError, join_some
 
 __all__ = ["PICKLE_SUFFIXES", "read_pickle"]
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bigmodel.checkpoint.header import join_some, open_regular, parse_json
+from bigmodel.checkpoint.header import open_regular, parse_json
 from bigmodel.checkpoint.pickled import PICKLE_SUFFIXES
 from bigmodel.checkpoint.provenance import fetch_command, may_be_repo_id, unfinished_downloads
 from bigmodel.errors import (
@@ -20,6 +20,7 @@ from bigmodel.errors import (
     MissingFilesError,
     UnsafeFileError,
     UnsupportedCheckpointError,
+    join_some,
 )
 
 __all__ = ["Location", "locate", "read_config"]

@@ -9,12 +9,10 @@ import torch
 
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.unit import Unit
-from bigmodel.errors import DeviceMapError, InvalidArgumentError
+from bigmodel.errors import DeviceMapError, InvalidArgumentError, join_some
 from bigmodel.units import parse_bytes
 
 __all__ = ["divide_by_home", "resolve_limits", "resolve_map", "tier_of"]
-
-_NAMES_SHOWN = 10
 
 
 def tier_of(value: Any, machine: Machine, what: str) -> str:
@@ -94,8 +92,8 @@ def resolve_map(
     unknown = sorted((key for key in device_map if key != "" and key not in known), key=str)
     if unknown:
         raise DeviceMapError(
-            f"{len(unknown)} names in device_map are not in the model: {_some(unknown)}. "
-            f"The model has modules such as {_some([unit.name for unit in units][:3])}."
+            f"{len(unknown)} names in device_map are not in the model: {join_some(map(repr, unknown))}. "
+            f"The model has modules such as {join_some(repr(unit.name) for unit in units[:3])}."
         )
     tiers = {key: tier_of(value, machine, f"device_map[{key!r}]") for key, value in device_map.items()}
     homes: dict[str, str] = {}
@@ -111,8 +109,8 @@ def resolve_map(
                 uncovered.append(name)
     if uncovered:
         raise DeviceMapError(
-            f"device_map covers no tier for {len(uncovered)} parameters: {_some(uncovered)}. Add their modules, or a key '' "
-            "for everything else."
+            f"device_map covers no tier for {len(uncovered)} parameters: {join_some(map(repr, uncovered))}. Add their "
+            "modules, or a key '' for everything else."
         )
     return homes
 
@@ -132,8 +130,3 @@ def divide_by_home(units: Sequence[Unit], homes: Mapping[str, str]) -> tuple[tup
             divided.append(Unit(name, own, unit.sites, unit.encloses, unit.gathers))
             unit_homes[name] = tier
     return tuple(divided), unit_homes
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_NAMES_SHOWN])
-    return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")

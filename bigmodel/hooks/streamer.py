@@ -92,11 +92,13 @@ class Streamer:
 
     def _enter(self, number: int, unit: StreamedUnit) -> None:
         self._schedule.entered(number)
-        if unit.slot is None:
+        is_hit = unit.slot is not None
+        if is_hit:
+            self.num_hits += 1
+        else:
             self.num_misses += 1
             self._claim_for_now(number)
-        else:
-            self.num_hits += 1
+        logger.debug("%s entered, %s", unit.name, "fetched ahead" if is_hit else "not fetched ahead")
         slot = unit.slot
         if slot is None:
             # Every slot is held by a unit that encloses this one: it runs on its weights where they rest, slower.

@@ -89,7 +89,7 @@ def save(
     Raises:
         InvalidArgumentError: for a folder that is a file, or a model whose state is not tensors with bytes.
         DoesNotFitError: where the disk has less room than the weights need.
-        BigModelError: where a file to be replaced is one that a model in this process reads its weights from.
+        SavingError: where a file to be replaced is one that a model in this process reads its weights from.
     """
     with progress_bar(progress) as report:
         return saving.save(

@@ -18,7 +18,7 @@ from bigmodel.checkpoint.rewritten import default_cache_folder
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.maps import resolve_limits
 from bigmodel.device_map.plan import Plan, Workload
-from bigmodel.errors import InvalidArgumentError
+from bigmodel.errors import InvalidArgumentError, join_some
 from bigmodel.footprint import bound_product_cache, footprint_bytes
 from bigmodel.loading.assembly import Assembly
 from bigmodel.loading.decision import Decider, DeviceMap, refuse_unknown
@@ -224,7 +224,7 @@ def _tell_differences(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
         (skeleton.unexpected, "are in the checkpoint and not in the model, and were passed over"),
     ):
         if names:
-            logger.warning("%d weights of %s %s: %s", len(names), checkpoint.path, what, ", ".join(names[:20]))
+            logger.warning("%d weights of %s %s: %s", len(names), checkpoint.path, what, join_some(names, limit=20))
 
 
 def _is_as_stored(checkpoint: Checkpoint, dtype: str | torch.dtype) -> bool:

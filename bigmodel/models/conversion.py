@@ -340,16 +340,17 @@ def _read(spec: TensorSpec, first_byte: int, num_bytes: int) -> torch.Tensor:
     """`num_bytes` of a stored tensor, as a flat CPU tensor of its dtype."""
     flat = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
     view, filled = memoryview(cast(Any, flat.numpy())), 0
-    with open(spec.file, "rb", buffering=0) as file:
-        file.seek(spec.offset + first_byte)
-        while filled < num_bytes:
-            got = file.readinto(view[filled:])
-            if not got:
-                raise ReadError(
-                    f"{spec.file} ends after {first_byte + filled} of the {spec.nbytes} bytes of {spec.name!r}. "
-                    "Fetch the file again."
-                )
-            filled += got
+    try:
+        with open(spec.file, "rb", buffering=0) as file:
+            file.seek(spec.offset + first_byte)
+            while filled < num_bytes and (got := file.readinto(view[filled:])):
+                filled += got
+    except OSError as error:
+        raise ReadError(f"{spec.name!r} could not be read from {spec.file}: {error}. Check the disk.") from error
+    if filled < num_bytes:
+        raise ReadError(
+            f"{spec.file} ends after {first_byte + filled} of the {spec.nbytes} bytes of {spec.name!r}. Fetch the file again."
+        )
     return flat.view(spec.dtype)
 
 

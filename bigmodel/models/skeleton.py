@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bigmodel.checkpoint import Checkpoint, Source, TensorSpec
-from bigmodel.errors import KeyMismatchError
+from bigmodel.errors import KeyMismatchError, join_some
 from bigmodel.models.conversion import Traced, equal_values, sources_of, trace
 
 __all__ = ["Skeleton", "change_tensors", "match_names", "refuse_mismatch", "take_sources"]
@@ -207,8 +207,7 @@ def refuse_mismatch(
     counts = ", ".join(f"{len(lines)} {kind}" for kind, lines in kinds.items())
     parts = [f"{checkpoint.path} does not match {type(model).__name__}: {counts}."]
     for kind, lines in kinds.items():
-        more = f"\n    and {len(lines) - _NAMES_SHOWN} more" if len(lines) > _NAMES_SHOWN else ""
-        parts.append(f"  {kind}:\n    " + "\n    ".join(lines[:_NAMES_SHOWN]) + more)
+        parts.append(f"  {kind}:\n    " + join_some(lines, limit=_NAMES_SHOWN, separator="\n    "))
     remedy = "Give the model that the checkpoint was made from (config.json, or model=), or key_mapping= to rename keys"
     if missing or unexpected:
         remedy += "; strict=False initialises what is missing and ignores what is unexpected"

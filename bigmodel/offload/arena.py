@@ -7,6 +7,9 @@ import mmap
 
 import torch
 
+from bigmodel.errors import DoesNotFitError
+from bigmodel.units import format_bytes
+
 __all__ = ["ALIGN_BYTES", "Arena"]
 
 # Direct reads want file offset, length and address aligned to the device's logical block, 512 or 4096 bytes; 4096 serves both.
@@ -22,6 +25,9 @@ class Arena:
     First touch of fresh 4 KiB pages runs at 1-2.5 GB/s, of huge pages at 14-23 GB/s (measured), and torch's allocator does not
     ask for huge pages: weights that are read from a fast disk would wait for the page faults.
 
+    Raises:
+        DoesNotFitError: the system does not map so much.
+
     Attributes:
         nbytes: usable bytes.
         tensor: uint8 tensor of shape (nbytes,), starting at a multiple of ALIGN_BYTES; uninitialised (zero).
@@ -34,7 +40,7 @@ class Arena:
         self.nbytes = nbytes
         is_huge = nbytes >= _HUGE_FROM_BYTES
         slack = _HUGE_PAGE_BYTES if is_huge else 0
-        mapping = mmap.mmap(-1, max(nbytes, 1) + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping = _map(max(nbytes, 1) + slack)
         start = 0
         if is_huge:
             address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
@@ -48,3 +54,16 @@ class Arena:
             self.tensor = (
                 torch.frombuffer(self.memory, dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
             )
+
+
+def _map(nbytes: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:  # a limit on address space, or a system that does not overcommit
+        raise DoesNotFitError(
+            f"{format_bytes(nbytes)} of host memory could not be mapped: {error.strerror}. State a smaller "
+            "max_memory['cpu'], or raise what this process may map (ulimit -v, vm.overcommit_memory).",
+            tier="cpu",
+            needed_bytes=nbytes,
+            available_bytes=0,
+        ) from error

@@ -381,6 +381,85 @@ def test_a_load_that_fails_leaves_nothing_behind(llama, tmp_path):
     assert str(broken) not in Path("/proc/self/maps").read_text()
 
 
+def test_materialize_that_fails_leaves_the_model_streaming(llama, tmp_path):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(llama, folder)
+    model = load(folder, {"": "disk"})
+    expected = logits(model, input_ids=IDS)
+    threads = set(threading.enumerate())
+    gone = next(folder.glob("*.safetensors"))
+    gone.rename(tmp_path / "away")
+    with pytest.raises(ReadError, match=r"The weights of .* could not be read: .*model-"):
+        bigmodel.materialize(model)
+    with pytest.raises(InvalidArgumentError, match="There is no device cuda:7 here"):
+        bigmodel.materialize(model, "cuda:7")
+    assert set(threading.enumerate()) == threads
+    (tmp_path / "away").rename(gone)
+    assert torch.equal(logits(model, input_ids=IDS), expected)
+    assert bigmodel.stats_of(model).num_passes == 2
+    assert torch.equal(logits(bigmodel.materialize(model), input_ids=IDS), expected)
+
+
+def test_generate_takes_a_users_cache_and_streamer(llama):
+    from transformers import DynamicCache
+
+    class Collected:
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    def answers(model):
+        cache, streamer, given = DynamicCache(config=model.config), Collected(), []
+        tokens = IDS
+        for _ in range(3):  # a conversation: the cache goes on
+            tokens = model.generate(
+                tokens, past_key_values=cache, streamer=streamer, max_new_tokens=3, do_sample=False, pad_token_id=0
+            )
+            given.append(tokens)
+            assert streamer.ended
+        return given, streamer.tokens, cache.get_seq_length(), cache.layers[1].keys
+
+    expected, answered = answers(resident(llama)), answers(load(llama, {"": "disk"}))
+    assert all(map(torch.equal, expected[0], answered[0]))
+    assert answered[1:3] == expected[1:3]
+    assert torch.equal(answered[3], expected[3])
+
+
+def test_a_load_without_address_space_for_its_slots_leaves_nothing_behind(llama):
+    """With `ulimit -v`, in a process of its own: refused with the size, and afterwards the load works."""
+    import subprocess
+    import sys
+
+    script = f"""
+import gc, resource, threading, bigmodel
+options = dict(device_map={{"": "disk"}}, progress=False, workload=bigmodel.Workload(prompt_tokens=8, new_tokens=2))
+bigmodel.unload(bigmodel.load_sharded({str(llama)!r}, **options))  # what the libraries take is taken
+gc.collect()
+threads, free = set(threading.enumerate()), resource.getrlimit(resource.RLIMIT_AS)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size, free[1]))
+try:
+    bigmodel.load_sharded({str(llama)!r}, **options)
+except bigmodel.errors.DoesNotFitError as error:
+    print("refused:", error)
+resource.setrlimit(resource.RLIMIT_AS, free)
+gc.collect()
+assert set(threading.enumerate()) == threads
+print("loaded", type(bigmodel.load_sharded({str(llama)!r}, **options)).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "of host memory could not be mapped" in done.stdout
+    assert "loaded LlamaForCausalLM" in done.stdout
+
+
 @pytest.mark.parametrize("way", ["touched", "overwritten", "overwritten and given its old time", "replaced"])
 def test_a_file_that_changes_under_a_streamed_model_is_an_error_with_the_units_name(llama, tmp_path, way):
     import shutil
