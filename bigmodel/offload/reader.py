@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bigmodel.checkpoint.stamp import FileStamp
-from bigmodel.errors import ReadError
+from bigmodel.errors import ReadError, StreamingError
 from bigmodel.offload import page_cache
 from bigmodel.offload.arena import ALIGN_BYTES, Arena
 from bigmodel.offload.ranges import Block, Layout
@@ -83,8 +83,15 @@ class Reader:
         self._threads = [
             threading.Thread(target=self._run, name=f"bigmodel-reader-{i}", daemon=True) for i in range(num_threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:  # a limit on threads, or no memory for their stacks
+            self.close()
+            raise StreamingError(
+                f"{num_threads} reader threads could not be started: {error}. Raise the limits on processes or memory "
+                "(ulimit -u, ulimit -v, pids.max), or end other threads."
+            ) from error
 
     def submit(self, name: str, layout: Layout, slab: Arena, *, is_urgent: bool = False, at_byte: int = 0) -> Ticket:
         """Begin to fill a slab.
@@ -123,7 +130,7 @@ class Reader:
             ticket.done.set()
         if os.getpid() == self._pid:
             for thread in self._threads:
-                if thread is not threading.current_thread():
+                if thread is not threading.current_thread() and thread.ident is not None:
                     thread.join()
 
     def _run(self) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from bigmodel.checkpoint.spec import Extent, Source
 from bigmodel.checkpoint.stamp import FileStamp
-from bigmodel.errors import ReadError
+from bigmodel.errors import DoesNotFitError, ReadError, StreamingError
 from bigmodel.offload import page_cache
 from bigmodel.offload.arena import Arena
 from bigmodel.offload.ranges import lay_out
@@ -111,3 +111,23 @@ def _target(fd):
 def _anonymous_bytes():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon"))
+
+
+def test_threads_that_cannot_all_be_started_leave_none_behind(monkeypatch):
+    before, start = set(threading.enumerate()), threading.Thread.start
+
+    def limited(thread):
+        if thread.name.endswith("-2"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(StreamingError, match="4 reader threads could not be started"):
+        Reader(num_threads=4, stamps={})
+    assert set(threading.enumerate()) == before
+
+
+def test_memory_that_cannot_be_mapped_is_refused_with_its_size():
+    with pytest.raises(DoesNotFitError, match=r"TiB of host memory could not be mapped") as caught:
+        Arena(1 << 56)
+    assert caught.value.needed_bytes >= 1 << 56
