@@ -30,7 +30,7 @@ from bigmodel.errors import (
 )
 from bigmodel.progress import Report
 
-__all__ = ["Checkpoint", "open_checkpoint", "refuse_prequantised"]
+__all__ = ["Checkpoint", "fingerprint_of", "open_checkpoint", "refuse_prequantised"]
 
 _MAX_READERS = 16  # headers are small: what threads hide is the latency of a network disk
 
@@ -104,7 +104,9 @@ def open_checkpoint(
     if _stamps(location) != stamps:
         raise CheckpointError(f"Files in {location.folder} changed while they were read. Open the checkpoint again.")
     tensors = _merged(location, contents)
-    fingerprint = _fingerprint(location, contents)
+    fingerprint = fingerprint_of(
+        {os.path.relpath(file, location.folder): own for file, own in zip(location.files, contents, strict=True)}
+    )
     return Checkpoint(
         path=Path(location.folder),
         files=location.files,
@@ -214,11 +216,18 @@ def _merged(location: Location, contents: Sequence[Sequence[TensorSpec]]) -> dic
     return tensors
 
 
-def _fingerprint(location: Location, contents: Sequence[Sequence[TensorSpec]]) -> str:
+def fingerprint_of(files: Mapping[str, Sequence[TensorSpec]]) -> str:
+    """Names, dtypes, shapes and places of tensors, by file: equal for equal copies, also for those known by headers alone.
+
+    Args:
+        files: name of a file, as seen from the checkpoint's folder -> its tensors.
+    """
     lines = []
-    for file, specs in zip(location.files, contents, strict=True):
-        lines.append(os.path.relpath(file, location.folder))
-        lines.append(json.dumps([[s.name, str(s.dtype), s.shape, s.offset, s.file == file] for s in specs]))
+    for name, specs in files.items():
+        lines.append(name)
+        start = {own: min(s.offset for s in specs if s.file == own) for own in {s.file for s in specs}}
+        ordered = sorted(specs, key=lambda s: (s.file, s.offset, s.name))
+        lines.append(json.dumps([[s.name, str(s.dtype), s.shape, s.offset - start[s.file]] for s in ordered]))
     return _digest(lines)
 
 

@@ -26,7 +26,15 @@ from bigmodel.errors import (
     join_some,
 )
 
-__all__ = ["Header", "IncompleteFileError", "encode_header", "open_regular", "parse_json", "read_header"]
+__all__ = [
+    "Header",
+    "IncompleteFileError",
+    "checked_entries",
+    "encode_header",
+    "open_regular",
+    "parse_json",
+    "read_header",
+]
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _FIRST_READ_BYTES = 64 << 10  # holds the whole header of most files: one read each
@@ -134,7 +142,7 @@ def read_header(file: str) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise MalformedFileError(f"{file} has __metadata__ that is not an object of strings.")
     start = 8 + length
-    entries, end = _checked_entries(table, file)
+    entries, end = checked_entries(table, file)
     if start + end > status.st_size:
         raise IncompleteFileError(f"{file} has {status.st_size} of {start + end} bytes: the download is incomplete.")
     if start + end < status.st_size:
@@ -219,8 +227,13 @@ def _read_raw(descriptor: int, size: int, file: str) -> tuple[bytes, int]:
 _Entry = tuple[int, str, torch.dtype, tuple[int, ...]]
 
 
-def _checked_entries(table: dict[str, Any], file: str) -> tuple[list[_Entry], int]:
-    """(begin, name, dtype, shape) by begin, and where the last tensor ends; begins count from the end of the header."""
+def checked_entries(table: dict[str, Any], file: str) -> tuple[list[_Entry], int]:
+    """(begin, name, dtype, shape) by begin, and where the last tensor ends; begins count from the end of the header.
+
+    Args:
+        table: name -> {"dtype", "shape", "data_offsets"}, as a header says it.
+        file: for errors.
+    """
     problems: list[str] = []
     no_dtype: list[str] = []
     ranges: list[tuple[int, int, str]] = []

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from bigmodel.errors import (
     join_some,
 )
 
-__all__ = ["Location", "locate", "read_config"]
+__all__ = ["Location", "has_weights", "headers_in_repo", "locate", "read_config"]
 
 SINGLE_FILES = (  # in order of preference; each may also be split, with an index
     "model.safetensors",
@@ -98,6 +99,12 @@ def locate(
     if not os.path.isdir(folder):
         raise MissingFilesError(f"{root} has no folder {subfolder!r}. It holds {_listing(root)}.")
     return _locate_folder(root, folder, variant)
+
+
+def has_weights(folder: str) -> bool:
+    """Whether a folder holds weight files or an index, of whatever kind."""
+    endings = (".safetensors", *PICKLE_SUFFIXES)
+    return any(name.endswith(endings) or _INDEX.fullmatch(name) for name in _listdir(folder))
 
 
 def read_config(folder: str) -> dict[str, Any] | None:
@@ -291,8 +298,91 @@ def _listing(folder: str) -> str:
     return join_some(_listdir(folder), limit=12) or "nothing"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Repo:
+    """What a repo has, without its weights: its small files are in the Hub's cache.
+
+    Attributes:
+        named: repo and revision, for errors.
+        folder: the snapshot.
+        prefix: of the subfolder.
+        weights: names of the weight files that are meant, with the prefix.
+        weight_map: tensor name -> one of those, where there is an index.
+    """
+
+    named: str
+    folder: str
+    prefix: str
+    weights: tuple[str, ...]
+    weight_map: Mapping[str, str] | None
+
+
+def headers_in_repo(
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+) -> tuple[str, dict[str, dict[str, Any]], Mapping[str, str] | None] | None:
+    """What the headers of a Hub repo's safetensors files say, without fetching the weights.
+
+    Returns:
+        The folder with the repo's small files; file name -> its header's table; the index's tensor -> file name. None where
+        `path` is local, its weights are in the Hub's cache, the Hub cannot be asked, or the weights are not safetensors:
+        `locate` says then what there is.
+
+    Raises:
+        MissingFilesError: the repo, or what is meant in it, is not there.
+        MalformedFileError: a header is not one.
+    """
+    from huggingface_hub import HfApi, errors
+
+    name = os.path.expanduser(os.fsdecode(path))
+    if isinstance(path, os.PathLike) or os.path.lexists(name) or not may_be_repo_id(name):
+        return None
+    found = _in_repo(name, revision, subfolder, variant)
+    if isinstance(found, str) or not all(file.endswith(".safetensors") for file in found.weights):
+        return None
+    if all(os.path.exists(os.path.join(found.folder, file)) for file in found.weights):
+        return None
+
+    def read(file: str) -> dict[str, Any]:
+        metadata = HfApi().parse_safetensors_file_metadata(name, file, revision=revision)
+        return {
+            key: {"dtype": each.dtype, "shape": each.shape, "data_offsets": list(each.data_offsets)}
+            for key, each in metadata.tensors.items()
+        }
+
+    try:
+        with ThreadPoolExecutor(max_workers=8) as readers:  # what threads hide is the way to the Hub
+            tables = list(readers.map(read, found.weights))
+    except errors.SafetensorsParsingError as error:
+        raise MalformedFileError(f"A header of {found.named} cannot be read: {_one_line(error)}.") from None
+    except Exception as error:  # of huggingface_hub's HTTP library
+        raise MissingFilesError(f"The headers of {found.named} could not be read: {_one_line(error)}") from None
+    folder = os.path.normpath(os.path.join(found.folder, found.prefix))
+    names = [file.removeprefix(found.prefix) for file in found.weights]
+    return folder, dict(zip(names, tables, strict=True)), found.weight_map
+
+
 def _fetch(repo_id: str, revision: str | None, subfolder: str | None, variant: str | None) -> str:
     """A repo's snapshot folder in the Hub's cache; unless offline, its weights (safetensors, if any) are fetched."""
+    from huggingface_hub import snapshot_download
+
+    found = _in_repo(repo_id, revision, subfolder, variant)
+    if isinstance(found, str) or not found.weights:
+        return found if isinstance(found, str) else found.folder
+    try:
+        wanted = [glob.escape(name) for name in found.weights]
+        return snapshot_download(repo_id, revision=revision, allow_patterns=wanted)
+    except Exception as error:
+        raise MissingFilesError(
+            f"{found.named} could not be fetched whole: {_one_line(error)} {_advice(repo_id)}"
+        ) from None
+
+
+def _in_repo(repo_id: str, revision: str | None, subfolder: str | None, variant: str | None) -> _Repo | str:
+    """What a repo has, its small files fetched; or its snapshot in the cache, where the Hub cannot be asked."""
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     def cached() -> str:
@@ -301,7 +391,6 @@ def _fetch(repo_id: str, revision: str | None, subfolder: str | None, variant: s
 
     named = repo_id if revision is None else f"{repo_id} (revision {revision})"
     neither = f"{named} is no local path{_where(repo_id)} and not in the Hub's cache"
-    advice = f"Give a local folder, or fetch it with: hf download {repo_id}"
     try:
         if constants.HF_HUB_OFFLINE:
             return cached()
@@ -314,13 +403,13 @@ def _fetch(repo_id: str, revision: str | None, subfolder: str | None, variant: s
         except Exception:
             pass
         if isinstance(error, errors.LocalEntryNotFoundError):
-            text = f"{neither}, and the Hub is offline (HF_HUB_OFFLINE). {advice}"
+            text = f"{neither}, and the Hub is offline (HF_HUB_OFFLINE). {_advice(repo_id)}"
         elif isinstance(error, errors.GatedRepoError):
             text = f"{named} cannot be fetched: {_one_line(error)} Ask for access on its page, then run: hf auth login"
         elif isinstance(error, errors.RepositoryNotFoundError):
             text = f"{neither}, and the Hub shows no such repo. Check the name; for a private repo run: hf auth login"
         else:
-            text = f"{neither}, and the Hub cannot be reached ({_one_line(error)}). {advice}"
+            text = f"{neither}, and the Hub cannot be reached ({_one_line(error)}). {_advice(repo_id)}"
         raise MissingFilesError(text) from None
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     names = [name.removeprefix(prefix) for name in repo_files if name.startswith(prefix)]
@@ -333,14 +422,18 @@ def _fetch(repo_id: str, revision: str | None, subfolder: str | None, variant: s
         )
     try:
         folder = snapshot_download(repo_id, revision=revision, allow_patterns=_SMALL_FILES)
-        if len(chosen) == 1 and _INDEX.fullmatch(chosen[0]):
-            chosen = sorted(set(_read_index(os.path.join(folder, prefix, chosen[0])).values()))
-        wanted = [glob.escape(prefix + name) for name in chosen if prefix + name in repo_files]
-        return snapshot_download(repo_id, revision=revision, allow_patterns=wanted) if wanted else folder
-    except CheckpointError:
-        raise
     except Exception as error:
-        raise MissingFilesError(f"{named} could not be fetched whole: {_one_line(error)} {advice}") from None
+        raise MissingFilesError(f"{named} could not be fetched whole: {_one_line(error)} {_advice(repo_id)}") from None
+    weight_map = None
+    if len(chosen) == 1 and _INDEX.fullmatch(chosen[0]):
+        weight_map = _read_index(os.path.join(folder, prefix, chosen[0]))
+        chosen = sorted(set(weight_map.values()))
+    weights = tuple(prefix + name for name in chosen if prefix + name in repo_files)
+    return _Repo(named=named, folder=folder, prefix=prefix, weights=weights, weight_map=weight_map)
+
+
+def _advice(repo_id: str) -> str:
+    return f"Give a local folder, or fetch it with: hf download {repo_id}"
 
 
 def _one_line(error: Exception) -> str:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Conversion", "Extent", "Source", "TensorSpec"]
+__all__ = ["AWAY", "Conversion", "Extent", "Source", "TensorSpec"]
+
+AWAY = "away:"
+"""What the file of a tensor begins with whose bytes are not here: it can be planned for, and not read."""
 
 
 @dataclass(frozen=True, slots=True)

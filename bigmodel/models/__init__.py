@@ -1,7 +1,21 @@
 """A model without its weights, and where the bytes of each weight come from."""
 
 from bigmodel.models.inputs import example_inputs
-from bigmodel.models.pretrained import build_skeleton, import_libraries, load_generation_config, revert_of
+from bigmodel.models.pretrained import (
+    build_skeleton,
+    build_without_weights,
+    import_libraries,
+    load_generation_config,
+    revert_of,
+)
 from bigmodel.models.skeleton import Skeleton
 
-__all__ = ["Skeleton", "build_skeleton", "example_inputs", "import_libraries", "load_generation_config", "revert_of"]
+__all__ = [
+    "Skeleton",
+    "build_skeleton",
+    "build_without_weights",
+    "example_inputs",
+    "import_libraries",
+    "load_generation_config",
+    "revert_of",
+]

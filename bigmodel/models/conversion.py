@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 
-from bigmodel.checkpoint.spec import Conversion, Extent, Source, TensorSpec
+from bigmodel.checkpoint.spec import AWAY, Conversion, Extent, Source, TensorSpec
 from bigmodel.errors import ReadError, UnsupportedCheckpointError
 from bigmodel.models.boxes import MOVERS, Boxes, Move, extents_of, whole
 
@@ -338,6 +338,8 @@ def _extents(tensor: Traced) -> tuple[Extent, ...] | None:
 
 def _read(spec: TensorSpec, first_byte: int, num_bytes: int) -> torch.Tensor:
     """`num_bytes` of a stored tensor, as a flat CPU tensor of its dtype."""
+    if spec.file.startswith(AWAY):  # known by its header alone: what is compared is taken for equal
+        return torch.zeros(num_bytes, dtype=torch.uint8, device="cpu").view(spec.dtype)
     flat = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
     view, filled = memoryview(cast(Any, flat.numpy())), 0
     try:

@@ -28,7 +28,7 @@ from bigmodel.models.skeleton import Skeleton, change_tensors, match_names, refu
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["build_skeleton", "import_libraries", "load_generation_config", "revert_of"]
+__all__ = ["build_skeleton", "build_without_weights", "import_libraries", "load_generation_config", "revert_of"]
 
 
 def import_libraries() -> None:
@@ -84,6 +84,33 @@ def build_skeleton(
         refuse_meta_buffers(dict(filled.model.named_buffers()))
         filled.model.requires_grad_(False).eval()
     return filled
+
+
+def build_without_weights(
+    checkpoint: Checkpoint, *, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
+) -> Skeleton:
+    """The model that config.json names, for a checkpoint without tensors: something to plan for, not to fill.
+
+    Args:
+        checkpoint: with a config.
+        dtype: of the weights; "auto": the config's.
+        trust_remote_code: whether Python code of the checkpoint may be run.
+
+    Raises:
+        UnsupportedCheckpointError, InvalidArgumentError: as `build_skeleton`.
+    """
+    refuse_prequantised(checkpoint)
+    wanted = _parse_dtype(dtype)
+    stated = checkpoint.config or {}
+    if wanted is None and not {"dtype", "torch_dtype"} & stated.keys():
+        wanted = torch.float32
+    with torch.inference_mode(False), torch.no_grad():
+        model, _ = _build_from_config(checkpoint, wanted, trust_remote_code=trust_remote_code)
+        known = cast(Any, model)
+        known.tie_weights()
+        known.requires_grad_(False).eval()
+    no_split = frozenset(getattr(model, "_no_split_modules", None) or ())
+    return Skeleton(model=model, sources={}, initialised=(), unexpected=(), no_split=no_split)
 
 
 def load_generation_config(model: nn.Module, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> None:

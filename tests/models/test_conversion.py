@@ -224,7 +224,7 @@ def test_tracing_reads_nothing(tmp_path: Path) -> None:
     made = torch.stack([trace(spec) for spec in gone])
     assert source_of(made.transpose(1, 2) * 3).conversion is not None
     assert repr(made) == "Traced(shape=(4, 8, 1024), dtype=torch.float32, placed=True)"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ReadError, match="No such file"):
         made.max().item()
 
 
