@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.loaders import mapped_bytes, plan_figures
 
-__all__ = ["MODELS", "run_model"]
+__all__ = ["MODELS", "run_model", "run_planned"]
 
 
 def run_model(
@@ -55,6 +55,54 @@ def run_model(
         if any(name == unit or name.startswith(f"{unit}.") for unit in resident)
     ]
     return {**steps, **long, "mapped_bytes": mapped_bytes(names, path), "plan": plan, "stats": _stats(runner)}
+
+
+def run_planned(
+    path: str, options: dict[str, Any], prompt_tokens: int, new_tokens: int, num_steps: int
+) -> dict[str, Any]:
+    """Load a model by a plan and time the workload that the plan was made for.
+
+    Args:
+        path: the checkpoint's folder.
+        options: of load_sharded.
+        prompt_tokens, new_tokens: the workload, batch 1.
+        num_steps: decode steps that are timed, after one that is not.
+
+    Returns:
+        ``ttft_s`` of the first pass of the loaded model, as generate calls it; ``seconds`` of the steps; ``load_s``;
+        ``predicted`` (the plan's estimate), ``resident_bytes``, ``slots``, ``mapped_bytes``.
+    """
+    import dataclasses
+
+    import torch
+
+    import bigmodel
+
+    workload = bigmodel.Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    start = time.perf_counter()
+    model = bigmodel.load_sharded(path, workload=workload, **options)
+    load_s = time.perf_counter() - start
+    plan = bigmodel.plan_of(model)
+    with torch.no_grad():
+        start = time.perf_counter()
+        output = model(input_ids=_prompt(model, prompt_tokens), use_cache=True, logits_to_keep=1)
+        ttft_s = time.perf_counter() - start
+        seconds = []
+        for step in range(num_steps + 1):
+            token = output.logits[:, -1:].argmax(-1)
+            start = time.perf_counter()
+            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+            if step:
+                seconds.append(time.perf_counter() - start)
+    return {
+        "seconds": seconds,
+        "ttft_s": ttft_s,
+        "load_s": load_s,
+        "predicted": dataclasses.asdict(plan.estimate),
+        "resident_bytes": plan.resident_bytes,
+        "slots": [group.num_slots for group in plan.slots],
+        "mapped_bytes": bigmodel.stats_of(model).mapped_bytes,
+    }
 
 
 def _decode(model: Any, prompt_tokens: int, num_steps: int) -> dict[str, Any]:

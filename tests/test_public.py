@@ -18,9 +18,11 @@ SIGNATURES = {
     "unload": "(model)",
     "Workload": "(*, batch_size=1, prompt_tokens=512, new_tokens=128)",
     "Machine.probe": "(folder=None, *, root='/')",
+    "Machine.calibrate": "(folder=None, *, progress=None)",
     "Machine.load": "(file)",
     "Machine.to_json": "(self)",
     "Plan.explain": "(self)",
+    "Plan.from_device_map": "(device_map, path_or_model, machine=None, workload=None)",
     "Plan.to_json": "(self)",
     "Plan.from_json": "(text)",
 }

@@ -1,4 +1,4 @@
-"""The ``bigmodel`` command: run, plan and env.
+"""The ``bigmodel`` command: run, plan, calibrate and env.
 
 What was asked for goes to stdout: the generated text, the plan, the list of versions. What is said about it goes to
 stderr: the plan of a run, progress, figures, errors. So ``bigmodel run ... > answer.txt`` writes the answer alone.
@@ -8,6 +8,7 @@ Exit status: 0 done; 1 an error, told in a sentence; 2 wrong usage; 3 it does no
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -19,7 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import bigmodel
-from bigmodel.cli.arguments import check_sampling, parse_device_map, parse_limits, read_prompt
+from bigmodel.cli.arguments import (
+    check_sampling,
+    parse_batch_size,
+    parse_device_map,
+    parse_limits,
+    read_prompt,
+    write_page,
+)
 from bigmodel.errors import BigModelError, DoesNotFitError, InvalidArgumentError
 from bigmodel.units import format_bytes
 
@@ -29,6 +37,8 @@ if TYPE_CHECKING:
     from bigmodel.hooks.stats import StreamStats
 
 __all__ = ["app", "main"]
+
+logger = logging.getLogger("bigmodel.cli")
 
 DOES_NOT_FIT, INTERRUPTED, BROKEN_PIPE = 3, 130, 141
 
@@ -195,27 +205,15 @@ def run(
                 trust_remote_code=trust_remote_code,
                 progress=False if quiet else None,
             )
-            if not hasattr(model, "generate") or not model.can_generate():
-                raise InvalidArgumentError(
-                    f"{path} is a {type(model).__name__}, which does not generate text. "
-                    "Load it with bigmodel.load_sharded and call it."
-                )
+            _refuse_without_generate(model, path)
             plan = bigmodel.plan_of(model)
             if not quiet:
                 typer.echo(plan.explain(), err=True)
             if seed is not None:
                 torch.manual_seed(seed)
             stream = TextStream(tokenizer, _write)
-            stats_before = bigmodel.stats_of(model)
-            start_s = time.perf_counter()
-            model.generate(
-                **{name: tensor.to(model.device) for name, tensor in inputs.items()},
-                **_generation_options(model, sample, sampling),
-                max_new_tokens=max_new_tokens,
-                streamer=stream,
-            )
-            end_s = time.perf_counter()
-            stats = bigmodel.stats_of(model) - stats_before
+            options = _generation_options(model, sample, sampling) | {"max_new_tokens": max_new_tokens}
+            stats, start_s, end_s = _generate(model, inputs, stream, options)
         _write("\n")
         if not quiet:
             baseline_bytes = max(before_bytes, plan.estimate.baseline_bytes)
@@ -228,21 +226,36 @@ def run(
 
 bigmodel plan ./model --max-memory cpu=8GiB
 
-bigmodel plan ./model --prompt-tokens 4096 --new-tokens 512 --batch-size 4 --json > plan.json
+bigmodel plan org/name --machine desktop-24gb --prompt-tokens 4096 --html plan.html
 
-bigmodel run ./model --device-map plan.json --prompt "Once"
+bigmodel plan ./model --batch-size 4 --json > plan.json && bigmodel run ./model --device-map plan.json --prompt "Once"
 
-Only the headers of the weight files are read."""
+Only headers are read: of the weight files here, or of a Hub repo's, or config.json alone. Machines that come with
+bigmodel: desktop-24gb, desktop-2x24gb, laptop-16gb, server-80gb, server-141gb, server-8x80gb, unified-64gb."""
 )
 def plan(
     path: PathArgument,
     max_memory: MaxMemory = None,
     device_map: DeviceMap = "auto",
     dtype: Dtype = "auto",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at once.")] = 1,
+    batch_size: Annotated[
+        str, typer.Option("--batch-size", metavar="N", help="Sequences at once; auto: as many as are fastest.")
+    ] = "1",
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of each prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=0, help="Tokens generated after it.")] = 128,
+    machine: Annotated[
+        str | None,
+        typer.Option("--machine", metavar="FILE", help="A machine file, or the name of one that comes with bigmodel."),
+    ] = None,
+    allow_cpu_compute: Annotated[
+        bool,
+        typer.Option("--allow-cpu-compute", help="Beside accelerators, let the CPU run what rests in host memory."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON, as --device-map reads it.")] = False,
+    html_file: Annotated[
+        str | None,
+        typer.Option("--html", metavar="FILE", help="Draw memory and predicted timeline as one page, for a browser."),
+    ] = None,
     revision: Revision = None,
     subfolder: Subfolder = None,
     variant: Variant = None,
@@ -250,24 +263,62 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
     with_traceback: WithTraceback = False,
 ) -> None:
-    """Show where every weight would rest and what the peak of each tier would be, without loading anything."""
+    """Show where every weight would rest, each tier's peak and the predicted speed, without loading anything."""
     with _told_in_a_sentence(with_traceback):
         limits = parse_limits(max_memory)
         where = parse_device_map(device_map)
+        sequences = parse_batch_size(batch_size)
+        workload = bigmodel.Workload(batch_size=sequences, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        from bigmodel.loading.planning import make_plan_and_timeline
 
-        made = bigmodel.make_plan(
+        made, timeline = make_plan_and_timeline(
             path,
+            machine=bigmodel.Machine.load(machine) if machine is not None else None,
             device_map=where,
             max_memory=limits,
+            allow_cpu_compute=allow_cpu_compute,
             dtype=dtype,
-            workload=bigmodel.Workload(batch_size=batch_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens),
+            workload=workload,
             revision=revision,
             subfolder=subfolder,
             variant=variant,
             offload_folder=offload_folder,
             trust_remote_code=trust_remote_code,
         )
+        if html_file is not None:
+            from bigmodel.device_map.picture import draw
+
+            write_page(html_file, draw(made, timeline(), title=path))
         typer.echo(made.to_json() if as_json else made.explain())
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+bigmodel calibrate ./model
+
+The rates are kept in the user's cache folder for this machine; plans use them from then on. Let it be idle meanwhile."""
+)
+def calibrate(
+    folder: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FOLDER", help="That holds checkpoints: its disk is measured. Default: the cache folder."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The machine as a machine file, with its rates.")] = False,
+    with_traceback: WithTraceback = False,
+) -> None:
+    """Measure this machine's disk, memory, arithmetic and links once, in about 20 seconds."""
+    with _told_in_a_sentence(with_traceback):
+        machine = bigmodel.Machine.calibrate(folder)
+        if as_json:
+            typer.echo(machine.to_json())
+            return
+        from bigmodel.cli.environment import describe_rates
+
+        for name, value in describe_rates(machine).items():
+            typer.echo(f"{name + ':':<17} {value}")
 
 
 @app.command()
@@ -318,6 +369,27 @@ def _write(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
+
+
+def _refuse_without_generate(model: Any, path: str) -> None:
+    if not hasattr(model, "generate") or not model.can_generate():
+        raise InvalidArgumentError(
+            f"{path} is a {type(model).__name__}, which does not generate text. "
+            "Load it with bigmodel.load_sharded and call it."
+        )
+
+
+def _generate(
+    model: Any, inputs: Mapping[str, Any], stream: TextStream, options: Mapping[str, Any]
+) -> tuple[StreamStats, float, float]:
+    """What the run did, and when it began and ended."""
+    before = bigmodel.stats_of(model)
+    start_s = time.perf_counter()
+    model.generate(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, **options, streamer=stream)
+    end_s = time.perf_counter()
+    stats = bigmodel.stats_of(model) - before
+    logger.info("generated %d tokens in %.2f s, %s", stream.num_tokens, end_s - start_s, stats)
+    return stats, start_s, end_s
 
 
 def _generation_options(model: Any, sample: bool, sampling: Mapping[str, float | None]) -> dict[str, Any]:

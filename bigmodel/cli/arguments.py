@@ -15,7 +15,7 @@ from bigmodel.units import parse_bytes
 if TYPE_CHECKING:
     from bigmodel.device_map.plan import Plan
 
-__all__ = ["check_sampling", "parse_device_map", "parse_limits", "read_prompt"]
+__all__ = ["check_sampling", "parse_batch_size", "parse_device_map", "parse_limits", "read_prompt", "write_page"]
 
 
 def check_sampling(
@@ -42,6 +42,15 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgumentError(f"--prompt-file {prompt_file} cannot be read: {error}.") from error
     return text.removesuffix("\n")
+
+
+def parse_batch_size(text: str) -> int | str:
+    """A number, or ``auto``."""
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise InvalidArgumentError(f"--batch-size is {text!r}. Give a number from 1 on, or auto.")
+    return int(text)
 
 
 def parse_limits(text: str | None) -> dict[int | str, int] | None:
@@ -84,3 +93,11 @@ def parse_device_map(text: str) -> str | dict[str, Any] | Plan:
 
         return Plan.from_json(text)
     return value
+
+
+def write_page(file: str, text: str) -> None:
+    """Writes what --html asked for."""
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InvalidArgumentError(f"--html {file} cannot be written: {error}.") from error

@@ -6,11 +6,15 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import bigmodel
 from bigmodel.units import format_bytes
 
-__all__ = ["describe_environment"]
+if TYPE_CHECKING:
+    from bigmodel.device_map.machine import Machine
+
+__all__ = ["describe_environment", "describe_rates"]
 
 PACKAGES = (
     "torch",
@@ -56,6 +60,7 @@ def describe_environment() -> dict[str, str]:
         f"{format_bytes(machine.host_bytes)} free of {format_bytes(total_bytes)}, {unstated} used unless stated"
     )
     facts["disk"] = f"{format_bytes(machine.disk_bytes)} free"
+    facts["rates"] = machine.rates_from
     for accelerator in machine.accelerators:
         facts[accelerator.device] = f"{accelerator.name}, {format_bytes(accelerator.memory_bytes)} free"
     facts["huge pages"] = _read_line("/sys/kernel/mm/transparent_hugepage/enabled") or "unknown"
@@ -76,6 +81,27 @@ def _processor_name() -> str:
         if name.strip() == "model name":
             return value.strip()
     return platform.processor() or "unknown processor"
+
+
+def describe_rates(machine: Machine) -> dict[str, str]:
+    """The rates that plans for a machine are made with: name -> value."""
+    facts = {"rates": machine.rates_from, "disk": _per_s(machine.disk_read_bytes_per_s)}
+    for name, rates in (
+        ("host", machine.host_rates),
+        *((each.device, each.rates) for each in machine.accelerators),
+    ):
+        facts[f"{name} memory"] = _per_s(rates.memory_bytes_per_s)
+        for dtype, curve in rates.products.items():
+            least, most = curve[0][1], max(rate for _, rate in curve)
+            facts[f"{name} {dtype}"] = f"{most / 1e9:.4g} GFLOP/s at best, {least / 1e9:.3g} at one token"
+        facts[f"{name} operator"] = f"{rates.op_s * 1e6:.3g} us"
+    for each in machine.accelerators:
+        facts[f"link to {each.device}"] = _per_s(each.h2d_bytes_per_s)
+    return facts
+
+
+def _per_s(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.3g} GB/s"
 
 
 def _read_line(path: str) -> str:

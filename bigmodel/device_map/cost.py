@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,9 +17,12 @@ from torch import nn
 
 from bigmodel.device_map.counter import NotTriedError
 from bigmodel.device_map.plan import Workload
-from bigmodel.device_map.trial import Call, Trial
+from bigmodel.device_map.rates import NOTHING, Work
+from bigmodel.device_map.tally import Experts
+from bigmodel.device_map.trial import Call, PassWork, Trial
+from bigmodel.device_map.unit import Unit
 
-__all__ = ["ModelCosts", "measure"]
+__all__ = ["ModelCosts", "UnitWork", "measure", "work_of_units"]
 
 MakeInputs = Callable[[int, int], dict[str, torch.Tensor] | None]
 
@@ -42,6 +45,10 @@ class ModelCosts:
         kv_bytes_per_token: per sequence and token.
         is_measured: whether passes were tried; otherwise these are estimates from the widest weights.
         reason: why no pass could be tried.
+        device_bytes: activations of the workload's largest pass on an accelerator.
+        prefill, decode: work of the first pass, and of one in the middle of what is generated after it.
+        kv: name of a module -> (bytes per sequence, bytes per sequence and token) of the cache that its forward makes.
+        experts: name of a module -> its experts and their routing width.
     """
 
     workload: Workload
@@ -52,6 +59,11 @@ class ModelCosts:
     kv_bytes_per_token: int
     is_measured: bool = True
     reason: str = ""
+    device_bytes: int = 0
+    prefill: PassWork = field(default_factory=PassWork)
+    decode: PassWork = field(default_factory=PassWork)
+    kv: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    experts: Mapping[str, Experts] = field(default_factory=dict)
 
     @property
     def workload_activation_bytes(self) -> int:
@@ -68,7 +80,7 @@ class ModelCosts:
         Between what was tried it follows a parabola in the tokens (attention may hold scores of every pair); what a token
         needs grows with what it looks back on.
         """
-        share = batch_size / self.workload.batch_size
+        share = batch_size / self.workload.num_sequences
         tried = self.workload.prompt_tokens
         half = max(1, tried // 2)
         square = 0.0
@@ -91,7 +103,7 @@ def measure(trial: Trial, model: nn.Module, make_inputs: MakeInputs, workload: W
         workload: the passes to try.
     """
     ways = [make_inputs]
-    if workload.batch_size > 1 and _accepts(model, "attention_mask"):
+    if workload.num_sequences > 1 and _accepts(model, "attention_mask"):
         ways.insert(0, _with_mask(make_inputs))
     reason = ""
     for make in ways:
@@ -123,7 +135,7 @@ def _mask(batch_size: int, num_tokens: int) -> torch.Tensor:
 
 
 def _tried(trial: Trial, model: nn.Module, make_inputs: MakeInputs, workload: Workload) -> ModelCosts:
-    batch_size, prompt = workload.batch_size, workload.prompt_tokens
+    batch_size, prompt = workload.num_sequences, workload.prompt_tokens
     half = max(1, prompt // 2)
 
     def call(num_tokens: int, **options: Any) -> Callable[[], Call]:
@@ -136,20 +148,26 @@ def _tried(trial: Trial, model: nn.Module, make_inputs: MakeInputs, workload: Wo
         return make
 
     def one_more(past_tokens: int) -> Callable[[Any], Call]:
-        def make(cache: Any) -> Call:
-            inputs = make_inputs(batch_size, 1) or {}
-            if "attention_mask" in inputs and "decoder_input_ids" not in inputs:
+        def make(output: Any) -> Call:
+            inputs: dict[str, Any] = dict(make_inputs(batch_size, 1) or {})
+            encoded = getattr(output, "encoder_last_hidden_state", None)
+            if encoded is not None:  # as generate goes on: the encoder has run
+                inputs = {name: value for name, value in inputs.items() if name.startswith("decoder_")}
+                inputs["encoder_outputs"] = (encoded,)
+            elif "attention_mask" in inputs and "decoder_input_ids" not in inputs:
                 inputs["attention_mask"] = _mask(batch_size, past_tokens + 1)
-            return (), inputs | {"past_key_values": cache}
+            return (), inputs | {"past_key_values": output.past_key_values}
 
         return make
 
-    whole = trial(call(prompt), then=one_more(prompt))
+    whole = trial(call(prompt), then=one_more(prompt), num_tokens=batch_size * prompt)
     first = whole if half == prompt else trial(call(half), then=one_more(half))
     prefill_bytes = whole.peak_bytes
+    kept = None
     if _accepts(model, "logits_to_keep"):
         # As generate calls it: smaller logits, and at times a larger workspace.
-        prefill_bytes = max(prefill_bytes, trial(call(prompt, logits_to_keep=1)).peak_bytes)
+        kept = trial(call(prompt, logits_to_keep=1))
+        prefill_bytes = max(prefill_bytes, kept.peak_bytes)
     decode_bytes = whole.then_bytes
     if whole.kv_bytes and workload.total_tokens > prompt + 1:
         last = workload.total_tokens - 1
@@ -159,6 +177,10 @@ def _tried(trial: Trial, model: nn.Module, make_inputs: MakeInputs, workload: Wo
             at_zero, per_past = _line(half, first.then_bytes, prompt, whole.then_bytes)
             decode_bytes = max(decode_bytes, math.ceil(at_zero + per_past * last))
     fixed, per_token = _line(half, first.kv_bytes / batch_size, prompt, whole.kv_bytes / batch_size)
+    kv = {
+        name: _line(half, first.kv.get(name, 0) / batch_size, prompt, nbytes / batch_size)
+        for name, nbytes in whole.kv.items()
+    }
     return ModelCosts(
         workload=workload,
         prefill_bytes=prefill_bytes,
@@ -166,7 +188,71 @@ def _tried(trial: Trial, model: nn.Module, make_inputs: MakeInputs, workload: Wo
         decode_bytes=decode_bytes,
         kv_fixed_bytes=math.ceil(fixed),
         kv_bytes_per_token=math.ceil(per_token),
+        # generate keeps the last token's logits alone
+        device_bytes=max(each.device_bytes for each in (whole, first, *([kept] if kept is not None else []))),
+        prefill=kept.first if kept is not None else whole.first,
+        decode=_later(first.then, half, whole.then, prompt, prompt + workload.new_tokens / 2),
+        kv=kv,
+        experts=whole.experts,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class UnitWork:
+    """What a unit does in a pass, and the part of the cache that it makes.
+
+    Attributes:
+        prefill, decode: its work in either; None where it does not run, such as an encoder in a decode step.
+        kv_bytes: at the workload's last token, in all its sequences.
+    """
+
+    prefill: Work | None
+    decode: Work | None
+    kv_bytes: int
+
+
+def work_of_units(costs: ModelCosts, units: Sequence[Unit], names: Sequence[str]) -> tuple[list[UnitWork], UnitWork]:
+    """The work of every unit, and what is done outside of all of them.
+
+    Args:
+        costs: of the model.
+        units: a division of it.
+        names: of all its modules.
+    """
+    site_of = {site: number for number, unit in enumerate(units) for site in unit.sites}
+    own: dict[str, int] = {}
+    for name in names:  # a module belongs to the innermost unit that it is in
+        above = name
+        while above not in site_of and above:
+            above = above.rpartition(".")[0]
+        own[name] = site_of.get(above, -1)
+    workload = costs.workload
+    passes: list[list[Work | None]] = []
+    for done in (costs.prefill, costs.decode):
+        sums: list[Work] = [NOTHING] * (len(units) + 1)
+        for name, work in done.work.items():
+            sums[own.get(name, -1)] = sums[own.get(name, -1)].plus(work)
+        runs = [any(site in done.called for site in unit.sites) or not done.called for unit in units]
+        passes.append([work if is_run else None for work, is_run in zip(sums, [*runs, True], strict=True)])
+    kv = [0.0] * (len(units) + 1)
+    for name, (fixed, per_token) in costs.kv.items():
+        kv[own.get(name, -1)] += workload.num_sequences * (fixed + per_token * workload.total_tokens)
+    every = [
+        UnitWork(first, later, math.ceil(size)) for first, later, size in zip(passes[0], passes[1], kv, strict=True)
+    ]
+    return every[:-1], every[-1]
+
+
+def _later(early: PassWork, early_tokens: int, late: PassWork, late_tokens: int, tokens: float) -> PassWork:
+    """A pass after so many tokens, on the line through two that were tried."""
+    if early_tokens == late_tokens or tokens <= late_tokens:
+        return late
+    times = (tokens - late_tokens) / (late_tokens - early_tokens)
+    work = {
+        name: (each.plus(each, times).plus(early.work[name], -times) if name in early.work else each)
+        for name, each in late.work.items()
+    }
+    return PassWork(work, late.called)
 
 
 def _line(first_tokens: int, first_bytes: float, tokens: int, num_bytes: float) -> tuple[float, float]:
@@ -181,7 +267,7 @@ def _guessed(model: nn.Module, workload: Workload, reason: str) -> ModelCosts:
     """Upper estimates from the widest weights, where no pass can be tried."""
     widths = [max(p.shape[0], p.shape[-1]) * p.element_size() for p in model.parameters() if p.ndim >= 2]
     widest, typical = max(widths, default=0), sorted(widths)[len(widths) // 2] if widths else 0
-    tokens = workload.batch_size * workload.prompt_tokens
+    tokens = workload.num_sequences * workload.prompt_tokens
     activations = tokens * (2 * widest + _WIDE_TENSORS * typical)
     num_blocks = max((len(each) for each in model.modules() if isinstance(each, nn.ModuleList)), default=1)
     return ModelCosts(
@@ -193,4 +279,5 @@ def _guessed(model: nn.Module, workload: Workload, reason: str) -> ModelCosts:
         kv_bytes_per_token=2 * typical * num_blocks,
         is_measured=False,
         reason=reason,
+        device_bytes=activations,
     )

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bigmodel.device_map.tally import LARGE_BYTES, Tally, is_copied
 from bigmodel.footprint import PRODUCTS_KEPT
 
 __all__ = ["Counter", "NotTriedError", "holes_factor", "storages_in", "tensors_in"]
@@ -23,7 +24,6 @@ _WORKSPACE_FACTOR = 1.15
 # that size, beyond the planner's reserve: peaks of RssAnon of llamas of 2 to 12 layers, 512 to 4096 wide, 1 to 4 sequences of
 # 512 to 1500 tokens on 1 and 2 threads gave up to 1.7 in fp32 (it varies by a third from run to run), and 0.8 in bf16.
 # A fixed mmap threshold of 1 MiB leaves no holes, and slows a decode step by 30 to 50% (fresh pages for the cache).
-_HEAP_BLOCK_BYTES = 32 << 20
 # In half precision oneDNN keeps a compiled product for each shape, as many as footprint.bound_product_cache lets it.
 _PRODUCT_BYTES, _SMALL_ROWS = 840 << 10, 64
 _HOLES_FACTOR = {"wide": 1.75, "narrow": 0.9}
@@ -40,19 +40,24 @@ def holes_factor(model: nn.Module) -> float:
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of storages that are alive among those that were made while it is on."""
+    """Counts the bytes of storages that are alive among those that were made while it is on.
 
-    def __init__(self, holes_factor: float) -> None:
+    Attributes:
+        tally: of the operators' work.
+    """
+
+    def __init__(self, holes_factor: float, tally: Tally) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.tally = tally
         self._holes_factor = holes_factor
         self._large_bytes = 0  # alive, each mapped by itself
         self._heap_bytes = 0  # alive, served from the allocator's heap
         self._heap_peak_bytes = 0  # the heap does not shrink: what was taken once stays beside what is mapped later
         self._peak_bytes = 0.0
+        self._device_peak_bytes = 0  # where the allocator keeps no heap, and kernels make no copies
         self._products: set[object] = set()
-        self.block: nn.Module | None = None
         self._seen: dict[int, object] = {}
-        self._makers: dict[int, nn.Module | None] = {}
+        self._makers: dict[int, str] = {}
 
     def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
         """Do not count these tensors' storages, nor views of them."""
@@ -62,7 +67,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def start_again(self) -> None:
         """Forget the peaks so far."""
-        self._peak_bytes, self._heap_peak_bytes = 0.0, self._heap_bytes
+        self._peak_bytes, self._device_peak_bytes, self._heap_peak_bytes = 0.0, 0, self._heap_bytes
         self._look()
 
     def taken_bytes(self, held: Mapping[int, int]) -> int:
@@ -71,17 +76,22 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         product_bytes = min(len(self._products), PRODUCTS_KEPT) * _PRODUCT_BYTES
         return max(0, math.ceil(self._peak_bytes - held_bytes)) + product_bytes
 
+    def device_bytes(self, held: Mapping[int, int]) -> int:
+        """The same on an accelerator: what is alive, and a share of it for workspaces and the allocator's rounding."""
+        return max(0, math.ceil(_WORKSPACE_FACTOR * (self._device_peak_bytes - sum(held.values()))))
+
     def _factor(self, nbytes: int) -> float:
-        return _WORKSPACE_FACTOR + (self._holes_factor if nbytes < _HEAP_BLOCK_BYTES else 0.0)
+        return _WORKSPACE_FACTOR + (self._holes_factor if nbytes < LARGE_BYTES else 0.0)
 
     def _look(self, copied_bytes: int = 0) -> None:
         self._heap_peak_bytes = max(self._heap_peak_bytes, self._heap_bytes)
+        self._device_peak_bytes = max(self._device_peak_bytes, self._heap_bytes + self._large_bytes)
         heap = (_WORKSPACE_FACTOR + self._holes_factor) * self._heap_peak_bytes
         self._peak_bytes = max(self._peak_bytes, heap + _WORKSPACE_FACTOR * self._large_bytes + copied_bytes)
 
-    def maker(self, key: int) -> nn.Module | None:
-        """The block that ran when a storage was made."""
-        return self._makers.get(key)
+    def maker(self, key: int) -> str:
+        """Name of the module whose forward made a storage."""
+        return self._makers.get(key, "")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -91,13 +101,14 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result: Any = _grouped_product(*args[:2])
         else:
             result = func(*args, **(kwargs or {}))
+        self.tally.note(func, args, kwargs, result)
         for value in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(value, torch.Tensor):
                 self._note(value.untyped_storage())
         if func in _PRODUCTS and result.dtype in (torch.bfloat16, torch.float16):
             self._note_product(func, [tuple(each.shape) for each in args if isinstance(each, torch.Tensor)])
         if func in _BATCHED_PRODUCTS:
-            copied = sum(tensor.nbytes for tensor in args if isinstance(tensor, torch.Tensor) and _is_copied(tensor))
+            copied = sum(tensor.nbytes for tensor in args if isinstance(tensor, torch.Tensor) and is_copied(tensor))
             self._look(copied)
         return result
 
@@ -112,7 +123,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._count(-nbytes)
 
         self._seen[key] = weakref.ref(storage, gone)
-        self._makers[key] = self.block
+        self._makers[key] = self.tally.owner
         self._count(nbytes)
         self._look()
 
@@ -124,7 +135,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._products.update((func, *shapes, number) for number in range(num_groups))
 
     def _count(self, nbytes: int) -> None:
-        if abs(nbytes) < _HEAP_BLOCK_BYTES:
+        if abs(nbytes) < LARGE_BYTES:
             self._heap_bytes += nbytes
         else:
             self._large_bytes += nbytes
@@ -139,18 +150,6 @@ _PRODUCTS = (
     _GROUPED_PRODUCT,
 )
 _BATCHED_PRODUCTS = (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
-
-
-def _is_copied(tensor: torch.Tensor) -> bool:
-    """Whether a batched product on the CPU copies this operand first.
-
-    A linear layer that is given a slice, such as the last token's hidden state, becomes a batched product with its whole
-    weight as one operand, at a batch stride that oneDNN does not take: 125 MiB for a head of 32000 x 2048 (measured).
-    """
-    if tensor.ndim != 3 or tensor.dtype not in (torch.bfloat16, torch.float16):
-        return False  # fp32 products are MKL's, which takes any stride (measured: nothing)
-    _, rows, columns = tensor.shape
-    return tensor.stride() not in ((rows * columns, columns, 1), (rows * columns, 1, rows))
 
 
 def _grouped_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The machine that a plan is for: how much of each tier is free, as this process may use it."""
+"""The machine that a plan is for: how much of each tier is free, as this process may use it, and how fast everything is."""
 
 from __future__ import annotations
 
@@ -6,19 +6,38 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bigmodel.device_map import calibration
+from bigmodel.device_map.control_groups import ControlGroups
+from bigmodel.device_map.rates import Rates
 from bigmodel.errors import InvalidArgumentError
+from bigmodel.progress import Report, progress_bar
 from bigmodel.units import GIB, parse_bytes
 
-__all__ = ["Accelerator", "Machine"]
+__all__ = ["DEFAULT_RATES", "SHIPPED", "Accelerator", "Machine"]
 
 # What is left to others of a tier whose limit nobody stated.
 _SPARE_BYTES, _SPARE_FRACTION = GIB, 0.05
+
+# Rates that nobody measured or stated: a desktop of 2023 with one 24 GB card. Its plans are right in what fits where; their
+# times are guesses, and `explain` says so.
+DEFAULT_RATES = "defaults"
+_HOST_RATES = Rates.roofline(
+    30e9, {"float32": 0.4e12, "bfloat16": 0.6e12, "float16": 0.4e12, "int8": 0.8e12}, op_s=6e-6
+)
+_ACCELERATOR_RATES = Rates.roofline(
+    800e9, {"float32": 40e12, "bfloat16": 120e12, "float16": 120e12, "int8": 240e12}, op_s=6e-6
+)
+_H2D_BYTES_PER_S, _D2D_BYTES_PER_S, _DISK_BYTES_PER_S = 20e9, 20e9, 2.5e9
+
+SHIPPED = Path(__file__).parent / "machines"
+"""Machine files of hardware that one may not own; `Machine.load` takes their names without the suffix too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +48,17 @@ class Accelerator:
         device: torch's device string, such as ``"cuda:0"``.
         name: what its maker calls it.
         memory_bytes: free bytes, and what this process already holds there.
+        rates: of its memory and arithmetic.
+        h2d_bytes_per_s: from page-locked host memory, when no other link is busy.
+        is_unified: it uses the host's memory: the two are one tier, and nothing is copied.
     """
 
     device: str
     name: str
     memory_bytes: int
+    rates: Rates = _ACCELERATOR_RATES
+    h2d_bytes_per_s: float = _H2D_BYTES_PER_S
+    is_unified: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +72,12 @@ class Machine:
         disk_bytes: free bytes of the file system that is written to.
         accelerators: in order of index.
         num_sharing: processes of this job on this machine; unstated limits are divided among them.
+        host_rates: of host memory and the processors' arithmetic.
+        disk_read_bytes_per_s: of large reads from where the checkpoint is.
+        disks: file system -> the same, for those that were measured.
+        h2d_bytes_per_s_all: of all links to accelerators together; infinite where they do not slow each other down.
+        d2d_bytes_per_s: from one accelerator to another.
+        rates_from: where the rates come from: ``"defaults"``, a date, or a machine file's name.
     """
 
     name: str
@@ -55,10 +86,22 @@ class Machine:
     disk_bytes: int
     accelerators: tuple[Accelerator, ...] = ()
     num_sharing: int = 1
+    host_rates: Rates = _HOST_RATES
+    disk_read_bytes_per_s: float = _DISK_BYTES_PER_S
+    disks: Mapping[str, float] = field(default_factory=dict)
+    h2d_bytes_per_s_all: float = math.inf
+    d2d_bytes_per_s: float = _D2D_BYTES_PER_S
+    rates_from: str = DEFAULT_RATES
+
+    def __post_init__(self) -> None:
+        rates = [each.h2d_bytes_per_s for each in self.accelerators]
+        rates += [self.disk_read_bytes_per_s, self.h2d_bytes_per_s_all, self.d2d_bytes_per_s, *self.disks.values()]
+        if not all(rate > 0 for rate in rates):  # also for NaN
+            raise InvalidArgumentError(f"A rate of machine {self.name!r} is not positive: {rates}.")
 
     @classmethod
     def probe(cls, folder: str | os.PathLike[str] | None = None, *, root: str | os.PathLike[str] = "/") -> Machine:
-        """This machine, now.
+        """This machine, now; with the rates that `calibrate` kept, or defaults.
 
         Args:
             folder: where would be written; the user's home if None.
@@ -66,66 +109,139 @@ class Machine:
         """
         import psutil
 
-        groups = _ControlGroups(Path(root))
-        host = min([psutil.virtual_memory().available, *groups.free_memory_bytes()])
-        return cls(
+        groups = ControlGroups(Path(root))
+        host = max(0, min([psutil.virtual_memory().available, *groups.free_memory_bytes()]))
+        machine = cls(
             name=os.uname().nodename,
-            host_bytes=max(0, host),
+            host_bytes=host,
             num_processors=max(1, math.floor(min([len(os.sched_getaffinity(0)), *groups.processors()]))),
             disk_bytes=_free_disk_bytes(Path(folder) if folder is not None else Path.home()),
-            accelerators=_probe_accelerators(),
+            accelerators=_probe_accelerators(host),
             num_sharing=_num_local_processes(),
         )
+        known = calibration.kept()
+        return machine if known is None else machine._with(known)
+
+    @classmethod
+    def calibrate(
+        cls, folder: str | os.PathLike[str] | None = None, *, progress: bool | Report | None = None
+    ) -> Machine:
+        """Measure this machine's rates, and keep them in the user's cache folder, where `probe` finds them.
+
+        Takes some 20 seconds and 0.5 GiB of memory; the machine should be idle.
+
+        Args:
+            folder: that holds checkpoints: its disk is what is measured; the user's cache folder if None.
+            progress: True, False, None (bars where stderr is a terminal), or a callable ``(phase, done, total)``.
+
+        Returns:
+            What `probe` gives from now on.
+
+        Raises:
+            InvalidArgumentError: the folder is not there, or cannot be read or written.
+        """
+        with progress_bar(progress) as report:
+            measured = calibration.measure(folder, progress=report)
+        calibration.keep(measured)
+        return cls.probe().reading_from(folder) if folder is not None else cls.probe()
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Machine:
         """A machine described in a JSON file.
 
         Args:
-            file: ``{"name", "accelerators": [{"name", "memory"}], "host": {"memory"}, "disk": {"free"}}``; sizes as strings
-                with a unit, or bytes. An accelerator may state its ``"device"``, the host its ``"processors"``.
+            file: or the name of one that comes with bigmodel (see `SHIPPED`). ``{"name", "accelerators": [{"name", "memory",
+                "memory_bytes_per_s", "flops_per_s": {"bfloat16": ...}, "h2d_bytes_per_s"}], "host": {"memory",
+                "memory_bytes_per_s", "flops_per_s"}, "disk": {"free", "read_bytes_per_s"}, "h2d_bytes_per_s_all"}``. Sizes
+                are strings with a unit, or bytes; rates bytes/s and FLOP/s. What is left out has the default of this module;
+                only the host's memory must be there. An accelerator may state its ``"device"`` and ``"unified": true``, the
+                host its ``"processors"``.
 
         Raises:
             InvalidArgumentError: it is not such a file.
         """
+        place = Path(file)
+        if not place.exists() and (SHIPPED / f"{file}.json").exists():
+            place = SHIPPED / f"{file}.json"
         try:
-            described = json.loads(Path(file).read_text())
+            described = json.loads(place.read_text())
+            host, disk = described["host"], described.get("disk", {})
             accelerators = tuple(
                 Accelerator(
                     device=str(each.get("device", f"cuda:{index}")),
                     name=str(each.get("name", "accelerator")),
                     memory_bytes=parse_bytes(each["memory"], f"memory of accelerator {index}"),
+                    rates=Rates.from_json(each, _ACCELERATOR_RATES),
+                    h2d_bytes_per_s=float(each.get("h2d_bytes_per_s", _H2D_BYTES_PER_S)),
+                    is_unified=bool(each.get("unified", False)),
                 )
                 for index, each in enumerate(described.get("accelerators", ()))
             )
             return cls(
-                name=str(described.get("name", Path(file).stem)),
-                host_bytes=parse_bytes(described["host"]["memory"], "host.memory"),
-                num_processors=int(described["host"].get("processors", 1)),
-                disk_bytes=parse_bytes(described.get("disk", {}).get("free", 0), "disk.free"),
+                name=str(described.get("name", place.stem)),
+                host_bytes=parse_bytes(host["memory"], "host.memory"),
+                num_processors=int(host.get("processors", 1)),
+                disk_bytes=parse_bytes(disk.get("free", 0), "disk.free"),
                 accelerators=accelerators,
                 num_sharing=int(described.get("processes", 1)),
+                host_rates=Rates.from_json(host, _HOST_RATES),
+                disk_read_bytes_per_s=float(disk.get("read_bytes_per_s", _DISK_BYTES_PER_S)),
+                disks={str(name): float(rate) for name, rate in disk.get("measured", {}).items()},
+                h2d_bytes_per_s_all=float(described.get("h2d_bytes_per_s_all") or math.inf),
+                d2d_bytes_per_s=float(described.get("d2d_bytes_per_s", _D2D_BYTES_PER_S)),
+                rates_from=str(described.get("rates_from", place.name)),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InvalidArgumentError):
                 raise
+            names = ", ".join(sorted(each.stem for each in SHIPPED.glob("*.json")))
             raise InvalidArgumentError(
                 f"{os.fspath(file)} does not describe a machine ({type(error).__name__}: {error}). It needs at least "
-                '{"host": {"memory": "64GiB"}}.'
+                f'{{"host": {{"memory": "64GiB"}}}}; machines that come with bigmodel are {names}.'
             ) from error
 
     def to_json(self) -> str:
         """The machine as a machine file; `load` reads it back equal, on any other machine."""
         described = {
             "name": self.name,
+            "rates_from": self.rates_from,
             "accelerators": [
-                {"name": each.name, "device": each.device, "memory": each.memory_bytes} for each in self.accelerators
+                {"name": each.name, "device": each.device, "memory": each.memory_bytes, "unified": each.is_unified}
+                | each.rates.to_json()
+                | {"h2d_bytes_per_s": each.h2d_bytes_per_s}
+                for each in self.accelerators
             ],
-            "host": {"memory": self.host_bytes, "processors": self.num_processors},
-            "disk": {"free": self.disk_bytes},
+            "host": {"memory": self.host_bytes, "processors": self.num_processors} | self.host_rates.to_json(),
+            "disk": {
+                "free": self.disk_bytes,
+                "read_bytes_per_s": self.disk_read_bytes_per_s,
+                "measured": dict(self.disks),
+            },
+            # JSON has no infinity
+            "h2d_bytes_per_s_all": None if math.isinf(self.h2d_bytes_per_s_all) else self.h2d_bytes_per_s_all,
+            "d2d_bytes_per_s": self.d2d_bytes_per_s,
             "processes": self.num_sharing,
         }
         return json.dumps(described, indent=1)
+
+    def reading_from(self, folder: str | os.PathLike[str]) -> Machine:
+        """The same machine, with the rate of the disk that holds the folder, where that was measured."""
+        if not self.disks:
+            return self
+        return replace(
+            self,
+            disk_read_bytes_per_s=self.disks.get(calibration.file_system_of(folder), self.disk_read_bytes_per_s),
+        )
+
+    def rates_of(self, device: str) -> Rates:
+        """Of the host's processors ("cpu") or of an accelerator.
+
+        Raises:
+            KeyError: the machine has no such device.
+        """
+        if device == "cpu":
+            return self.host_rates
+        return {each.device: each.rates for each in self.accelerators}[device]
 
     def unstated_limit_bytes(self, tier: str) -> int:
         """What may be used of a tier whose limit nobody stated: this process's share of what is free, less a reserve.
@@ -137,6 +253,27 @@ class Machine:
             return _less_spare(next((each.memory_bytes for each in self.accelerators if each.device == tier), 0))
         free = self.host_bytes if tier == "cpu" else self.disk_bytes
         return _less_spare(free) // self.num_sharing
+
+    def _with(self, known: calibration.Calibration) -> Machine:
+        """This machine with measured rates."""
+        accelerators = tuple(
+            replace(each, rates=link.rates, h2d_bytes_per_s=link.h2d_bytes_per_s)
+            if (link := known.accelerators.get(each.device)) is not None
+            else each
+            for each in self.accelerators
+        )
+        # Of several disks the slowest, until it is known which one is read.
+        disk = min(known.disks.values(), default=_DISK_BYTES_PER_S)
+        return replace(
+            self,
+            accelerators=accelerators,
+            host_rates=known.host,
+            disk_read_bytes_per_s=disk,
+            disks=known.disks,
+            h2d_bytes_per_s_all=known.h2d_bytes_per_s_all or math.inf,
+            d2d_bytes_per_s=known.d2d_bytes_per_s or _D2D_BYTES_PER_S,
+            rates_from=f"measured {known.date[:10]}",
+        )
 
 
 def _num_local_processes() -> int:
@@ -155,7 +292,7 @@ def _free_disk_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _probe_accelerators() -> tuple[Accelerator, ...]:
+def _probe_accelerators(host_bytes: int) -> tuple[Accelerator, ...]:
     if not torch.accelerator.is_available():
         return ()
     kind = torch.accelerator.current_accelerator()
@@ -163,81 +300,21 @@ def _probe_accelerators() -> tuple[Accelerator, ...]:
     backend: Any = getattr(torch, kind.type)
     found = []
     for index in range(torch.accelerator.device_count()):
+        properties = backend.get_device_properties(index) if hasattr(backend, "get_device_properties") else None
+        is_unified = kind.type == "mps" or bool(getattr(properties, "is_integrated", False))
         free = backend.mem_get_info(index)[0] if hasattr(backend, "mem_get_info") else 0
         held = backend.memory_reserved(index) if hasattr(backend, "memory_reserved") else 0
         name = backend.get_device_name(index) if hasattr(backend, "get_device_name") else kind.type
-        found.append(Accelerator(device=f"{kind.type}:{index}", name=name, memory_bytes=free + held))
+        found.append(
+            Accelerator(
+                device=f"{kind.type}:{index}",
+                name=name,
+                memory_bytes=min(free + held, host_bytes)
+                if is_unified and free
+                else host_bytes
+                if is_unified
+                else free + held,
+                is_unified=is_unified,
+            )
+        )
     return tuple(found)
-
-
-class _ControlGroups:
-    """The limits of this process's control groups and of all groups above them, of both versions."""
-
-    def __init__(self, root: Path) -> None:
-        self._mounts = root / "sys/fs/cgroup"
-        self._paths: dict[str, str] = {}
-        try:
-            lines = (root / "proc/self/cgroup").read_text().splitlines()
-        except OSError:
-            lines = []
-        for line in lines:
-            _, _, rest = line.partition(":")
-            controllers, _, path = rest.partition(":")
-            for controller in controllers.split(","):
-                self._paths[controller] = path
-
-    def free_memory_bytes(self) -> list[int]:
-        """Per limited group: its limit less what is used, page cache that can be dropped not counted as used."""
-        free = []
-        for folder in self._folders("memory"):
-            limit = _number(folder / "memory.max") or _number(folder / "memory.limit_in_bytes")
-            if limit is None or limit >= 1 << 60:
-                continue
-            used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes") or 0
-            free.append(max(0, limit - max(0, used - _reclaimable(folder / "memory.stat"))))
-        return free
-
-    def processors(self) -> list[float]:
-        """Per limited group: processors that its quota amounts to."""
-        found = []
-        for folder in self._folders("cpu"):
-            try:
-                quota, period = (folder / "cpu.max").read_text().split()
-            except (OSError, ValueError):
-                quota = str(_number(folder / "cpu.cfs_quota_us") or "max")
-                period = str(_number(folder / "cpu.cfs_period_us") or 100_000)
-            if quota != "max" and int(quota) > 0:
-                found.append(int(quota) / int(period))
-        return found
-
-    def _folders(self, controller: str) -> list[Path]:
-        """The group's folder and those above it, up to the mount; the mount alone where the path is another namespace's."""
-        mount = self._mounts / controller if (self._mounts / controller).is_dir() else self._mounts
-        path = self._paths.get(controller, self._paths.get("", "/")).strip("/")
-        folder = mount / path
-        if not folder.is_dir():
-            return [mount]
-        folders = [folder]
-        while folder != mount:
-            folder = folder.parent
-            folders.append(folder)
-        return folders
-
-
-def _number(file: Path) -> int | None:
-    try:
-        text = file.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.lstrip("-").isdigit() else None
-
-
-def _reclaimable(stat: Path) -> int:
-    """Bytes of file pages in a group's memory.stat; a v1 group's own totals include the groups below it."""
-    try:
-        pairs = (line.split() for line in stat.read_text().splitlines())
-        fields = {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}
-    except OSError:
-        return 0
-    prefix = "total_" if "total_inactive_file" in fields else ""
-    return sum(fields.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from bigmodel.device_map.explanation import explain
 from bigmodel.errors import InvalidArgumentError
-from bigmodel.units import format_bytes
 
-__all__ = ["Estimate", "Placement", "Plan", "SlotGroup", "Workload"]
+if TYPE_CHECKING:
+    from bigmodel.device_map.machine import Machine
 
-_VERSION = 1
+__all__ = ["Alternative", "Estimate", "Placement", "Plan", "SlotGroup", "Workload"]
+
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,21 +23,34 @@ class Workload:
     """What the budget must hold and the plan is made for.
 
     Attributes:
-        batch_size: sequences per pass.
+        batch_size: sequences per pass; "auto" is the number that generates the most tokens per second and fits.
         prompt_tokens: tokens of the first pass, per sequence.
         new_tokens: tokens generated after it, per sequence; the KV cache is sized for prompt + new tokens.
     """
 
-    batch_size: int = 1
+    batch_size: int | str = 1
     prompt_tokens: int = 512
     new_tokens: int = 128
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "prompt_tokens", "new_tokens"):
             value = getattr(self, name)
+            if name == "batch_size" and value == "auto":
+                continue
             low = 0 if name == "new_tokens" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise InvalidArgumentError(f"Workload.{name} is {value!r}. Give an int >= {low}.")
+
+    @property
+    def num_sequences(self) -> int:
+        """`batch_size`, where it is a number.
+
+        Raises:
+            InvalidArgumentError: it is "auto", and nobody has chosen one yet.
+        """
+        if isinstance(self.batch_size, str):
+            raise InvalidArgumentError("The batch size is 'auto'; bigmodel.make_plan chooses one. Give a number here.")
+        return self.batch_size
 
     @property
     def total_tokens(self) -> int:
@@ -83,13 +98,16 @@ class SlotGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What is expected of a plan. Times are None until a plan is made from measured rates.
+    """What is expected of a plan.
 
     Attributes:
         peak_bytes: tier -> bytes at the worst moment, loading included, counted as `max_memory` counts.
         baseline_bytes: what the interpreter and its libraries hold in host memory, outside the budget.
-        load_s, ttft_s, time_per_token_s, tokens_per_s: predicted seconds and rate.
-        binds: phase -> the resource that limits it.
+        load_s: seconds that reading what stays takes, at least.
+        ttft_s: seconds of the workload's first pass, from a model that was just loaded.
+        time_per_token_s: of a step in the middle of what is generated, for all sequences.
+        tokens_per_s: of all sequences, while they are generated.
+        binds: phase ("prefill", "decode") -> the resource that works longest in it.
     """
 
     peak_bytes: Mapping[str, int]
@@ -99,6 +117,19 @@ class Estimate:
     time_per_token_s: float | None = None
     tokens_per_s: float | None = None
     binds: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """A map that was not chosen.
+
+    Attributes:
+        what: how it differs.
+        seconds: that the workload would take.
+    """
+
+    what: str
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +148,12 @@ class Plan:
         activation_bytes: the largest that a pass of the workload holds beside it.
         reserve_bytes: for what no formula sees: threads, the allocator's holes, the interpreter's growth.
         estimate: what is expected of it.
+        machine: name of the one that it is for.
+        rates_from: where that machine's rates come from.
         fingerprint: of the checkpoint; empty for a plan of a module alone.
         notes: what a reader should know, such as units that stay although the map sends them to disk.
+        alternatives: the next best maps.
+        gains_s: tier -> seconds that the workload would take less with one more GB of it.
     """
 
     placements: tuple[Placement, ...]
@@ -132,14 +167,23 @@ class Plan:
     activation_bytes: int
     reserve_bytes: int
     estimate: Estimate
+    machine: str = ""
+    rates_from: str = ""
     fingerprint: str = ""
     notes: tuple[str, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
+    gains_s: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def streamed_bytes(self) -> int:
         """Weight bytes that are fetched for each pass (rows that are looked up where they rest are not)."""
         streamed = {name for group in self.slots for name in group.units}
         return sum(placement.weight_bytes for placement in self.placements if placement.unit in streamed)
+
+    def streamed_bytes_from(self, tier: str) -> int:
+        """Those of them that rest in a tier."""
+        streamed = {name for group in self.slots for name in group.units}
+        return sum(place.weight_bytes for place in self.placements if place.unit in streamed and place.home == tier)
 
     @property
     def weight_bytes(self) -> int:
@@ -154,37 +198,30 @@ class Plan:
         """
         return {placement.unit: placement.home for placement in self.placements}[unit]
 
+    @classmethod
+    def from_device_map(
+        cls,
+        device_map: Mapping[str, Any],
+        path_or_model: Any,
+        machine: Machine | None = None,
+        workload: Workload | None = None,
+    ) -> Plan:
+        """What a map in Accelerate's grammar comes to: `make_plan` with this map, its peaks and its predicted times.
+
+        Args:
+            device_map: module or parameter names -> tiers.
+            path_or_model, machine, workload: as in `make_plan`.
+
+        Raises:
+            As `make_plan`.
+        """
+        import bigmodel  # its public door; a plan knows nothing of checkpoints
+
+        return bigmodel.make_plan(path_or_model, machine, workload, device_map=device_map)
+
     def explain(self) -> str:
-        """A table that a person reads in ten seconds: what each tier holds against its limit, and what streams."""
-        slot_bytes = sum(group.num_slots * group.slot_bytes for group in self.slots)
-        peak, limit = self.estimate.peak_bytes["cpu"], self.limits["cpu"]
-        parts = [
-            ("weights that stay", self.resident_bytes),
-            (f"slots for streamed weights ({sum(group.num_slots for group in self.slots)})", slot_bytes),
-            ("read buffers", self.staging_bytes),
-            (f"KV cache ({self.workload.batch_size} x {self.workload.total_tokens} tokens)", self.kv_bytes),
-            ("activations", self.activation_bytes),
-            ("buffers", self.buffer_bytes),
-            ("reserve", self.reserve_bytes),
-        ]
-        lines = [f"cpu    peak {format_bytes(peak)} of {format_bytes(limit)}"]
-        lines += [f"         {format_bytes(size):>10}  {what}" for what, size in parts if size]
-        written = self.estimate.peak_bytes.get("disk", 0)
-        if written:
-            lines.append(
-                f"disk   {format_bytes(written)} written once (converted weights), of {format_bytes(self.limits['disk'])}"
-            )
-        total = self.weight_bytes
-        for home, what in (("cpu", "rest in host memory"), ("disk", "rest in the checkpoint's files")):
-            here = [placement for placement in self.placements if placement.home == home]
-            if here:
-                size = format_bytes(sum(placement.weight_bytes for placement in here))
-                names = _collapsed([placement.unit for placement in here])
-                lines.append(f"{len(here)} units, {size} of {format_bytes(total)}, {what}: {names}")
-        if self.slots:
-            lines.append(f"each pass streams {format_bytes(self.streamed_bytes)} from disk")
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        """A table that a person reads in ten seconds: what each tier holds against its limit, what streams, how long it takes."""
+        return explain(self)
 
     def to_json(self) -> str:
         """The plan as text; `from_json` reads it back equal."""
@@ -211,6 +248,7 @@ class Plan:
             fields["workload"] = Workload(**fields["workload"])
             fields["estimate"] = Estimate(**fields["estimate"])
             fields["notes"] = tuple(fields["notes"])
+            fields["alternatives"] = tuple(Alternative(**each) for each in fields["alternatives"])
             plan = cls(**fields)
             plan._refuse_nonsense()
             return plan
@@ -235,28 +273,3 @@ class Plan:
         for tier, limit in self.limits.items():
             if not isinstance(tier, str) or not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
                 raise ValueError(f"the limit of {tier!r} is {limit!r}")
-
-
-def _collapsed(names: Sequence[str]) -> str:
-    """Names with runs of numbers folded: ``model.layers.[0-3,5].mlp``."""
-    folded: dict[tuple[str, str], list[int]] = {}
-    for name in names:
-        match = re.search(r"(?:(?<=\.)|^)\d+(?=\.|$| )", name)
-        before, number, after = (
-            (name[: match.start()], int(match.group()), name[match.end() :]) if match else (name, -1, "")
-        )
-        folded.setdefault((before, after), []).append(number)
-    return ", ".join(
-        f"{before}[{_runs(numbers)}]{after}" if numbers != [-1] else before
-        for (before, after), numbers in folded.items()
-    )
-
-
-def _runs(numbers: Iterable[int]) -> str:
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

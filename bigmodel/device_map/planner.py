@@ -1,339 +1,351 @@
-"""Decides where every unit rests. Pure: costs and limits in, a plan out."""
+"""Decides where every unit rests and what runs it. Pure: costs, a machine and limits in, a plan with its times out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
-from bigmodel.device_map.plan import Estimate, Placement, Plan, SlotGroup, Workload
-from bigmodel.device_map.unit import Unit
+import numpy as np
+
+from bigmodel.device_map.demand import RESERVE_BYTES, Costs, UnitCost
+from bigmodel.device_map.machine import Machine
+from bigmodel.device_map.plan import Alternative, Estimate, Placement, Plan, SlotGroup
+from bigmodel.device_map.search import Found, Search
+from bigmodel.device_map.simulation import COMPUTATION, DISK, Choice, Ints, Step, Tables
 from bigmodel.errors import DeviceMapError, DoesNotFitError
 from bigmodel.units import format_bytes
 
-__all__ = ["Demand", "UnitCost", "decide"]
+__all__ = ["MAX_SLOTS", "advise", "decide", "predict", "refuse_accelerators", "timeline"]
 
-# Slots per group of equal units: one is computed with, one is ready, one is being filled.
+# Slots per lane: one is computed with, one is ready, one is being filled.
 MAX_SLOTS = 3
-# Threads' stacks, the allocator's holes, caches of the interpreter and of oneDNN: what no formula below sees (measured on
-# tiny models, where it is all there is: 10-30 MiB).
-RESERVE_BYTES = 48 << 20
-_MOST_STEPS = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnitCost:
-    """What one unit takes, wherever it rests.
-
-    Attributes:
-        unit: which.
-        weight_bytes: in the dtypes that the model has.
-        resident_bytes: in host memory, alignment included.
-        slot_bytes: of a slot that it can be fetched into.
-        staging_bytes: of the buffer that one of its reads goes through, 0 if all go straight into place.
-        conversion_bytes: held for a moment while its weights are converted: what goes in, what comes out, and a copy.
-        converted_bytes: written to the disk tier where it rests there, because its bytes do not stand in the files.
-        can_gather: it may rest on disk without a slot: its rows are looked up in a map of the file.
-        must_stay: it cannot stream: it encloses other units, or its weights are in no file.
-        is_part: a map divides the unit that it belongs to.
-    """
-
-    unit: Unit
-    weight_bytes: int
-    resident_bytes: int
-    slot_bytes: int
-    staging_bytes: int = 0
-    conversion_bytes: int = 0
-    converted_bytes: int = 0
-    can_gather: bool = False
-    must_stay: bool = False
-    is_part: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
-    """What has to be in host memory beside the weights, in bytes.
-
-    Attributes:
-        kv_bytes: the cache at the workload's last token.
-        activation_bytes: the largest that a pass of the workload holds beside it.
-        buffer_bytes: the model's buffers.
-        baseline_bytes: what the interpreter holds, outside the budget.
-    """
-
-    kv_bytes: int
-    activation_bytes: int
-    buffer_bytes: int
-    baseline_bytes: int = 0
-
-    @property
-    def total_bytes(self) -> int:
-        return self.kv_bytes + self.activation_bytes + self.buffer_bytes + RESERVE_BYTES
+_MORE_BYTES = 10**9
+_ALTERNATIVES, _TOLD_APART = 4, 1e-3
 
 
 def decide(
-    costs: Sequence[UnitCost],
-    demand: Demand,
+    costs: Costs,
+    machine: Machine,
     limits: Mapping[str, int],
-    workload: Workload,
     *,
     homes: Mapping[str, str] | None = None,
+    runs: Mapping[str, str] | None = None,
     all_resident: bool = False,
+    allow_cpu_compute: bool = False,
     refuses: bool = True,
-    num_readers: int = 1,
     max_slots: int = MAX_SLOTS,
     fingerprint: str = "",
 ) -> Plan:
-    """Where every unit rests.
-
-    Without `homes`, what fits stays resident. When not all fits, tables that are looked up rest on disk first, slots are set
-    aside for what streams, the smallest kinds of unit stay first, and the units that stream are spread evenly among
-    their like, so that reading goes on while resident ones compute.
+    """Where every unit rests and runs, such that the workload takes the least time that the search finds.
 
     Args:
-        costs: of every unit, in order of definition.
-        demand: what else is in memory.
-        limits: tier -> bytes.
-        workload: what `demand` was measured for.
-        homes: unit name -> ``"cpu"`` or ``"disk"``, honoured exactly, but for units that must stay.
-        all_resident: everything stays, or DoesNotFitError.
+        costs: of the model, for a workload.
+        machine: its rates.
+        limits: tier -> bytes; an accelerator that is not there is not used.
+        homes: unit name -> tier, honoured exactly, but for units that must stay where they run.
+        runs: unit name -> device that runs it, likewise; the planner's choice where it is None.
+        all_resident: every unit rests where it runs, or DoesNotFitError.
+        allow_cpu_compute: beside accelerators, whether units may run on the CPU.
         refuses: whether what does not fit is an error; otherwise the plan states what it takes.
-        num_readers: threads that read at once; each has a buffer where reads cannot go straight into place.
         max_slots: per group of units.
         fingerprint: of the checkpoint.
 
     Raises:
         DoesNotFitError: with the tier, what is needed, what there is, and what would do.
     """
-    room = limits["cpu"] - demand.total_bytes
-    choice: _Choice | None = None
-    if homes is not None:
-        streamed = [c for c in costs if homes[c.unit.name] != "cpu" and not c.must_stay]
-        choice = _with_most_slots(costs, streamed, room, num_readers, max_slots)
-    else:
-        everything = _Choice.of(costs, [], 0, num_readers)
-        if all_resident or everything.total_bytes <= room:
-            choice = everything
-        else:
-            choice = _spread(costs, room, num_readers, max_slots)
-    if choice.total_bytes > room and refuses:
-        raise _too_large(choice, costs, demand, limits, workload, homes, all_resident)
-    return _plan(choice, costs, demand, limits, workload, homes, fingerprint)
+    on_host = allow_cpu_compute or (runs is not None and "cpu" in runs.values())
+    choices = _choices(costs.units, machine, limits, homes, all_resident, on_host)
+    if runs is not None:
+        fixed = [
+            [each for each in open_to if each[1] == runs[cost.unit.name]]
+            for cost, open_to in zip(costs.units, choices, strict=True)
+        ]
+        choices = [wanted or open_to for wanted, open_to in zip(fixed, choices, strict=True)]
+    tables = Tables(costs, machine, choices)
+    search = Search(tables, limits, max_slots=max_slots)
+    kept = [c.unit.name for c in costs.units if homes is not None and c.must_stay and homes[c.unit.name] == DISK]
+    notes = (f"these stay in host memory, because other units run inside them: {', '.join(kept)}",) if kept else ()
+    found = search.run()
+    if not found:
+        least = search.least()
+        if refuses:
+            plan = _plan(tables, search, least, limits, fingerprint, notes, ())
+            raise _too_large(plan, costs, homes, all_resident)
+        found = [least]
+    return _plan(tables, search, found[0], limits, fingerprint, notes, found[1:])
 
 
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """Which units are away, and the slots for those that stream."""
+def predict(plan: Plan, costs: Costs, machine: Machine) -> Estimate:
+    """What a plan will take on a machine: a simulation of its reads, copies and computations, in order.
 
-    away: frozenset[str]
-    groups: tuple[SlotGroup, ...]
-    resident_bytes: int
-    staging_bytes: int
+    Args:
+        plan: its placements and slots count.
+        costs: of the same units, in the same order.
+        machine: with its rates.
 
-    @property
-    def slot_bytes(self) -> int:
-        return sum(group.num_slots * group.slot_bytes for group in self.groups)
+    Returns:
+        Times of the workload that `costs` were measured for, and peaks of every tier.
 
-    @property
-    def total_bytes(self) -> int:
-        return self.resident_bytes + self.slot_bytes + self.staging_bytes
+    Raises:
+        DeviceMapError: the plan's units are not those of `costs`, or it names devices that the machine has not.
+    """
+    tables, search, maps, slots = _of_plan(plan, costs, machine)
+    return _estimate(tables, search, maps, slots)
 
-    @classmethod
-    def of(cls, costs: Sequence[UnitCost], away: Sequence[UnitCost], num_slots: int, num_readers: int) -> _Choice:
-        names = frozenset(cost.unit.name for cost in away)
-        return cls(
-            away=names,
-            groups=_groups([cost for cost in away if not cost.can_gather], num_slots),
-            resident_bytes=sum(cost.resident_bytes for cost in costs if cost.unit.name not in names),
-            staging_bytes=num_readers * max((cost.staging_bytes for cost in costs), default=0)
-            + max((cost.conversion_bytes for cost in costs), default=0),
+
+def timeline(plan: Plan, costs: Costs, machine: Machine) -> list[Step]:
+    """When each unit of a plan is read, copied and computed, in the first pass and the steps after it."""
+    tables, _, maps, slots = _of_plan(plan, costs, machine)
+    steps: list[Step] = []
+    tables.simulate(maps, slots, steps)
+    return steps
+
+
+def advise(plan: Plan, costs: Costs, machine: Machine, *, allow_cpu_compute: bool = False) -> Plan:
+    """The plan, knowing what one more GB of each memory tier would save of the workload's predicted time."""
+    before = _workload_s(plan)
+    if before is None or not plan.slots:
+        return plan
+    pairs = [(place.home, place.run_on) for place in plan.placements]
+    num_slots = max(group.num_slots for group in plan.slots)
+    gains = {}
+    for tier in plan.limits:
+        if tier == DISK:
+            continue
+        limits = dict(plan.limits) | {tier: plan.limits[tier] + _MORE_BYTES}
+        choices = _choices(costs.units, machine, limits, None, False, allow_cpu_compute)
+        tables = Tables(costs, machine, choices)
+        current = [tables.numbers[u][pair] for u, pair in enumerate(pairs)]
+        gains[tier] = max(0.0, before - Search(tables, limits).go_on(current, num_slots).seconds)
+    return replace(plan, gains_s=gains)
+
+
+def refuse_accelerators(homes: Mapping[str, str]) -> None:
+    """This version computes on the CPU."""
+    named = sorted({home for home in homes.values() if home not in ("cpu", DISK)})
+    if named:
+        raise DeviceMapError(
+            f"device_map names {', '.join(named)}, and this version runs on the CPU. Use 'cpu' and 'disk'."
         )
 
 
-def _groups(streamed: Sequence[UnitCost], num_slots: int) -> tuple[SlotGroup, ...]:
-    """Units of about one size share slots; in a group the largest is less than twice the smallest."""
-    groups: list[list[UnitCost]] = []
-    for cost in sorted(streamed, key=lambda cost: -cost.slot_bytes):
-        if groups and 2 * cost.slot_bytes > groups[-1][0].slot_bytes:
-            groups[-1].append(cost)
-        else:
-            groups.append([cost])
-    order = {cost.unit.name: number for number, cost in enumerate(streamed)}
-    return tuple(
-        SlotGroup(
-            "cpu",
-            min(len(group), num_slots),
-            group[0].slot_bytes,
-            tuple(sorted((cost.unit.name for cost in group), key=order.__getitem__)),
-        )
-        for group in groups
-    )
-
-
-def _with_most_slots(
-    costs: Sequence[UnitCost], away: Sequence[UnitCost], room: int, num_readers: int, max_slots: int
-) -> _Choice:
-    """The choice with as many slots as fit, one for each group at least."""
-    for num_slots in range(max_slots, 1, -1):
-        choice = _Choice.of(costs, away, num_slots, num_readers)
-        if choice.total_bytes <= room:
-            return choice
-    return _Choice.of(costs, away, 1, num_readers)
-
-
-def _spread(costs: Sequence[UnitCost], room: int, num_readers: int, max_slots: int) -> _Choice:
-    """As many bytes resident as fit beside the slots, beginning with the smallest kinds of unit."""
-    most_resident: int | None = None
-    for num_slots in range(max_slots, 0, -1):
-        least = _least(costs, num_readers, num_slots)
-        if least.total_bytes <= room or num_slots == 1:
-            return _filled(least, costs, room, num_readers, num_slots, most_resident)
-        # With fewer slots no more stays than with more slots at the least room for them: more memory is never used to
-        # keep less. What is left over is less than a slot.
-        most_resident = _filled(least, costs, least.total_bytes, num_readers, num_slots, most_resident).resident_bytes
-    raise AssertionError("max_slots is at least 1")
-
-
-def _least(costs: Sequence[UnitCost], num_readers: int, num_slots: int) -> _Choice:
-    """As little in memory as can be with so many slots. Units that take no more than the slots would, stay."""
-    movable = [cost for cost in costs if not cost.must_stay]
-    by_name = {cost.unit.name: cost for cost in costs}
-    staying: set[str] = set()
-    for group in _groups([cost for cost in movable if not cost.can_gather], num_slots):
-        resident_bytes = sum(by_name[name].resident_bytes for name in group.units)
-        if resident_bytes <= group.num_slots * group.slot_bytes:
-            staying.update(group.units)
-    return _Choice.of(costs, [cost for cost in movable if cost.unit.name not in staying], num_slots, num_readers)
-
-
-def _filled(
-    least: _Choice,
-    costs: Sequence[UnitCost],
-    room: int,
-    num_readers: int,
-    num_slots: int,
-    most_resident: int | None,
-) -> _Choice:
-    """`least`, and what else fits: kind after kind, the next one only when all of the last one stays."""
-    by_name = {cost.unit.name: cost for cost in costs}
-    kinds = [[by_name[name] for name in group.units] for group in reversed(least.groups)]
-    kinds.append([cost for cost in costs if cost.can_gather and not cost.must_stay])
-    away, resident_bytes, total_bytes = set(least.away), least.resident_bytes, least.total_bytes
-    for kind in kinds:
-        chosen: set[str] = set()
-        chosen_resident, chosen_total = resident_bytes, total_bytes
-        slots_before = _slot_bytes(kind, num_slots)
-        for num_staying in _counts(len(kind)):
-            kept = _spread_names(kind, num_staying)
-            resident = resident_bytes + sum(cost.resident_bytes for cost in kind if cost.unit.name in kept)
-            streaming = [cost for cost in kind if cost.unit.name not in kept]
-            total = total_bytes + resident - resident_bytes + _slot_bytes(streaming, num_slots) - slots_before
-            is_allowed = most_resident is None or resident <= most_resident
-            if is_allowed and total <= room and resident >= chosen_resident:
-                chosen, chosen_resident, chosen_total = kept, resident, total
-        away -= chosen
-        resident_bytes, total_bytes = chosen_resident, chosen_total
-        if len(chosen) < len(kind):
-            break
-    return _Choice.of(costs, [cost for cost in costs if cost.unit.name in away], num_slots, num_readers)
-
-
-def _slot_bytes(streaming: Sequence[UnitCost], num_slots: int) -> int:
-    """Bytes of the slots of units of one kind; tables that are looked up have none."""
-    sizes = [cost.slot_bytes for cost in streaming if not cost.can_gather]
-    return min(len(sizes), num_slots) * max(sizes, default=0)
-
-
-def _counts(num_units: int) -> list[int]:
-    """How many of so many units might stay; not every number where there are very many, which would take seconds."""
-    steps = min(num_units, _MOST_STEPS)
-    return [step * num_units // steps for step in range(1, steps + 1)]
-
-
-def _spread_names(kind: Sequence[UnitCost], num_staying: int) -> set[str]:
-    """`num_staying` units of a kind, such that the others are spread evenly among them."""
-    num_away = len(kind) - num_staying
-    away = {(2 * i + 1) * len(kind) // (2 * num_away) for i in range(num_away)} if num_away else set()
-    return {cost.unit.name for number, cost in enumerate(kind) if number not in away}
+def _choices(
+    units: Sequence[UnitCost],
+    machine: Machine,
+    limits: Mapping[str, int],
+    homes: Mapping[str, str] | None,
+    all_resident: bool,
+    allow_cpu_compute: bool,
+) -> list[list[Choice]]:
+    """What is open to each unit: where it rests, and what runs it."""
+    accelerators = [each.device for each in machine.accelerators if limits.get(each.device, 0) > 0]
+    devices = [*accelerators, *(["cpu"] if allow_cpu_compute or not accelerators else [])]
+    choices = []
+    for cost in units:
+        open_to: list[Choice] = [(device, device) for device in devices]
+        if not cost.must_stay and not all_resident:
+            open_to += [(home, device) for device in devices for home in ("cpu", DISK) if home != device]
+        if cost.can_gather and not all_resident and "cpu" not in devices:
+            open_to += [("cpu", "cpu"), (DISK, "cpu")]  # rows are looked up where they are: no arithmetic
+        if homes is not None:
+            home = homes[cost.unit.name]
+            named = [choice for choice in open_to if choice[0] == home]
+            open_to = named or [choice for choice in open_to if choice[0] == choice[1]]
+        choices.append(open_to)
+    return choices
 
 
 def _plan(
-    choice: _Choice,
-    costs: Sequence[UnitCost],
-    demand: Demand,
+    tables: Tables,
+    search: Search,
+    found: Found,
     limits: Mapping[str, int],
-    workload: Workload,
-    homes: Mapping[str, str] | None,
     fingerprint: str,
+    notes: tuple[str, ...],
+    others: Sequence[Found],
 ) -> Plan:
-    written = sum(cost.converted_bytes for cost in costs if cost.unit.name in choice.away)
-    if written > limits["disk"]:
-        raise DoesNotFitError(
-            f"Weights that must be converted before they can stream take {format_bytes(written)} of disk, and "
-            f"{format_bytes(limits['disk'])} may be used. Raise max_memory['disk'], or keep more in host memory.",
-            tier="disk",
-            needed_bytes=written,
-            available_bytes=limits["disk"],
-        )
-    kept = [c.unit.name for c in costs if homes is not None and c.must_stay and homes[c.unit.name] != "cpu"]
-    notes = (f"these stay in host memory, because other units run inside them: {', '.join(kept)}",) if kept else ()
+    costs, demand = tables.costs, tables.costs.demand
+    maps, slots = np.array([found.choices], np.int64), np.array([found.num_slots])
+    chosen = [tables.choices[u][number] for u, number in enumerate(found.choices)]
     placements = tuple(
         Placement(
             unit=cost.unit.name,
-            home="disk" if cost.unit.name in choice.away else "cpu",
-            run_on="cpu",
-            prefill_on="cpu",
+            home=home,
+            run_on=device,
+            prefill_on=device,
             weight_bytes=cost.weight_bytes,
             parameters=cost.unit.parameters if cost.is_part else (),
         )
-        for cost in costs
+        for cost, (home, device) in zip(costs.units, chosen, strict=True)
     )
     return Plan(
         placements=placements,
-        slots=choice.groups,
-        workload=workload,
+        slots=_groups(tables, found),
+        workload=costs.workload,
         limits=dict(limits),
-        resident_bytes=choice.resident_bytes,
+        resident_bytes=sum(
+            cost.resident_bytes for cost, (home, _) in zip(costs.units, chosen, strict=True) if home == "cpu"
+        ),
         buffer_bytes=demand.buffer_bytes,
-        staging_bytes=choice.staging_bytes,
+        staging_bytes=costs.num_readers * max((cost.staging_bytes for cost in costs.units), default=0)
+        + max((cost.conversion_bytes for cost in costs.units), default=0),
         kv_bytes=demand.kv_bytes,
         activation_bytes=demand.activation_bytes,
         reserve_bytes=RESERVE_BYTES,
-        estimate=Estimate(
-            peak_bytes={"cpu": choice.total_bytes + demand.total_bytes, "disk": written},
-            baseline_bytes=demand.baseline_bytes,
-        ),
+        estimate=_estimate(tables, search, maps, slots),
+        machine=tables.machine.name,
+        rates_from=tables.machine.rates_from,
         fingerprint=fingerprint,
         notes=notes,
+        alternatives=_alternatives(found, others),
     )
 
 
-def _too_large(
-    choice: _Choice,
-    costs: Sequence[UnitCost],
-    demand: Demand,
-    limits: Mapping[str, int],
-    workload: Workload,
-    homes: Mapping[str, str] | None,
-    all_resident: bool,
-) -> DoesNotFitError:
-    needed, limit = choice.total_bytes + demand.total_bytes, limits["cpu"]
-    parts = [f"{format_bytes(choice.resident_bytes)} of weights that stay"]
-    if choice.groups:
-        largest = max(choice.groups, key=lambda group: group.slot_bytes)
+def _alternatives(found: Found, others: Sequence[Found]) -> tuple[Alternative, ...]:
+    """The next best maps that are told apart by more than nothing."""
+    told: dict[str, float] = {}
+    for each in others:
+        if each.seconds > found.seconds * (1 + _TOLD_APART):
+            slots = "1 slot" if each.num_slots == 1 else f"{each.num_slots} slots"
+            told.setdefault(f"{each.what}, {slots}", each.seconds)
+    return tuple(Alternative(what=what, seconds=seconds) for what, seconds in list(told.items())[:_ALTERNATIVES])
+
+
+def _groups(tables: Tables, found: Found) -> tuple[SlotGroup, ...]:
+    """The lanes that have units, and how many slots each of them has."""
+    lanes: dict[tuple[str, int], list[UnitCost]] = {}
+    for u, number in enumerate(found.choices):
+        if tables.is_fetched[u, number]:
+            device = tables.choices[u][number][1]
+            lanes.setdefault((device, tables.classes[u]), []).append(tables.costs.units[u])
+    return tuple(
+        SlotGroup(
+            device,
+            min(len(members), found.num_slots),
+            max(cost.slot_bytes for cost in members),
+            tuple(cost.unit.name for cost in members),
+        )
+        for (device, _), members in sorted(
+            lanes.items(), key=lambda lane: (tables.devices.index(lane[0][0]), lane[0][1])
+        )
+    )
+
+
+def _estimate(tables: Tables, search: Search, maps: Ints, slots: Ints) -> Estimate:
+    costs, machine = tables.costs, tables.machine
+    outcome = tables.simulate(maps, slots)
+    peaks = search.memory.peaks(maps, slots)[0]
+    step_s, ttft_s = float(outcome.step_s[0]), float(outcome.ttft_s[0])
+    binds = {}
+    for phase in ("prefill", "decode"):
+        busy = {
+            resource: float(seconds[0])
+            for (when, resource), seconds in outcome.busy_s.items()
+            if when == phase and seconds[0] > 0
+        }
+        if busy:
+            resource = max(busy, key=lambda resource: busy[resource])
+            binds[phase] = _named_part(resource, phase, tables, maps) if resource.startswith(COMPUTATION) else resource
+    load_s = 0.0
+    for u, number in enumerate(maps[0]):
+        home = tables.choices[u][int(number)][0]
+        if home != DISK:
+            cost = costs.units[u]
+            load_s += (cost.read_bytes or cost.weight_bytes) / machine.disk_read_bytes_per_s
+    names = [*tables.devices, DISK]
+    batch_size = costs.workload.num_sequences
+    return Estimate(
+        peak_bytes={name: int(size) for name, size in zip(names, peaks, strict=True) if size or name in ("cpu", DISK)},
+        baseline_bytes=costs.demand.baseline_bytes,
+        load_s=load_s,
+        ttft_s=ttft_s,
+        time_per_token_s=step_s,
+        tokens_per_s=batch_size / step_s if step_s > 0 else None,
+        binds=binds,
+    )
+
+
+def _named_part(resource: str, phase: str, tables: Tables, maps: Ints) -> str:
+    """Of a device's computation the part that takes longest: its memory, its arithmetic, or the number of operators."""
+    device = resource.removeprefix(COMPUTATION)
+    shares: dict[str, float] = {}
+    for u, cost in enumerate(tables.costs.units):
+        work = cost.prefill if phase == "prefill" else cost.decode
+        if work is not None and tables.choices[u][int(maps[0, u])][1] == device:
+            for part, seconds in tables.machine.rates_of(device).shares(work).items():
+                shares[part] = shares.get(part, 0.0) + seconds
+    return f"{max(shares, key=lambda part: shares[part])} of {device}" if shares else resource
+
+
+def _of_plan(plan: Plan, costs: Costs, machine: Machine) -> tuple[Tables, Search, Ints, Ints]:
+    names, known = [place.unit for place in plan.placements], [cost.unit.name for cost in costs.units]
+    if names != known:
+        raise DeviceMapError(f"The plan places {len(names)} units, and the costs are of {len(known)} others.")
+    devices = {"cpu", DISK, *(each.device for each in machine.accelerators)}
+    strange = {place.home for place in plan.placements} | {place.run_on for place in plan.placements}
+    if strange - devices:
+        raise DeviceMapError(
+            f"The plan names {', '.join(sorted(strange - devices))}, and the machine has {', '.join(sorted(devices))}."
+        )
+    tables = Tables(costs, machine, [[(place.home, place.run_on)] for place in plan.placements])
+    slots = max((group.num_slots for group in plan.slots), default=1)
+    maps = np.zeros((1, len(names)), np.int64)
+    return tables, Search(tables, plan.limits), maps, np.array([slots])
+
+
+def _workload_s(plan: Plan) -> float | None:
+    estimate = plan.estimate
+    if estimate.ttft_s is None or estimate.time_per_token_s is None:
+        return None
+    return estimate.ttft_s + plan.workload.new_tokens * estimate.time_per_token_s
+
+
+def _too_large(plan: Plan, costs: Costs, homes: Mapping[str, str] | None, all_resident: bool) -> DoesNotFitError:
+    """What the smallest plan lacks, and the smallest change that would do."""
+    peaks = plan.estimate.peak_bytes
+    short = {tier: peak - plan.limits.get(tier, 0) for tier, peak in peaks.items() if peak > plan.limits.get(tier, 0)}
+    # The tier that lacks the least is the one to enlarge; a unified memory may lack in sum alone.
+    tier = min(short, key=lambda name: (name == DISK, short[name]), default="cpu")
+    needed, limit = peaks[tier], plan.limits.get(tier, 0)
+    if tier == DISK:
+        return DoesNotFitError(
+            f"Weights that must be converted before they can stream take {format_bytes(needed)} of disk, and "
+            f"{format_bytes(limit)} may be used. Raise max_memory['disk'], or keep more in host memory.",
+            tier=DISK,
+            needed_bytes=needed,
+            available_bytes=limit,
+        )
+    where = "host memory" if tier == "cpu" else tier
+    here = [group for group in plan.slots if group.device == tier]
+    stays = sum(
+        cost.resident_bytes if tier == "cpu" else cost.slot_bytes
+        for cost, place in zip(costs.units, plan.placements, strict=True)
+        if place.home == tier
+    )
+    parts = [f"{format_bytes(stays)} of weights that stay"]
+    if here:
+        largest = max(here, key=lambda group: group.slot_bytes)
         unit = f"the largest unit, {largest.units[0]}, needs {format_bytes(largest.slot_bytes)}"
-        parts.append(f"{format_bytes(choice.slot_bytes)} of slots ({unit})")
-    parts.append(f"{format_bytes(demand.kv_bytes)} of KV cache")
-    parts.append(f"{format_bytes(demand.activation_bytes + demand.buffer_bytes)} of activations and buffers")
-    parts.append(f"{format_bytes(RESERVE_BYTES + choice.staging_bytes)} of reserve and read buffers")
-    advice = [f"Raise max_memory['cpu'] to {_at_least(needed)}"]
-    if all_resident or (homes is not None and any(home == "cpu" for home in homes.values())):
+        size = sum(group.num_slots * group.slot_bytes for group in here)
+        parts.append(f"{format_bytes(size)} of slots ({unit})")
+    rest = needed - stays - sum(group.num_slots * group.slot_bytes for group in here)
+    if tier == "cpu" and all(place.run_on == "cpu" for place in plan.placements):
+        activations = plan.activation_bytes + plan.buffer_bytes
+        parts.append(f"{format_bytes(plan.kv_bytes)} of KV cache")
+        parts.append(f"{format_bytes(activations)} of activations and buffers")
+        parts.append(f"{format_bytes(max(0, rest - plan.kv_bytes - activations))} of reserve and read buffers")
+    else:
+        parts.append(f"{format_bytes(rest)} of KV cache, activations, buffers, context and reserve")
+    advice = [f"Raise max_memory[{tier!r}] to {_at_least(needed)}"]
+    if all_resident or (homes is not None and any(home != DISK for home in homes.values())):
         advice.append("let weights rest on disk (device_map='auto')")
-    if demand.kv_bytes + demand.activation_bytes >= needed - limit and workload.batch_size * workload.total_tokens > 1:
+    workload = plan.workload
+    if plan.kv_bytes + plan.activation_bytes >= needed - limit and workload.num_sequences * workload.total_tokens > 1:
         advice.append("state a smaller workload")
     return DoesNotFitError(
-        f"The model needs {format_bytes(needed)} of host memory, and {format_bytes(limit)} may be used: "
+        f"The model needs {format_bytes(needed)} of {where}, and {format_bytes(limit)} may be used: "
         f"{'; '.join(parts)}. {', or '.join(advice)}.",
-        tier="cpu",
+        tier=tier,
         needed_bytes=needed,
         available_bytes=limit,
     )
@@ -342,12 +354,3 @@ def _too_large(
 def _at_least(num_bytes: int) -> str:
     """A size that is at least `num_bytes` when it is read back: whole MiB."""
     return f"{-(-num_bytes // (1 << 20))}MiB"
-
-
-def refuse_accelerators(homes: Mapping[str, str]) -> None:
-    """This version computes on the CPU."""
-    named = sorted({home for home in homes.values() if home not in ("cpu", "disk")})
-    if named:
-        raise DeviceMapError(
-            f"device_map names {', '.join(named)}, and this version runs on the CPU. Use 'cpu' and 'disk'."
-        )

@@ -10,8 +10,8 @@ import random
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,26 +19,50 @@ import torch
 from torch import nn
 
 from bigmodel.device_map.counter import Counter, NotTriedError, holes_factor, storages_in, tensors_in
+from bigmodel.device_map.rates import Work
+from bigmodel.device_map.tally import Experts, Tally
 from bigmodel.device_map.twin import SMALL_BUFFER_BYTES, twin_of
 
-__all__ = ["Call", "NotTriedError", "Trial", "Tried", "like"]
+__all__ = ["Call", "NotTriedError", "PassWork", "Trial", "Tried", "like"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class PassWork:
+    """What the modules of a model do in one pass.
+
+    Attributes:
+        work: name of a module -> what its own forward does, without what it calls.
+        called: names of the modules that were called.
+    """
+
+    work: Mapping[str, Work] = field(default_factory=dict)
+    called: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Tried:
-    """Bytes of one pass.
+    """Bytes and work of one pass, and of the one tried after it.
 
     Attributes:
         peak_bytes: the most that it holds beside the weights, its inputs and its cache.
         kv_bytes: of the cache that it returned.
         then_bytes: as `peak_bytes`, of the pass tried after it.
+        device_bytes: the most that either of the two holds on an accelerator.
+        kv: name of a module -> bytes of the cache that its forward made.
+        first, then: work of the two.
+        experts: name of a module -> what its products of groups say of its experts, in the first pass.
     """
 
     peak_bytes: int
     kv_bytes: int
     then_bytes: int = 0
+    device_bytes: int = 0
+    kv: Mapping[str, int] = field(default_factory=dict)
+    first: PassWork = field(default_factory=PassWork)
+    then: PassWork = field(default_factory=PassWork)
+    experts: Mapping[str, Experts] = field(default_factory=dict)
 
 
 class Trial:
@@ -60,7 +84,8 @@ class Trial:
 
     def __init__(self, model: nn.Module) -> None:
         self.twin = twin_of(model)
-        self._short: tuple[nn.Module, dict[nn.Module, int]] | None = None
+        self._names = {name: name for name, _ in self.twin.named_modules()}
+        self._short: tuple[nn.Module, Mapping[str, str]] | None = None
         self._lock = threading.Lock()  # functional_call puts weights into the twin for a while
 
     def __call__(
@@ -69,36 +94,41 @@ class Trial:
         *,
         entry: str = "",
         then: Callable[[Any], Call] | None = None,
+        num_tokens: int = 1,
     ) -> Tried:
         """Try a pass.
 
         Args:
             make_call: gives arguments and keyword arguments of forward, made in the modes that are set then.
             entry: name of the module that is called; the root if "".
-            then: from the first pass's cache to the call of a second one.
+            then: from what the first pass returned to the call of a second one, where it returned a cache.
+            num_tokens: of the first pass, in all its sequences: what the experts' routing width is told by.
 
         Raises:
             NotTriedError: the model, or fake tensors, cannot follow.
         """
         with self._lock:
             if self._short is None:
-                copies: dict[nn.Module, int] = {}
-                self._short = twin_of(self.twin, copies), copies
-            short, copies = self._short
-            if copies:
+                stand_ins: dict[nn.Module, nn.Module] = {}
+                short = twin_of(self.twin, stand_ins)
+                self._short = short, _stand_in_names(self.twin, short, stand_ins) if stand_ins else self._names
+            short, names = self._short
+            if names is not self._names:
                 with contextlib.suppress(NotTriedError):
-                    return self._try(short, copies, make_call, entry, then)
-            return self._try(self.twin, {}, make_call, entry, then)
+                    return self._try(short, names, make_call, entry, then, num_tokens)
+            return self._try(self.twin, self._names, make_call, entry, then, num_tokens)
 
     def _try(
         self,
         twin: nn.Module,
-        copies: Mapping[nn.Module, int],
+        names: Mapping[str, str],
         make_call: Callable[[], Call],
         entry: str,
         then: Callable[[Any], Call] | None,
+        num_tokens: int,
     ) -> Tried:
-        counter = Counter(holes_factor(self.twin))
+        tally = Tally(num_tokens)
+        counter = Counter(holes_factor(self.twin), tally)
         try:
             module = twin.get_submodule(entry)
             with _no_traces(module), _fake_mode(), torch.no_grad(), torch.inference_mode(False):
@@ -110,30 +140,41 @@ class Trial:
                 counter.leave_out(weights.values())
                 args, kwargs = make_call()
                 counter.leave_out(tensors_in((args, kwargs)))
-                with _collector_off(), _blocks_told(counter, copies), counter:
+                with _collector_off(), _owners_told(tally, module, entry), counter:
                     output = torch.func.functional_call(module, weights, args, kwargs)
                     cache = getattr(output, "past_key_values", None)
                     held = storages_in(cache)
-                    peak_bytes = counter.taken_bytes(held)
-                    makers = {key: counter.maker(key) for key in held}
-                    kv_bytes = sum(
-                        nbytes * (1 if (maker := makers[key]) is None else copies.get(maker, 1))
-                        for key, nbytes in held.items()
-                    )
-                    then_bytes = 0
+                    peak_bytes, device_bytes = counter.taken_bytes(held), counter.device_bytes(held)
+                    made: dict[str, int] = {}
+                    for key, nbytes in held.items():
+                        made[counter.maker(key)] = made.get(counter.maker(key), 0) + nbytes
+                    kv = {name: made[own] for name, own in names.items() if own in made}
+                    first, experts = _pass_work(tally, names), dict(tally.experts)
+                    then_bytes, then_work = 0, PassWork()
                     if then is not None and cache is not None:
+                        args, kwargs = then(output)
                         del output
-                        args, kwargs = then(cache)
                         counter.start_again()
                         torch.func.functional_call(module, weights, args, kwargs)
                         then_bytes = counter.taken_bytes(storages_in(cache))
+                        device_bytes = max(device_bytes, counter.device_bytes(storages_in(cache)))
+                        then_work = _pass_work(tally, names)
         except NotTriedError:
             raise
         except Exception as error:  # a model's forward may do anything that fake tensors cannot follow
             raise NotTriedError(
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             ) from error
-        return Tried(peak_bytes, kv_bytes, then_bytes)
+        return Tried(
+            peak_bytes=peak_bytes,
+            kv_bytes=sum(kv.values()),
+            then_bytes=then_bytes,
+            device_bytes=device_bytes,
+            kv=kv,
+            first=first,
+            then=then_work,
+            experts={name: experts[own] for name, own in names.items() if own in experts},
+        )
 
 
 def like(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
@@ -210,22 +251,57 @@ def _fake_mode() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _blocks_told(counter: Counter, blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Tell the counter which block runs."""
+def _owners_told(tally: Tally, entry: nn.Module, prefix: str) -> Iterator[None]:
+    """Tell the tally whose forward is under way."""
+    names = {module: ".".join(filter(None, (prefix, name))) for name, module in entry.named_modules()}
+    stack: list[str] = [tally.owner]
 
     def enter(module: nn.Module, args: Any) -> None:
-        counter.block = module
+        stack.append(names[module])
+        tally.owner = names[module]
+        tally.called.add(names[module])
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        counter.block = None
+        stack.pop()
+        tally.owner = stack[-1]
 
-    handles = [block.register_forward_pre_hook(enter) for block in blocks]
-    handles += [block.register_forward_hook(leave, always_call=True) for block in blocks]
+    handles = [module.register_forward_pre_hook(enter) for module in names]
+    handles += [module.register_forward_hook(leave, always_call=True) for module in names]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _pass_work(tally: Tally, names: Mapping[str, str]) -> PassWork:
+    """What was counted since the last pass, for every module of the whole twin."""
+    called = frozenset(tally.called)
+    work = tally.take()
+    return PassWork(
+        {name: work[own] for name, own in names.items() if own in work},
+        frozenset(name for name, own in names.items() if own in called),
+    )
+
+
+def _stand_in_names(whole: nn.Module, short: nn.Module, stand_ins: Mapping[nn.Module, nn.Module]) -> dict[str, str]:
+    """Name of a module of the whole twin -> of the one in the short twin that does the same."""
+    short_names = {module: name for name, module in short.named_modules()}
+    names: dict[str, str] = {}
+    pending: list[tuple[str, nn.Module, nn.Module]] = [("", whole, short)]
+    seen: set[nn.Module] = set()
+    while pending:
+        name, module, own = pending.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        names[name] = short_names[own]
+        for key, child in module._modules.items():
+            if child is not None:
+                stand_in = stand_ins[child] if child in stand_ins else own._modules.get(key)
+                if stand_in is not None and stand_in in short_names:
+                    pending.append((f"{name}.{key}" if name else key, child, stand_in))
+    return names
 
 
 @contextlib.contextmanager

@@ -16,10 +16,10 @@ SMALL_BUFFER_BYTES = 64 << 10
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size)
 
 
-def twin_of(model: nn.Module, copies: dict[nn.Module, int] | None = None) -> nn.Module:
+def twin_of(model: nn.Module, stand_ins: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
     """A module tree of the same classes and parameters, with attributes and small buffers of its own, and no hooks.
 
-    With `copies`, lists are shortened to two blocks of a kind, and it is told for how many each of them stands.
+    With `stand_ins`, lists are shortened to two blocks of a kind, and it is told the twin's block for each of the model's.
     """
     modules = list(model.modules())
     twins: dict[nn.Module, nn.Module] = {module: object.__new__(type(module)) for module in modules}
@@ -36,15 +36,17 @@ def twin_of(model: nn.Module, copies: dict[nn.Module, int] | None = None) -> nn.
     for module, twin in twins.items():
         for key, value in vars(module).items():
             twin.__dict__[key] = _own_hooks(value) if key.endswith(("_hooks", "_pre_hooks")) else _copied(value, memo)
-        if copies is None or not isinstance(module, nn.ModuleList) or module in shortened:
+        if stand_ins is None or not isinstance(module, nn.ModuleList) or module in shortened:
             continue
         shortened.update(each for child in module for each in child.modules())
         kinds = _kinds([child for child in module._modules.values() if child is not None])
         if any(len(alike) > 2 for alike in kinds):
-            few = {first: 1 for first, *_ in kinds} | {others[0]: len(others) for _, *others in kinds if others}
-            kept = [child for child in module._modules.values() if child in few]
+            stands = {first: first for first, *_ in kinds} | {
+                each: others[0] for _, *others in kinds for each in others
+            }
+            kept = [child for child in module._modules.values() if child is not None and stands[child] is child]
             twin.__dict__["_modules"] = {str(number): twins[child] for number, child in enumerate(kept)}
-            copies.update({twins[child]: count for child, count in few.items()})
+            stand_ins.update({child: twins[kind] for child, kind in stands.items()})
     return twins[model]
 
 

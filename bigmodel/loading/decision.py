@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from bigmodel.checkpoint.spec import Source
-from bigmodel.device_map.cost import measure
+from bigmodel.device_map.cost import ModelCosts, UnitWork, measure, work_of_units
+from bigmodel.device_map.demand import Costs, Demand, UnitCost
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.maps import divide_by_home, resolve_map
+from bigmodel.device_map.named import NAMED, homes_of
 from bigmodel.device_map.plan import Plan, Workload
-from bigmodel.device_map.planner import Demand, UnitCost, decide, refuse_accelerators
+from bigmodel.device_map.planner import MAX_SLOTS, advise, decide, refuse_accelerators, timeline
+from bigmodel.device_map.rates import NOTHING
+from bigmodel.device_map.simulation import Step
 from bigmodel.device_map.trial import Trial
 from bigmodel.device_map.unit import Unit, find_units
 from bigmodel.errors import DeviceMapError, DoesNotFitError
@@ -28,7 +33,11 @@ __all__ = ["Decider", "Decision", "DeviceMap", "refuse_unknown"]
 
 DeviceMap = str | Mapping[str, Any] | Plan
 
-_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+_AUTOMATIC = ("auto", *NAMED)
+# A finer division must promise this much: more units are more work of a kind that no rate knows.
+_FINER_GAIN = 0.97
+# Twice as many sequences must give this much more, and there are never more than so many.
+_BATCH_GAIN, _MOST_SEQUENCES = 1.03, 4096
 _GUESSED = "activations and KV cache are estimates, because no pass could be tried ({reason})"
 
 
@@ -39,6 +48,79 @@ class Decision:
     plan: Plan
     units: tuple[Unit, ...]
     check_pass: PassLimit
+
+
+class _Problem:
+    """What has to be decided about a model for one workload on one machine; costs are looked up once per division."""
+
+    def __init__(
+        self,
+        decider: Decider,
+        limits: Mapping[str, int],
+        workload: Workload,
+        machine: Machine,
+        allow_cpu_compute: bool,
+        is_loaded: bool,
+    ) -> None:
+        self._decider = decider
+        self._limits, self._workload, self._machine = limits, workload, machine
+        self._allow_cpu_compute, self._is_loaded = allow_cpu_compute, is_loaded
+        self.measured: ModelCosts = decider.measure(workload)
+        self.tiers = {"cpu", "disk", *(each.device for each in machine.accelerators if each.device in limits)}
+        self._costs: dict[tuple[str, ...], Costs] = {}
+
+    def costs_of(self, units: Sequence[Unit], whole_units: Collection[str] | None = None) -> Costs:
+        """Of a division of the model."""
+        key = tuple(unit.name for unit in units)
+        if key not in self._costs:
+            self._costs[key] = self._decider.costs_of(
+                units, set(key) if whole_units is None else whole_units, self.measured, self._workload
+            )
+        return self._costs[key]
+
+    def decide(self, device_map: str | Mapping[str, Any], units: tuple[Unit, ...]) -> tuple[Plan, tuple[Unit, ...]]:
+        """A plan by a user's map; a map may divide units."""
+        homes = None
+        whole_units = {unit.name for unit in units}
+        is_on_host = device_map == "cpu"
+        if isinstance(device_map, Mapping):
+            by_parameter = resolve_map(device_map, units, self._decider.known_names(), self._machine)
+            strange = {home: home for home in by_parameter.values() if home not in self.tiers}
+            if strange:
+                refuse_accelerators(strange)
+            units, homes = divide_by_home(units, by_parameter)
+            is_on_host = set(homes.values()) == {"cpu"}
+        elif device_map in NAMED and len(self.tiers) > 2:
+            homes = homes_of(device_map, self.costs_of(units), self._machine, self._limits, num_slots=MAX_SLOTS)
+        plan = self.settle(
+            units,
+            whole_units,
+            homes=homes,
+            all_resident=self._is_loaded or is_on_host or device_map == "cuda",
+            on_host=is_on_host,
+            refuses=not self._is_loaded,
+        )
+        return plan, units
+
+    def settle(
+        self, units: Sequence[Unit], whole_units: Collection[str], *, on_host: bool = False, **choices: Any
+    ) -> Plan:
+        """The planner's decision about these units; `choices` are its own."""
+        limits, machine = self._limits, self._machine
+        if on_host or (choices.get("runs") and set(choices["runs"].values()) == {"cpu"}):
+            limits = {tier: limits[tier] for tier in ("cpu", "disk")}
+            machine = replace(machine, accelerators=())
+        elif choices.get("all_resident") and len(self.tiers) > 2:
+            first = machine.accelerators[0].device
+            limits = {tier: size for tier, size in limits.items() if tier in ("cpu", "disk", first)}
+        return decide(
+            self.costs_of(units, whole_units),
+            machine,
+            limits,
+            allow_cpu_compute=self._allow_cpu_compute,
+            fingerprint=self._decider.fingerprint,
+            **choices,
+        )
 
 
 class Decider:
@@ -70,101 +152,133 @@ class Decider:
         machine: Machine,
         *,
         is_loaded: bool = False,
+        allow_cpu_compute: bool = False,
+        with_advice: bool = False,
     ) -> Decision:
-        """Where every unit rests.
+        """Where every unit rests and runs.
 
         Args:
             device_map: as the user gave it.
             limits: tier -> bytes.
             workload: what must fit beside the weights.
-            machine: whose tiers are meant.
+            machine: whose tiers are meant, and whose rates count.
             is_loaded: all weights are in memory already: the plan says what that takes, and refuses nothing.
+            allow_cpu_compute: beside accelerators, whether units may run on the CPU.
+            with_advice: whether the plan says what more memory would gain, which takes as long again.
 
         Raises:
             DeviceMapError: names or tiers that are not there, or a plan of something else.
             DoesNotFitError: a limit is too small, however finely the model is divided.
         """
-        refuse_unknown(device_map)
-        model = self._skeleton.model
-        costs = measure(self._trial, model, self._example_inputs, workload)
-        demand = Demand(
-            kv_bytes=costs.kv_bytes(workload.batch_size, workload.total_tokens),
-            activation_bytes=costs.workload_activation_bytes,
-            buffer_bytes=sum(0 if buffer.is_meta else buffer.nbytes for buffer in model.buffers()),
-            baseline_bytes=self._baseline_bytes,
-        )
-
-        settle = functools.partial(self._settle, demand, limits, workload)
+        refuse_unknown(device_map, machine)
+        if workload.batch_size == "auto":
+            workload = self._best_batch(device_map, limits, workload, machine, allow_cpu_compute)
+        problem = _Problem(self, limits, workload, machine, allow_cpu_compute, is_loaded)
 
         def settled(plan: Plan, units: tuple[Unit, ...]) -> Decision:
-            if not costs.is_measured:
-                plan = replace(plan, notes=(*plan.notes, _GUESSED.format(reason=costs.reason)))
-            return Decision(plan, units, PassLimit(costs, plan, self._trial, self._planned_shapes(workload)))
+            if with_advice and device_map == "auto":
+                plan = advise(plan, problem.costs_of(units), machine, allow_cpu_compute=allow_cpu_compute)
+            measured = problem.measured
+            if not measured.is_measured:
+                plan = replace(plan, notes=(*plan.notes, _GUESSED.format(reason=measured.reason)))
+            return Decision(plan, units, PassLimit(measured, plan, self._trial, self._planned_shapes(workload)))
 
         if isinstance(device_map, Plan):
-            return settled(*self._follow(device_map, settle))
+            return settled(*self._follow(device_map, problem))
         error: DoesNotFitError | None = None
-        for units in self._divisions():
-            homes = None
-            whole_units = {unit.name for unit in units}
-            if isinstance(device_map, Mapping):
-                by_parameter = resolve_map(device_map, units, self._known_names(), machine)
-                refuse_accelerators(by_parameter)
-                units, homes = divide_by_home(units, by_parameter)
+        divisions = self._divisions()
+        for units in divisions:
             try:
-                all_resident = (
-                    is_loaded or device_map == "cpu" or (homes is not None and set(homes.values()) == {"cpu"})
-                )
-                plan = settle(units, whole_units, homes=homes, all_resident=all_resident, refuses=not is_loaded)
+                plan, settled_units = problem.decide(device_map, units)
             except DoesNotFitError as too_large:
                 # Smaller units need smaller slots; what is told is what the finest division would need.
                 error = too_large
-                if device_map == "cpu":
+                if device_map in ("cpu", "cuda"):
                     break
-            else:
-                return settled(plan, units)
+                continue
+            if isinstance(device_map, str) and _slots_share(plan) > 1 - _FINER_GAIN:
+                finer = next(divisions, None)
+                if finer is not None:
+                    with contextlib.suppress(DoesNotFitError):
+                        other, other_units = problem.decide(device_map, finer)
+                        if _seconds(other) < _FINER_GAIN * _seconds(plan):
+                            plan, settled_units = other, other_units
+            return settled(plan, settled_units)
         assert error is not None
         raise error
 
-    def _settle(
+    def _best_batch(
         self,
-        demand: Demand,
+        device_map: DeviceMap,
         limits: Mapping[str, int],
         workload: Workload,
-        units: Sequence[Unit],
-        whole_units: Collection[str],
-        **choices: Any,
-    ) -> Plan:
-        """The planner's decision about these units; `choices` are its own."""
-        costs = [self._cost_of(unit, whole_units) for unit in units]
-        fingerprint = self._fingerprint or ""
-        return decide(costs, demand, limits, workload, num_readers=NUM_READERS, fingerprint=fingerprint, **choices)
+        machine: Machine,
+        allow_cpu_compute: bool,
+    ) -> Workload:
+        """The batch with the most tokens per second, doubled from one as long as that gains something and fits."""
+        best: tuple[float, Workload] | None = None
+        batch_size = 1
+        while batch_size <= _MOST_SEQUENCES:
+            tried = replace(workload, batch_size=batch_size)
+            try:
+                plan = self(device_map, limits, tried, machine, allow_cpu_compute=allow_cpu_compute).plan
+            except DoesNotFitError:
+                if best is None:
+                    raise
+                break
+            rate = batch_size * max(1, workload.new_tokens) / max(_seconds(plan), 1e-12)
+            if best is not None and rate < _BATCH_GAIN * best[0]:
+                break
+            best = rate, tried
+            batch_size *= 2
+        assert best is not None
+        return best[1]
 
-    def _follow(self, plan: Plan, settle: Callable[..., Plan]) -> tuple[Plan, tuple[Unit, ...]]:
+    def timeline(self, plan: Plan, machine: Machine) -> list[Step]:
+        """When each unit of a plan would be read, copied and computed."""
+        with torch.inference_mode(False):
+            problem = _Problem(self, plan.limits, plan.workload, machine, False, False)
+            units, whole = self._units_of(plan)
+            return timeline(plan, problem.costs_of(units, whole), machine)
+
+    def _follow(self, plan: Plan, problem: _Problem) -> tuple[Plan, tuple[Unit, ...]]:
         """A plan that was made before: refused where it is another checkpoint's, or does not fit here and now."""
         if plan.fingerprint and plan.fingerprint != (self._fingerprint or ""):
             raise DeviceMapError(
                 f"The plan was made for another checkpoint (fingerprint {plan.fingerprint[:12]}, this one has "
                 f"{(self._fingerprint or '')[:12]}). Make one with bigmodel.make_plan(path)."
             )
-        homes_of = {placement.unit: placement.home for placement in plan.placements}
+        units, whole = self._units_of(plan)
+        homes = {placement.unit: placement.home for placement in plan.placements}
+        runs = {placement.unit: placement.run_on for placement in plan.placements}
+        missing = sorted({*homes.values(), *runs.values()} - {*problem.tiers})
+        if missing:
+            raise DeviceMapError(
+                f"The plan uses {', '.join(missing)}, and there is {', '.join(sorted(problem.tiers))} here. Make one for this "
+                "machine with bigmodel.make_plan(path)."
+            )
+        # Decided again with these homes: the plan's own figures may be of another dtype, workload or machine.
+        max_slots = max((group.num_slots for group in plan.slots), default=1)
+        followed = problem.settle(units, whole, homes=homes, runs=runs, max_slots=max_slots)
+        if plan.rates_from and (plan.machine, plan.rates_from) != (followed.machine, followed.rates_from):
+            note = f"it was made for {plan.machine} (rates: {plan.rates_from}); the times here are for this machine"
+            followed = replace(followed, notes=(*followed.notes, note))
+        return followed, units
+
+    def _units_of(self, plan: Plan) -> tuple[tuple[Unit, ...], set[str]]:
+        """The division that a plan was made for, and the names of the units that are whole in it."""
+        homes_of_units = {placement.unit: placement.home for placement in plan.placements}
         parts = {name: placement.home for placement in plan.placements for name in placement.parameters}
         for whole in self._divisions():
             by_parameter = {
-                name: parts.get(name) or homes_of.get(unit.name, "") for unit in whole for name in unit.parameters
+                name: parts.get(name) or homes_of_units.get(unit.name, "") for unit in whole for name in unit.parameters
             }
-            units, homes = divide_by_home(whole, by_parameter)
-            if {unit.name for unit in units} == homes_of.keys():
-                break
-        else:
-            raise DeviceMapError(
-                f"The plan names {len(homes_of)} units that this model is not divided into. Make it again with make_plan."
-            )
-        refuse_accelerators(homes_of)
-        names = {unit.name for unit in whole}
-        # Decided again with these homes: the plan's own figures may be of another dtype, workload or machine.
-        max_slots = max((group.num_slots for group in plan.slots), default=1)
-        return settle(units, names, homes=homes, max_slots=max_slots), units
+            units, _ = divide_by_home(whole, by_parameter)
+            if {unit.name for unit in units} == homes_of_units.keys():
+                return units, {unit.name for unit in whole}
+        raise DeviceMapError(
+            f"The plan names {len(homes_of_units)} units that this model is not divided into. Make it again with make_plan."
+        )
 
     def _divisions(self) -> Iterator[tuple[Unit, ...]]:
         """The model's units; then finer and finer ones, as far as there are any."""
@@ -182,7 +296,8 @@ class Decider:
             units = finer
             yield units
 
-    def _cost_of(self, unit: Unit, whole_units: Collection[str]) -> UnitCost:
+    def cost_of(self, unit: Unit, whole_units: Collection[str]) -> UnitCost:
+        """What a unit takes in memory."""
         weight_bytes = sum(self._parameters[name].nbytes for name in unit.parameters)
         is_part = unit.name not in whole_units
         if self._fingerprint is None:
@@ -210,6 +325,7 @@ class Decider:
             # All that stays is read as one, where a run of reads may begin in the gap before it.
             resident_bytes=layout.nbytes + 2 * ALIGN_BYTES * layout.num_runs + converted_bytes + initialised_bytes,
             slot_bytes=layout.nbytes + converted_bytes + ALIGN_BYTES * bool(converted),
+            read_bytes=layout.read_bytes + converted_bytes,
             staging_bytes=layout.staging_bytes,
             conversion_bytes=max((_conversion_bytes(source) for source in converted), default=0),
             converted_bytes=converted_bytes,
@@ -220,7 +336,63 @@ class Decider:
             is_part=is_part,
         )
 
-    def _known_names(self) -> list[str]:
+    def measure(self, workload: Workload) -> ModelCosts:
+        """Memory and work of the workload's passes."""
+        return measure(self._trial, self._skeleton.model, self._example_inputs, workload)
+
+    def costs_of(
+        self, units: Sequence[Unit], whole_units: Collection[str], measured: ModelCosts, workload: Workload
+    ) -> Costs:
+        """What is to be placed: the units of a division, and what is beside them."""
+        model = self._skeleton.model
+        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        # Parts of a unit that a map divides run together: the first one's work is all of it.
+        at_sites = {unit.sites: unit for unit in reversed(units)}
+        works, beside = work_of_units(measured, list(at_sites.values()), names)
+        work_at = dict(zip(at_sites, works, strict=True))
+        nothing = UnitWork(NOTHING, NOTHING, 0)
+        costs = []
+        for unit in units:
+            work = work_at[unit.sites]
+            if at_sites[unit.sites] is not unit:
+                work = UnitWork(work.prefill and nothing.prefill, work.decode and nothing.decode, 0)
+            experts = [
+                measured.experts[name] for name in names if name in measured.experts and _is_in(name, unit.sites)
+            ]
+            costs.append(
+                replace(
+                    self.cost_of(unit, whole_units),
+                    prefill=work.prefill,
+                    decode=work.decode,
+                    kv_bytes=work.kv_bytes,
+                    experts=(experts[0].num_experts, experts[0].num_routed, round(experts[0].expert_bytes))
+                    if experts
+                    else None,
+                )
+            )
+        demand = Demand(
+            kv_bytes=measured.kv_bytes(workload.num_sequences, workload.total_tokens),
+            activation_bytes=measured.workload_activation_bytes,
+            buffer_bytes=sum(0 if buffer.is_meta else buffer.nbytes for buffer in model.buffers()),
+            baseline_bytes=self._baseline_bytes,
+            device_activation_bytes=measured.device_bytes,
+        )
+        return Costs(
+            units=tuple(costs),
+            demand=demand,
+            workload=workload,
+            prefill=beside.prefill or NOTHING,
+            decode=beside.decode or NOTHING,
+            hidden_bytes=_hidden_bytes(model),
+            num_readers=NUM_READERS,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the checkpoint; empty for a module alone."""
+        return self._fingerprint or ""
+
+    def known_names(self) -> list[str]:
         model = self._skeleton.model
         names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
         names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -232,12 +404,12 @@ class Decider:
     def _planned_shapes(self, workload: Workload) -> dict[str, tuple[int, ...]]:
         """The shapes of the inputs that the workload's passes were tried with."""
         with torch.device("meta"):
-            inputs = self._example_inputs(workload.batch_size, workload.prompt_tokens) or {}
+            inputs = self._example_inputs(workload.num_sequences, workload.prompt_tokens) or {}
         return {name: tuple(tensor.shape) for name, tensor in inputs.items()}
 
 
-def refuse_unknown(device_map: DeviceMap) -> None:
-    """DeviceMapError for what is no map, and for a map that needs an accelerator."""
+def refuse_unknown(device_map: DeviceMap, machine: Machine) -> None:
+    """DeviceMapError for what is no map, and for a map that needs an accelerator that the machine has not."""
     if not isinstance(device_map, (str, Mapping, Plan)):
         raise DeviceMapError(f"device_map is a {type(device_map).__name__}. Give a string, a dict or a Plan.")
     if isinstance(device_map, str) and device_map not in (*_AUTOMATIC, "cpu", "cuda"):
@@ -245,10 +417,33 @@ def refuse_unknown(device_map: DeviceMap) -> None:
             f"device_map is {device_map!r}. Give 'auto', 'balanced', 'balanced_low_0', 'sequential', 'cpu', 'cuda', a dict of "
             "module names to tiers, or a Plan."
         )
-    if device_map == "cuda":
+    if device_map == "cuda" and not machine.accelerators:
         raise DeviceMapError(
-            "device_map='cuda' wants everything on an accelerator, and this version runs on the CPU. Use 'auto' or 'cpu'."
+            "device_map='cuda' wants everything on an accelerator. There is none to plan with, and this version runs on the "
+            "CPU. Use 'auto' or 'cpu'."
         )
+
+
+def _slots_share(plan: Plan) -> float:
+    """Bytes of slots over bytes that stream: what smaller slots could save at most."""
+    slots = sum(group.num_slots * group.slot_bytes for group in plan.slots)
+    return slots / plan.streamed_bytes if plan.streamed_bytes else 0.0
+
+
+def _seconds(plan: Plan) -> float:
+    """Of the plan's workload."""
+    estimate = plan.estimate
+    return (estimate.ttft_s or 0.0) + plan.workload.new_tokens * (estimate.time_per_token_s or 0.0)
+
+
+def _hidden_bytes(model: nn.Module) -> int:
+    """Of what one token hands from layer to layer: as wide as its embedding, where there is one."""
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    return tables[0].shape[1] * tables[0].element_size() if tables else 0
+
+
+def _is_in(name: str, sites: Collection[str]) -> bool:
+    return any(name == site or name.startswith(f"{site}.") for site in sites)
 
 
 def _conversion_bytes(source: Source) -> int:

@@ -1,4 +1,4 @@
-"""The front door: a path becomes a plan, and a plan a model that runs."""
+"""The front door: a path becomes a model that runs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from bigmodel.device_map.machine import Machine
-from bigmodel.device_map.plan import Plan, Workload
-from bigmodel.errors import InvalidArgumentError
-from bigmodel.loading.decision import Decider, DeviceMap
+from bigmodel.device_map.plan import Workload
+from bigmodel.loading.decision import DeviceMap
+from bigmodel.loading.planning import workload_of
 from bigmodel.loading.prepared import Here, Prepared, begin_early
-from bigmodel.models import Skeleton
 from bigmodel.progress import Report, progress_bar
 
-__all__ = ["load_sharded", "make_plan"]
+__all__ = ["load_sharded"]
 
 logger = logging.getLogger("bigmodel.loading")
 
@@ -54,7 +52,7 @@ def load_sharded(
         dtype: ``"auto"`` (what from_pretrained gives each parameter), a torch dtype, or its name.
         workload: what the budget must hold beside the weights; ``Workload()`` if None.
         allow_cpu_compute: beside an accelerator, whether units may run on the CPU. No effect yet: this version computes on
-            the CPU, and says so where it leaves an accelerator unused.
+            the CPU, and says so where it leaves an accelerator unused; `make_plan` for a machine with accelerators follows it.
         offload_folder: where weights that must be converted are kept; a private cache if None.
         model: an nn.Module with its parameters on meta, or a callable that builds one; None for the class in config.json.
         no_split_module_classes: classes whose modules are never divided into smaller units, beside the model's own.
@@ -76,7 +74,7 @@ def load_sharded(
     started_s = time.perf_counter()
     # The caller may be inside inference_mode, or a device context: weights are made for every use.
     with torch.inference_mode(False), torch.device("cpu"), progress_bar(progress) as report:
-        here = Here.of(max_memory, device_map, offload_folder, report)
+        here = Here.of(max_memory, device_map, offload_folder, report, allow_cpu_compute=allow_cpu_compute)
         prepared = Prepared.of(
             path,
             here,
@@ -91,86 +89,6 @@ def load_sharded(
             no_split=no_split_module_classes,
             begin=lambda checkpoint: begin_early(checkpoint, here, device_map, dtype),
         )
-        loaded = prepared.load(device_map, workload or _workload_of(device_map))
+        loaded = prepared.load(device_map, workload or workload_of(device_map))
     logger.info("%s loaded in %.2f s", path, time.perf_counter() - started_s)
     return loaded
-
-
-def make_plan(
-    path_or_model: str | os.PathLike[str] | nn.Module,
-    machine: Machine | None = None,
-    workload: Workload | None = None,
-    max_memory: Mapping[int | str, int | str] | None = None,
-    device_map: DeviceMap = "auto",
-    allow_cpu_compute: bool = False,
-    *,
-    dtype: str | torch.dtype = "auto",
-    offload_folder: str | os.PathLike[str] | None = None,
-    model: nn.Module | Callable[[], nn.Module] | None = None,
-    no_split_module_classes: Collection[str] | None = None,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    variant: str | None = None,
-    key_mapping: Mapping[str, str] | None = None,
-    strict: bool = True,
-    trust_remote_code: bool = False,
-) -> Plan:
-    """What `load_sharded` would do, from headers alone: where every unit rests, and the peak memory that follows.
-
-    Args:
-        path_or_model: as in `load_sharded`; or a module, on meta or real.
-        machine: the machine to plan for; this one if None.
-        workload, max_memory, device_map, allow_cpu_compute: as in `load_sharded`.
-        dtype, offload_folder, model, no_split_module_classes, revision, subfolder, variant, key_mapping, strict,
-            trust_remote_code: likewise; of these only `no_split_module_classes` goes with a module.
-
-    Returns:
-        A plan, to look at (`explain()`), to keep (`to_json()`), or to load with (`load_sharded(path, device_map=plan)`).
-
-    Raises:
-        As `load_sharded`.
-    """
-    with torch.inference_mode(False), torch.device("cpu"), progress_bar() as report:
-        here = Here.of(max_memory, device_map, offload_folder, report, machine)
-        workload = workload or _workload_of(device_map) or Workload()
-        if not isinstance(path_or_model, nn.Module):
-            prepared = Prepared.of(
-                path_or_model,
-                here,
-                model=model,
-                dtype=dtype,
-                key_mapping=key_mapping,
-                strict=strict,
-                trust_remote_code=trust_remote_code,
-                revision=revision,
-                subfolder=subfolder,
-                variant=variant,
-                no_split=no_split_module_classes,
-            )
-            return prepared.plan(device_map, workload)
-        reading = {
-            "dtype": dtype != "auto",
-            "offload_folder": offload_folder is not None,
-            "model": model is not None,
-            "revision": revision is not None,
-            "subfolder": subfolder is not None,
-            "variant": variant is not None,
-            "key_mapping": key_mapping is not None,
-            "strict": not strict,
-            "trust_remote_code": trust_remote_code,
-        }
-        if any(reading.values()):
-            given = ", ".join(name for name, is_given in reading.items() if is_given)
-            raise InvalidArgumentError(
-                f"{given} say how to read a checkpoint, and a module was given. Leave them out, or give a path."
-            )
-        own = frozenset(getattr(path_or_model, "_no_split_modules", None) or ())
-        skeleton = Skeleton(model=path_or_model, sources={}, initialised=(), unexpected=(), no_split=own)
-        no_split = own | frozenset(no_split_module_classes or ())
-        decide = Decider(skeleton, fingerprint=None, no_split=no_split, baseline_bytes=0)
-        return decide(device_map, here.limits, workload, here.machine).plan
-
-
-def _workload_of(device_map: DeviceMap) -> Workload | None:
-    """A plan brings the workload that it was made for."""
-    return device_map.workload if isinstance(device_map, Plan) else None

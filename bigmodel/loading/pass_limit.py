@@ -74,7 +74,7 @@ class PassLimit:
             return
         batch_size, num_tokens, past_tokens, total = shape
         if (
-            batch_size <= workload.batch_size
+            batch_size <= workload.num_sequences
             and total <= workload.total_tokens
             and num_tokens <= workload.prompt_tokens
         ):
@@ -114,7 +114,9 @@ class PassLimit:
     def _is_encoded(self, tensor: torch.Tensor) -> bool:
         """Whether it is what an encoder gives for the planned tokens."""
         workload = self.plan.workload
-        return tensor.ndim == 3 and tensor.shape[0] <= workload.batch_size and tensor.shape[1] <= workload.prompt_tokens
+        return (
+            tensor.ndim == 3 and tensor.shape[0] <= workload.num_sequences and tensor.shape[1] <= workload.prompt_tokens
+        )
 
     def _try(self, entry: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Mapping[str, Any]) -> int:
         """What a call takes, in bytes; 0 where it cannot be tried."""

@@ -6,14 +6,14 @@ import json
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from bigmodel.allowance import DiskAllowance
-from bigmodel.checkpoint import Checkpoint, open_checkpoint, refuse_prequantised
+from bigmodel.checkpoint import Checkpoint, open_checkpoint, open_unread, refuse_prequantised
 from bigmodel.checkpoint.rewritten import default_cache_folder
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.maps import resolve_limits
@@ -22,8 +22,15 @@ from bigmodel.errors import InvalidArgumentError, join_some
 from bigmodel.footprint import bound_product_cache, footprint_bytes
 from bigmodel.loading.assembly import Assembly
 from bigmodel.loading.decision import Decider, DeviceMap, refuse_unknown
-from bigmodel.models import Skeleton, build_skeleton, import_libraries, load_generation_config
+from bigmodel.models import (
+    Skeleton,
+    build_skeleton,
+    build_without_weights,
+    import_libraries,
+    load_generation_config,
+)
 from bigmodel.offload.resident import ResidentLoad
+from bigmodel.offload.spill import trim_heap
 from bigmodel.progress import Report
 
 __all__ = ["Here", "Prepared", "begin_early"]
@@ -48,6 +55,7 @@ class Here:
         cache_folder: where weights are kept that must be rewritten.
         allowance: what may be written, whoever writes it.
         progress: called with (phase, done bytes, total bytes).
+        allow_cpu_compute: beside accelerators, whether units may run on the CPU.
     """
 
     machine: Machine
@@ -56,6 +64,7 @@ class Here:
     cache_folder: Path
     allowance: DiskAllowance
     progress: Report
+    allow_cpu_compute: bool = False
 
     @classmethod
     def of(
@@ -65,6 +74,8 @@ class Here:
         offload_folder: str | os.PathLike[str] | None,
         progress: Report,
         machine: Machine | None = None,
+        *,
+        allow_cpu_compute: bool = False,
     ) -> Here:
         """Limits as the user stated them, as a plan brings them, or as the machine (this one, if None) has them free."""
         if max_memory is None and isinstance(device_map, Plan):
@@ -72,11 +83,14 @@ class Here:
         cache_folder = Path(offload_folder) if offload_folder is not None else default_cache_folder()
         if cache_folder.exists() and not cache_folder.is_dir():
             raise InvalidArgumentError(f"offload_folder is {cache_folder}, which is a file. Give a folder.")
+        is_here = machine is None
         machine = machine or Machine.probe(cache_folder)
         limits = resolve_limits(max_memory, machine)
-        if machine.accelerators:
+        if machine.accelerators and is_here:
             names = ", ".join(each.device for each in machine.accelerators)
             logger.warning("this version computes on the CPU; %s is not used", names)
+            machine = replace(machine, accelerators=())
+            limits = {tier: limits[tier] for tier in ("cpu", "disk")}
         return cls(
             machine=machine,
             limits=limits,
@@ -84,6 +98,7 @@ class Here:
             cache_folder=cache_folder,
             allowance=DiskAllowance(limits["disk"]),
             progress=progress,
+            allow_cpu_compute=allow_cpu_compute,
         )
 
 
@@ -114,12 +129,19 @@ class Prepared:
         variant: str | None,
         no_split: Collection[str] | None,
         begin: Begin = lambda checkpoint: None,
+        without_weights: bool = False,
     ) -> Prepared:
-        """Opens the checkpoint and builds its module. `begin` may start to read as soon as the headers are checked."""
+        """Opens the checkpoint and builds its module. `begin` may start to read as soon as the headers are checked.
+
+        `without_weights`: the weights need not be here: a repo's headers, or config.json alone, are enough to plan.
+        """
         bound_product_cache()
         import_libraries()
         baseline_bytes = footprint_bytes()
-        checkpoint = open_checkpoint(
+        unread = None
+        if without_weights:
+            unread = open_unread(path, revision=revision, subfolder=subfolder, variant=variant)
+        checkpoint = unread or open_checkpoint(
             path,
             revision=revision,
             subfolder=subfolder,
@@ -129,16 +151,20 @@ class Prepared:
             progress=here.progress,
         )
         refuse_prequantised(checkpoint)
+        here = replace(here, machine=here.machine.reading_from(checkpoint.path))
         early = begin(checkpoint)
         try:
-            skeleton = build_skeleton(
-                checkpoint,
-                model=model,
-                dtype=dtype,
-                key_mapping=dict(key_mapping) if key_mapping else None,
-                strict=strict,
-                trust_remote_code=trust_remote_code,
-            )
+            if unread is None or checkpoint.tensors or model is not None:
+                skeleton = build_skeleton(
+                    checkpoint,
+                    model=model,
+                    dtype=dtype,
+                    key_mapping=dict(key_mapping) if key_mapping else None,
+                    strict=strict,
+                    trust_remote_code=trust_remote_code,
+                )
+            else:
+                skeleton = build_without_weights(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
         except BaseException:
             if early is not None:
                 early.close()
@@ -149,7 +175,7 @@ class Prepared:
             checkpoint=checkpoint,
             decide=Decider(
                 skeleton,
-                fingerprint=checkpoint.fingerprint,
+                fingerprint=checkpoint.fingerprint or None,
                 no_split=skeleton.no_split | frozenset(no_split or ()),
                 baseline_bytes=baseline_bytes,
             ),
@@ -157,10 +183,6 @@ class Prepared:
             trust_remote_code=trust_remote_code,
             early=early,
         )
-
-    def plan(self, device_map: DeviceMap, workload: Workload) -> Plan:
-        """What `load` would carry out."""
-        return self.decide(device_map, self.here.limits, workload, self.here.machine).plan
 
     def load(self, device_map: DeviceMap, workload: Workload | None) -> nn.Module:
         """The model, every weight where the plan puts it. `workload` is None where nobody stated one."""
@@ -187,7 +209,14 @@ class Prepared:
                 decide, limits, machine = self.decide, here.limits, here.machine
                 assembly.keep_all(early, lambda: decide(device_map, limits, Workload(), machine, is_loaded=True).plan)
                 return model
-            decision = self.decide(device_map, here.limits, workload or Workload(), here.machine)
+            decision = self.decide(
+                device_map,
+                here.limits,
+                workload or Workload(),
+                here.machine,
+                allow_cpu_compute=here.allow_cpu_compute,
+            )
+            trim_heap()  # what planning took is given back before the weights come
             stays = all(placement.home == "cpu" for placement in decision.plan.placements)
             check = decision.check_pass if decision.plan.slots or here.states_host_limit else None
             assembly.carry_out(decision.plan, decision.units, check, early if can_stay and stays else None)
@@ -207,7 +236,7 @@ def begin_early(
 
     Where the host's limit is stated, into private memory: the weights are to count and to stay.
     """
-    refuse_unknown(device_map)
+    refuse_unknown(device_map, here.machine)
     specs = checkpoint.tensors.values()
     if not isinstance(device_map, str) or not _is_as_stored(checkpoint, dtype):
         return None

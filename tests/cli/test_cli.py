@@ -143,6 +143,45 @@ def test_plan_is_for_people_too(tiny_llama: Path) -> None:
     assert done.stderr == ""
 
 
+def test_plan_is_for_other_machines_and_for_browsers(tiny_llama: Path, tmp_path: Path) -> None:
+    machine = {
+        "name": "a workstation",
+        "host": {"memory": "64GiB"},
+        "accelerators": [{"memory": "24GiB", "flops_per_s": {"float32": 8e13}, "memory_bytes_per_s": 1e12}],
+    }
+    (tmp_path / "machine.json").write_text(json.dumps(machine))
+    page = tmp_path / "plan.html"
+    done = invoke("plan", tiny_llama, "--machine", tmp_path / "machine.json", "--html", page)
+    assert done.exit_code == 0, done.stderr
+    assert "predicted on a workstation (rates: machine.json): first token after" in done.stdout
+    assert "what binds: prefill: operators of cuda:0; decode: operators of cuda:0" in done.stdout
+    assert page.read_text().startswith("<!doctype html>")
+    peak = bigmodel.make_plan(tiny_llama).estimate.peak_bytes["cpu"]
+    shipped = invoke("plan", tiny_llama, "--machine", "laptop-16gb", "--max-memory", f"cpu={peak - 300_000}")
+    assert shipped.exit_code == 0, shipped.stderr
+    assert "one more GB of cpu: " in shipped.stdout
+    assert "runner-up: " in shipped.stdout
+    unknown = invoke("plan", tiny_llama, "--machine", "none")
+    assert unknown.exit_code == 2
+    assert "machines that come with bigmodel are desktop-24gb" in unknown.stderr
+    assert invoke("plan", tiny_llama, "--html", tmp_path / "none" / "plan.html").exit_code == 2
+
+
+@pytest.mark.slow
+def test_calibrate_measures_once_and_plans_use_it(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = invoke("plan", tiny_llama)
+    assert "nobody measured this machine" in before.stdout
+    done = invoke("calibrate", tmp_path)
+    assert done.exit_code == 0, done.stderr
+    for name in ("disk:", "host memory:", "host float32:", "host operator:"):
+        assert name in done.stdout
+    after = invoke("plan", tiny_llama)
+    assert "rates: measured 20" in after.stdout
+    assert "nobody measured" not in after.stdout
+    assert invoke("calibrate", tmp_path / "none").exit_code == 2
+
+
 # --------------------------------------------------------------------------------------------------------- how it ends
 
 
@@ -296,7 +335,7 @@ def test_env_and_version_and_help() -> None:
     for name in ("bigmodel:", "python:", "torch:", "transformers:", "memory:", "processor:"):
         assert name in described.stdout
     shown = invoke("--help").stdout
-    assert all(command in shown for command in ("run", "plan", "env"))
+    assert all(command in shown for command in ("run", "plan", "calibrate", "env"))
     assert "Examples" in invoke("run", "--help").stdout
 
 

@@ -7,10 +7,11 @@ import torch
 from families import make_checkpoint, resident
 from torch import nn
 
-from bigmodel.device_map.cost import measure
+from bigmodel.device_map.cost import measure, work_of_units
 from bigmodel.device_map.counter import NotTriedError
 from bigmodel.device_map.plan import Workload
 from bigmodel.device_map.trial import Trial, like
+from bigmodel.device_map.unit import find_units
 from bigmodel.models import example_inputs
 
 WORK = Workload(batch_size=2, prompt_tokens=24, new_tokens=8)
@@ -66,6 +67,79 @@ def test_alike_layers_are_measured_once_and_count_for_all(tmp_path):
             return costs_of(t.LlamaForCausalLM(config)).kv_bytes(1, 100)
 
     assert kv(40) == 10 * kv(4) == 20 * kv(2)
+
+
+def units_and_work(model, workload=WORK):
+    trial = Trial(model)
+    costs = measure(trial, model, lambda batch, tokens: example_inputs(model, batch, tokens), workload)
+    units = find_units(trial.twin)
+    works, beside = work_of_units(costs, units, [name for name, _ in trial.twin.named_modules()])
+    return costs, dict(zip((unit.name for unit in units), works, strict=True)), beside
+
+
+def test_work_of_a_layer_is_what_its_sizes_say():
+    import transformers as t
+
+    hidden, inner, heads, kv_heads, vocab, layers = 64, 160, 4, 2, 512, 5
+    config = t.LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+                           num_attention_heads=heads, num_key_value_heads=kv_heads)  # fmt: skip
+    with torch.device("meta"):
+        model = t.LlamaForCausalLM(config).to(torch.bfloat16)
+    costs, works, _ = units_and_work(model)
+    width = hidden // heads
+    products = hidden * hidden * 2 + hidden * kv_heads * width * 2 + 3 * hidden * inner
+    batch, prompt = WORK.batch_size, WORK.prompt_tokens
+    last = prompt + WORK.new_tokens / 2 + 1
+    for number in range(layers):
+        work = works[f"model.layers.{number}"]
+        scores = 2 * 2 * batch * heads * prompt * prompt * width
+        assert work.prefill.flops == 2 * batch * prompt * products + scores
+        assert work.decode.flops == pytest.approx(2 * batch * products + 2 * 2 * batch * heads * last * width, rel=1e-6)
+        # A step reads every weight of the layer, and its cache.
+        cache = 2 * 2 * batch * kv_heads * width * last
+        assert work.decode.touched_bytes > 2 * products + cache
+        assert work.kv_bytes == 2 * 2 * batch * kv_heads * width * WORK.total_tokens
+    # generate keeps the last token's logits alone
+    assert works["lm_head"].prefill.flops == works["lm_head"].decode.flops == 2 * batch * hidden * vocab
+    assert works["model.embed_tokens"].decode.flops == 0
+    assert works["model.embed_tokens"].decode.touched_bytes < 10 * batch * hidden
+    assert sum(work.kv_bytes for work in works.values()) == costs.kv_bytes(batch, WORK.total_tokens)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "deepseek_v3", "gpt2"])
+def test_the_cache_is_shared_out_to_the_layers_that_make_it(family, tmp_path):
+    costs, works, beside = units_and_work(resident(make_checkpoint(family, tmp_path)))
+    parts = sum(work.kv_bytes for work in works.values()) + beside.kv_bytes
+    assert parts == pytest.approx(costs.kv_bytes(WORK.batch_size, WORK.total_tokens), rel=0.01)
+    assert beside.kv_bytes < 100  # numbers that count tokens
+
+
+def test_an_encoder_does_not_run_in_a_decode_step(tmp_path):
+    _, works, _ = units_and_work(resident(make_checkpoint("t5", tmp_path)))
+    for name, work in works.items():
+        assert work.prefill is not None
+        assert (work.decode is None) == name.startswith("encoder."), name
+
+
+def test_a_layer_of_experts_knows_how_many_a_token_is_given_to(tmp_path):
+    import transformers as t
+
+    config = t.Qwen3MoeConfig(vocab_size=64, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=2, head_dim=8,
+                              num_attention_heads=4, num_key_value_heads=2, num_experts=16, num_experts_per_tok=4,
+                              intermediate_size=64, mlp_only_layers=[], decoder_sparse_step=1)  # fmt: skip
+    with torch.device("meta"):
+        model = t.Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+    costs, works, _ = units_and_work(model, Workload(prompt_tokens=64, new_tokens=8))
+    experts = [each for name, each in costs.experts.items() if "layers.1." in name]
+    assert len(experts) == 1
+    assert (experts[0].num_experts, experts[0].num_routed) == (16, 4.0)
+    assert experts[0].expert_bytes == 2 * 3 * 32 * 16
+    # One token touches four experts of sixteen; a prompt of 64 nearly all.
+    dense = 2 * (2 * 32 * 32 + 2 * 32 * 16)
+    all_experts = 16 * experts[0].expert_bytes
+    decode, prefill = works["model.layers.1"].decode, works["model.layers.1"].prefill
+    assert decode.touched_bytes < dense + 0.5 * all_experts + 40_000
+    assert prefill.touched_bytes > all_experts
 
 
 def test_the_model_is_not_changed(tmp_path):

@@ -1,0 +1,139 @@
+"""A plan in words: a table that a person reads in ten seconds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from bigmodel.units import format_bytes
+
+if TYPE_CHECKING:
+    from bigmodel.device_map.plan import Plan
+
+__all__ = ["collapsed", "explain", "format_seconds", "holdings"]
+
+DEFAULT_RATES_NOTE = (
+    "the times are guesses: nobody measured this machine. `bigmodel calibrate FOLDER` does, once, in about 20 seconds"
+)
+
+
+def explain(plan: Plan) -> str:
+    """What each tier holds against its limit, what rests and runs where, how long it takes, what binds, what would help."""
+    lines = [line for tier in plan.estimate.peak_bytes for line in _tier(plan, tier)]
+    total = format_bytes(plan.weight_bytes)
+    rests: dict[tuple[str, str], list[str]] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    for place in plan.placements:
+        key = (place.home, place.run_on)
+        rests.setdefault(key, []).append(place.unit)
+        sizes[key] = sizes.get(key, 0) + place.weight_bytes
+    is_on_host = all(place.run_on == "cpu" for place in plan.placements)
+    for (home, run_on), names in rests.items():
+        where = {"cpu": "host memory", "disk": "the checkpoint's files"}.get(home, home)
+        runs = "" if is_on_host or run_on == home else f" and run on {run_on}"
+        lines.append(
+            f"{len(names)} units, {format_bytes(sizes[home, run_on])} of {total}, rest in {where}{runs}: {collapsed(names)}"
+        )
+    from_disk, over_links = plan.streamed_bytes_from("disk"), plan.streamed_bytes_from("cpu")
+    if from_disk:
+        lines.append(f"each pass streams {format_bytes(from_disk)} from disk")
+    if over_links:
+        lines.append(f"each pass streams {format_bytes(over_links)} from host memory")
+    return "\n".join([*lines, *_times(plan), *(f"note: {note}" for note in plan.notes)])
+
+
+def _tier(plan: Plan, tier: str) -> list[str]:
+    peak, limit = plan.estimate.peak_bytes[tier], plan.limits.get(tier, 0)
+    if tier == "disk":
+        text = f"disk   {format_bytes(peak)} written once (converted weights), of {format_bytes(limit)}"
+        return [text] if peak else []
+    lines = [f"{tier:<6} peak {format_bytes(peak)} of {format_bytes(limit)}"]
+    return lines + [f"         {format_bytes(size):>10}  {what}" for what, size in holdings(plan, tier) if size]
+
+
+def holdings(plan: Plan, tier: str) -> list[tuple[str, int]]:
+    """What a memory tier holds at its peak: (what, bytes)."""
+    groups = [group for group in plan.slots if group.device == tier]
+    slots = (
+        f"slots for streamed weights ({sum(group.num_slots for group in groups)})",
+        sum(group.num_slots * group.slot_bytes for group in groups),
+    )
+    workload = plan.workload
+    cache = f"KV cache ({workload.num_sequences} x {workload.total_tokens} tokens)"
+    if tier != "cpu" or any(place.run_on != "cpu" for place in plan.placements if place.home != "disk"):
+        weights = sum(place.weight_bytes for place in plan.placements if place.home == tier)
+        rest = plan.estimate.peak_bytes[tier] - weights - slots[1]
+        return [("weights that stay", weights), slots, ("cache, activations, buffers and reserve", max(0, rest))]
+    return [
+        ("weights that stay", plan.resident_bytes),
+        slots,
+        ("read buffers", plan.staging_bytes),
+        (cache, plan.kv_bytes),
+        ("activations", plan.activation_bytes),
+        ("buffers", plan.buffer_bytes),
+        ("reserve", plan.reserve_bytes),
+    ]
+
+
+def _times(plan: Plan) -> list[str]:
+    estimate = plan.estimate
+    if estimate.ttft_s is None or estimate.time_per_token_s is None or not plan.placements:
+        return []
+    text = (
+        f"predicted on {plan.machine} (rates: {plan.rates_from}): first token after {format_seconds(estimate.ttft_s)}"
+    )
+    if estimate.tokens_per_s is not None:
+        text += f", then {format_seconds(estimate.time_per_token_s)} per token, {_rate(estimate.tokens_per_s)} tokens/s"
+    if estimate.load_s is not None:
+        text += f"; weights load in {format_seconds(estimate.load_s)}"
+    lines = [text]
+    if estimate.binds:
+        bound = "; ".join(f"{phase}: {resource}" for phase, resource in estimate.binds.items())
+        lines.append(f"what binds: {bound}")
+    whole = estimate.ttft_s + plan.workload.new_tokens * estimate.time_per_token_s
+    for tier, gain in plan.gains_s.items():
+        share = gain / whole if whole else 0.0
+        lines.append(f"one more GB of {tier}: {format_seconds(gain)} less of {format_seconds(whole)} ({share:.1%})")
+    for other in plan.alternatives:
+        slower = other.seconds / whole - 1 if whole else 0.0
+        lines.append(f"runner-up: {other.what}: {format_seconds(other.seconds)} (+{slower:.1%})")
+    if plan.rates_from == "defaults":
+        lines.append(f"note: {DEFAULT_RATES_NOTE}")
+    return lines
+
+
+def format_seconds(seconds: float) -> str:
+    """As people read it: ``12.3 ms``, ``1.24 s``, ``3.5 min``."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.3g} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.2g} us"
+    return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.3g} min"
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s:.3g}"
+
+
+def collapsed(names: Sequence[str]) -> str:
+    """Names with runs of numbers folded: ``model.layers.[0-3,5].mlp``."""
+    folded: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        match = re.search(r"(?:(?<=\.)|^)\d+(?=\.|$| )", name)
+        before, number, after = (
+            (name[: match.start()], int(match.group()), name[match.end() :]) if match else (name, -1, "")
+        )
+        folded.setdefault((before, after), []).append(number)
+    return ", ".join(
+        f"{before}[{_runs(numbers)}]{after}" if numbers != [-1] else before
+        for (before, after), numbers in folded.items()
+    )
+
+
+def _runs(numbers: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

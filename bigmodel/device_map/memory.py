@@ -1,0 +1,84 @@
+"""What maps hold: bytes of every tier at the worst moment, for many maps at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from bigmodel.device_map.demand import CONTEXT_BYTES, RESERVE_BYTES
+from bigmodel.device_map.simulation import DISK, RING_SLOTS, Floats, Ints, Tables
+
+__all__ = ["Memory"]
+
+
+class Memory:
+    """Peaks of maps, and what of them does not fit.
+
+    Args:
+        tables: costs, machine and choices.
+        limits: tier -> bytes.
+    """
+
+    def __init__(self, tables: Tables, limits: Mapping[str, int]) -> None:
+        self._tables = tables
+        units = tables.costs.units
+        self._columns = np.arange(len(units))
+        self.limits: Floats = np.array([limits.get(device, 0) for device in (*tables.devices, DISK)], float)
+        unified = {each.device for each in tables.machine.accelerators if each.is_unified}
+        self._unified = [n for n, device in enumerate(tables.devices) if device in unified]
+        sizes = np.array([[unit.resident_bytes, unit.slot_bytes] for unit in units], float).reshape(-1, 2)
+        home, run = tables.home, tables.run
+        self._resident: Floats = np.where(home == 0, sizes[:, :1], np.where(home > 0, sizes[:, 1:], 0.0))
+        kv = np.array([[unit.kv_bytes] for unit in units], float).reshape(-1, 1)
+        self._kv: Floats = np.broadcast_to(kv, home.shape)
+        self._slot_bytes = sizes[:, 1]
+        self._written = np.array([unit.converted_bytes for unit in units], float)
+        classes = np.array(tables.classes, np.int64)
+        self._members = [np.flatnonzero(classes == number) for number in range(tables.num_classes)]
+        self._reading_bytes = tables.costs.num_readers * max((unit.staging_bytes for unit in units), default=0)
+        self._reading_bytes += max((unit.conversion_bytes for unit in units), default=0)
+        self._kv_beside = max(0, tables.costs.demand.kv_bytes - sum(unit.kv_bytes for unit in units))
+        # Rows that are looked up where they rest need no processor's activations.
+        gathers = np.array([[unit.can_gather] for unit in units], bool).reshape(-1, 1)
+        self._computes = ~(gathers & (run == 0))
+
+    def peaks(self, maps: Ints, num_slots: Ints) -> Floats:
+        """Bytes at the worst moment: [candidates, devices and disk], in the order of the tables' devices."""
+        tables, columns = self._tables, self._columns
+        demand = tables.costs.demand
+        num_devices = len(tables.devices)
+        devices = np.arange(num_devices)
+        home, run = tables.home[columns, maps], tables.run[columns, maps]
+        fetched, computes = tables.is_fetched[columns, maps], self._computes[columns, maps]
+        runs_on = run[:, :, None] == devices  # [candidates, units, devices]
+        peaks: Floats = np.zeros((len(maps), num_devices + 1))
+        peaks[:, :-1] += (self._resident[columns, maps][:, :, None] * (home[:, :, None] == devices)).sum(axis=1)
+        peaks[:, :-1] += (self._kv[columns, maps][:, :, None] * runs_on).sum(axis=1)
+        for members in self._members:
+            inside = runs_on[:, members] & fetched[:, members, None]
+            largest = (self._slot_bytes[members, None] * inside).max(axis=1, initial=0.0)
+            peaks[:, :-1] += np.minimum(inside.sum(axis=1), num_slots[:, None]) * largest
+        is_used = (runs_on & computes[:, :, None]).any(axis=1)
+        beside = CONTEXT_BYTES + demand.device_activation_bytes + demand.buffer_bytes
+        peaks[:, 1:-1] += np.where(is_used[:, 1:], beside, 0.0)
+        is_alone = ~is_used[:, 1:].any(axis=1)
+        peaks[:, 0] += RESERVE_BYTES + demand.buffer_bytes + self._reading_bytes
+        peaks[:, 0] += np.where(is_used[:, 0] | is_alone, demand.activation_bytes, 0.0)
+        peaks[:, 0] += np.where(is_alone, self._kv_beside, 0.0)
+        if self._kv_beside and num_devices > 1:  # what no unit makes is made where the model begins
+            first = is_used[:, 1:] & (np.cumsum(is_used[:, 1:], axis=1) == 1)
+            peaks[:, 1:-1] += np.where(first, self._kv_beside, 0.0)
+        through_ring = tables.is_from_disk[columns, maps] & (tables.copied_bytes[columns, maps] > 0)
+        peaks[:, 0] += RING_SLOTS * np.where(through_ring, self._slot_bytes, 0.0).max(axis=1, initial=0.0)
+        peaks[:, -1] = np.where(home == -1, self._written, 0.0).sum(axis=1)
+        return peaks
+
+    def excess(self, maps: Ints, num_slots: Ints) -> Floats:
+        """Bytes beyond the limits: [candidates]; 0 for a map that fits."""
+        peaks = self.peaks(maps, num_slots)
+        over: Floats = np.maximum(peaks - self.limits, 0.0).sum(axis=1)
+        if self._unified:  # one memory, whatever part of it a device was granted
+            together = peaks[:, 0] + peaks[:, self._unified].sum(axis=1)
+            over = np.maximum(over, together - self.limits[0])
+        return over

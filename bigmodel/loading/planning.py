@@ -1,0 +1,154 @@
+"""A plan for a checkpoint or a module, from headers alone: for this machine, or for one that is somewhere else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import nn
+
+from bigmodel.device_map.machine import Machine
+from bigmodel.device_map.plan import Plan, Workload
+from bigmodel.device_map.simulation import Step
+from bigmodel.errors import InvalidArgumentError
+from bigmodel.loading.decision import Decider, DeviceMap
+from bigmodel.loading.prepared import Here, Prepared
+from bigmodel.models import Skeleton
+from bigmodel.progress import progress_bar
+
+__all__ = ["make_plan", "make_plan_and_timeline", "workload_of"]
+
+
+def make_plan(
+    path_or_model: str | os.PathLike[str] | nn.Module,
+    machine: Machine | None = None,
+    workload: Workload | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    device_map: DeviceMap = "auto",
+    allow_cpu_compute: bool = False,
+    *,
+    dtype: str | torch.dtype = "auto",
+    offload_folder: str | os.PathLike[str] | None = None,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    no_split_module_classes: Collection[str] | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    strict: bool = True,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """The best map that is found for a workload, its peaks and its predicted times, from headers alone.
+
+    Args:
+        path_or_model: as in `load_sharded`; a Hub repo id, of which only the headers are fetched; a folder with nothing but
+            config.json; or a module, on meta or real.
+        machine: the machine to plan for, such as ``Machine.load("desktop-24gb")``; this one if None. This version runs plans on
+            the CPU alone, and plans for this machine leave its accelerators out.
+        workload, max_memory, device_map: as in `load_sharded`.
+        allow_cpu_compute: beside accelerators, whether units may run on the CPU.
+        dtype, offload_folder, model, no_split_module_classes, revision, subfolder, variant, key_mapping, strict,
+            trust_remote_code: likewise; of these only `no_split_module_classes` goes with a module.
+
+    Returns:
+        A plan, to look at (`explain()`), to keep (`to_json()`), or to load with (`load_sharded(path, device_map=plan)`).
+
+    Raises:
+        As `load_sharded`.
+    """
+    plan, _ = make_plan_and_timeline(
+        path_or_model,
+        machine,
+        workload,
+        max_memory,
+        device_map,
+        allow_cpu_compute,
+        dtype=dtype,
+        offload_folder=offload_folder,
+        model=model,
+        no_split_module_classes=no_split_module_classes,
+        revision=revision,
+        subfolder=subfolder,
+        variant=variant,
+        key_mapping=key_mapping,
+        strict=strict,
+        trust_remote_code=trust_remote_code,
+    )
+    return plan
+
+
+def make_plan_and_timeline(
+    path_or_model: str | os.PathLike[str] | nn.Module,
+    machine: Machine | None = None,
+    workload: Workload | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    device_map: DeviceMap = "auto",
+    allow_cpu_compute: bool = False,
+    *,
+    dtype: str | torch.dtype = "auto",
+    offload_folder: str | os.PathLike[str] | None = None,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    no_split_module_classes: Collection[str] | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    strict: bool = True,
+    trust_remote_code: bool = False,
+) -> tuple[Plan, Callable[[], list[Step]]]:
+    """`make_plan`, and what gives the predicted timeline of the plan, for a picture of it."""
+    with torch.inference_mode(False), torch.device("cpu"), progress_bar() as report:
+        here = Here.of(max_memory, device_map, offload_folder, report, machine, allow_cpu_compute=allow_cpu_compute)
+        workload = workload or workload_of(device_map) or Workload()
+        if not isinstance(path_or_model, nn.Module):
+            prepared = Prepared.of(
+                path_or_model,
+                here,
+                model=model,
+                dtype=dtype,
+                key_mapping=key_mapping,
+                strict=strict,
+                trust_remote_code=trust_remote_code,
+                revision=revision,
+                subfolder=subfolder,
+                variant=variant,
+                no_split=no_split_module_classes,
+                without_weights=True,
+            )
+            here, decide = prepared.here, prepared.decide
+        else:
+            reading = {
+                "dtype": dtype != "auto",
+                "offload_folder": offload_folder is not None,
+                "model": model is not None,
+                "revision": revision is not None,
+                "subfolder": subfolder is not None,
+                "variant": variant is not None,
+                "key_mapping": key_mapping is not None,
+                "strict": not strict,
+                "trust_remote_code": trust_remote_code,
+            }
+            if any(reading.values()):
+                given = ", ".join(name for name, is_given in reading.items() if is_given)
+                raise InvalidArgumentError(
+                    f"{given} say how to read a checkpoint, and a module was given. Leave them out, or give a path."
+                )
+            own = frozenset(getattr(path_or_model, "_no_split_modules", None) or ())
+            skeleton = Skeleton(model=path_or_model, sources={}, initialised=(), unexpected=(), no_split=own)
+            no_split = own | frozenset(no_split_module_classes or ())
+            decide = Decider(skeleton, fingerprint=None, no_split=no_split, baseline_bytes=0)
+        plan = decide(
+            device_map,
+            here.limits,
+            workload,
+            here.machine,
+            allow_cpu_compute=allow_cpu_compute,
+            with_advice=True,
+        ).plan
+        return plan, lambda: decide.timeline(plan, here.machine)
+
+
+def workload_of(device_map: DeviceMap) -> Workload | None:
+    """A plan brings the workload that it was made for."""
+    return device_map.workload if isinstance(device_map, Plan) else None
