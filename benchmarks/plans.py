@@ -181,11 +181,14 @@ def _planner(bench: Bench, report: Report, settings: Settings) -> None:
         if good:
             last = good[-1]
             note = (
-                f"{last['num_units']} units, {last['weight_bytes'] / 1e9:.0f} GB, {last['streamed_bytes'] / 1e9:.0f} GB streamed, "
+                f"{last['num_units']} units, {last['weight_bytes'] / 1e9:.0f} GB, "
+                f"{last['streamed_bytes'] / 1e9:.0f} GB streamed, "
                 f"{last['time_per_token_s']:.3g} s per token, {last['binds'].get('decode', '')} binds"
             )
         seconds = [each["seconds"] for each in good]
-        report.add(Figure(name=f"{trial.name}, model building included", values=seconds, limit=5.0, unit=" s", note=note))
+        report.add(
+            Figure(name=f"{trial.name}, model building included", values=seconds, limit=5.0, unit=" s", note=note)
+        )
 
 
 def _predicted(outcomes: Sequence[Outcome], key: str) -> float:

@@ -78,13 +78,17 @@ class Here:
         allow_cpu_compute: bool = False,
     ) -> Here:
         """Limits as the user stated them, as a plan brings them, or as the machine (this one, if None) has them free."""
-        if max_memory is None and isinstance(device_map, Plan):
-            max_memory = {tier: device_map.limits[tier] for tier in ("cpu", "disk") if tier in device_map.limits}
         cache_folder = Path(offload_folder) if offload_folder is not None else default_cache_folder()
         if cache_folder.exists() and not cache_folder.is_dir():
             raise InvalidArgumentError(f"offload_folder is {cache_folder}, which is a file. Give a folder.")
         is_here = machine is None
         machine = machine or Machine.probe(cache_folder)
+        if max_memory is None and isinstance(device_map, Plan):
+            # Its own limits count, as far as so much is free here.
+            free = {"cpu": machine.host_bytes, "disk": machine.disk_bytes}
+            max_memory = {
+                tier: min(device_map.limits[tier], size) for tier, size in free.items() if tier in device_map.limits
+            }
         limits = resolve_limits(max_memory, machine)
         if machine.accelerators and is_here:
             names = ", ".join(each.device for each in machine.accelerators)

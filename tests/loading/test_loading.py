@@ -223,6 +223,25 @@ def test_a_plan_can_be_kept_and_followed(llama, checkpoints):
     assert bigmodel.plan_of(load(llama, divided)).placements == divided.placements
 
 
+def test_a_plan_of_another_machine_is_followed_and_says_so_or_refused_by_tier(llama):
+    other = Machine(name="other", host_bytes=1 << 40, num_processors=1, disk_bytes=1 << 40, rates_from="other.json")
+    plan = make_plan(llama, machine=other)
+    assert "predicted on other (rates: other.json)" in plan.explain()
+    model = load(llama, plan)
+    assert any(note.startswith("it was made for other (rates: other.json)") for note in bigmodel.plan_of(model).notes)
+    card = bigmodel.Machine.load("desktop-24gb")
+    with pytest.raises(DeviceMapError, match=r"The plan uses cuda:0, and there is cpu, disk here"):
+        load(llama, make_plan(llama, machine=card))
+    huge = bigmodel.Workload(batch_size=4096, prompt_tokens=2000, new_tokens=30_000)  # fits there, and not here
+    with pytest.raises(DoesNotFitError) as caught:
+        load(llama, make_plan(llama, machine=other, workload=huge), workload=huge)
+    assert caught.value.available_bytes <= Machine.probe().host_bytes * 1.5
+    small = make_plan(llama, machine=other).estimate.peak_bytes["cpu"] - 100_000
+    with pytest.raises(DoesNotFitError) as caught:
+        load(llama, make_plan(llama, machine=other), max_memory={"cpu": small})
+    assert (caught.value.tier, caught.value.available_bytes) == ("cpu", small)
+
+
 def test_a_plan_of_another_dtype_keeps_the_budget(llama):
     plan = make_plan(llama, device_map="cpu")
     limit = {"cpu": plan.estimate.peak_bytes["cpu"]}
