@@ -170,8 +170,11 @@ def test_unified_memory_is_counted_once(llama):
         bigmodel.make_plan(llama, unified, SMALL, max_memory={"mps:0": "9GB", "cpu": "9GB"}, device_map={"": "mps:0"})
 
 
+SHIPPED_SLOWLY = ("desktop-2x24gb", "server-80gb", "server-141gb", "server-8x80gb")
+
+
 @pytest.mark.parametrize(
-    "name", ["desktop-24gb", "desktop-2x24gb", "laptop-16gb", "server-80gb", "server-141gb", "server-8x80gb"]
+    "name", ["desktop-24gb", "laptop-16gb", *(pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED_SLOWLY)]
 )
 def test_every_machine_that_is_shipped_can_be_planned_for(llama, name):
     found = Machine.load(name)
@@ -185,6 +188,7 @@ def test_every_machine_that_is_shipped_can_be_planned_for(llama, name):
         assert set(homes(plan)) == {"cuda:0"}
 
 
+@pytest.mark.slow
 def test_the_batch_with_the_most_tokens_per_second_is_found(llama):
     auto = bigmodel.Workload(batch_size="auto", prompt_tokens=64, new_tokens=16)
     limits = {0: "24GB", "cpu": "64GB"}

@@ -1,7 +1,7 @@
 """The planner keeps every limit, places every unit once, and spreads what streams."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from planning import HOST, problem
 
@@ -62,6 +62,7 @@ def models(draw):
     return costs
 
 
+@settings(max_examples=40)
 @given(models(), st.integers(0, 4000), st.integers(1, 4))
 def test_no_limit_is_exceeded_and_every_unit_is_placed_once(costs, host, num_readers):
     smallest = sum(c.resident_bytes for c in costs if c.must_stay)
@@ -96,6 +97,7 @@ def test_no_limit_is_exceeded_and_every_unit_is_placed_once(costs, host, num_rea
     assert Plan.from_json(plan.to_json()) == plan
 
 
+@settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(0, 4500))
 def test_more_memory_never_keeps_fewer_equal_blocks(num_blocks, host):
     costs = [unit_cost(number, 100) for number in range(num_blocks)]

@@ -25,7 +25,7 @@ print(bigmodel.make_plan(sys.argv[1], workload=small, max_memory={"cpu": "1GiB"}
 """
 
 
-@pytest.fixture(scope="module", params=["llama_tied", "mixtral"])
+@pytest.fixture(scope="module", params=["llama_tied", pytest.param("mixtral", marks=pytest.mark.slow)])
 def folder(request, tmp_path_factory):
     return make_checkpoint(request.param, tmp_path_factory.mktemp("unread") / request.param, torch.bfloat16)
 
