@@ -109,15 +109,29 @@ def advise(plan: Plan, costs: Costs, machine: Machine, *, allow_cpu_compute: boo
     pairs = [(place.home, place.run_on) for place in plan.placements]
     num_slots = max(group.num_slots for group in plan.slots)
     gains = {}
+    alike: dict[object, float] = {}  # accelerators that are the same gain the same
     for tier in plan.limits:
         if tier == DISK:
+            continue
+        kind = _kind(tier, plan, machine)
+        if kind in alike:
+            gains[tier] = alike[kind]
             continue
         limits = dict(plan.limits) | {tier: plan.limits[tier] + _MORE_BYTES}
         choices = _choices(costs.units, machine, limits, None, False, allow_cpu_compute)
         tables = Tables(costs, machine, choices)
         current = [tables.numbers[u][pair] for u, pair in enumerate(pairs)]
-        gains[tier] = max(0.0, before - Search(tables, limits).go_on(current, num_slots).seconds)
+        gains[tier] = alike[kind] = max(0.0, before - Search(tables, limits).go_on(current, num_slots).seconds)
     return replace(plan, gains_s=gains)
+
+
+def _kind(tier: str, plan: Plan, machine: Machine) -> object:
+    """Equal for tiers that differ in nothing but their name."""
+    for each in machine.accelerators:
+        if each.device == tier:
+            rates = each.rates.to_json()
+            return plan.limits[tier], each.name, repr(rates), each.h2d_bytes_per_s, each.is_unified
+    return tier
 
 
 def refuse_accelerators(homes: Mapping[str, str]) -> None:
