@@ -98,6 +98,11 @@ class Machine:
         rates += [self.disk_read_bytes_per_s, self.h2d_bytes_per_s_all, self.d2d_bytes_per_s, *self.disks.values()]
         if not all(rate > 0 for rate in rates):  # also for NaN
             raise InvalidArgumentError(f"A rate of machine {self.name!r} is not positive: {rates}.")
+        devices = [each.device for each in self.accelerators]
+        if len(set(devices)) < len(devices) or not all(map(_is_accelerator, devices)):
+            raise InvalidArgumentError(
+                f"Machine {self.name!r} has the accelerators {devices}. Give each a device of its own, such as 'cuda:0'."
+            )
 
     @classmethod
     def probe(cls, folder: str | os.PathLike[str] | None = None, *, root: str | os.PathLike[str] = "/") -> Machine:
@@ -165,7 +170,7 @@ class Machine:
             place = SHIPPED / f"{file}.json"
         try:
             described = json.loads(place.read_text())
-            host, disk = described["host"], described.get("disk", {})
+            host, disk, together = described["host"], described.get("disk", {}), described.get("h2d_bytes_per_s_all")
             accelerators = tuple(
                 Accelerator(
                     device=str(each.get("device", f"cuda:{index}")),
@@ -187,13 +192,13 @@ class Machine:
                 host_rates=Rates.from_json(host, _HOST_RATES),
                 disk_read_bytes_per_s=float(disk.get("read_bytes_per_s", _DISK_BYTES_PER_S)),
                 disks={str(name): float(rate) for name, rate in disk.get("measured", {}).items()},
-                h2d_bytes_per_s_all=float(described.get("h2d_bytes_per_s_all") or math.inf),
+                h2d_bytes_per_s_all=math.inf if together is None else float(together),
                 d2d_bytes_per_s=float(described.get("d2d_bytes_per_s", _D2D_BYTES_PER_S)),
                 rates_from=str(described.get("rates_from", place.name)),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InvalidArgumentError):
-                raise
+                raise InvalidArgumentError(f"{os.fspath(file)}: {error}") from error
             names = ", ".join(sorted(each.stem for each in SHIPPED.glob("*.json")))
             raise InvalidArgumentError(
                 f"{os.fspath(file)} does not describe a machine ({type(error).__name__}: {error}). It needs at least "
@@ -274,6 +279,13 @@ class Machine:
             d2d_bytes_per_s=known.d2d_bytes_per_s or _D2D_BYTES_PER_S,
             rates_from=f"measured {known.date[:10]}",
         )
+
+
+def _is_accelerator(device: str) -> bool:
+    try:
+        return torch.device(device).type not in ("cpu", "meta")
+    except RuntimeError:
+        return False
 
 
 def _num_local_processes() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -95,7 +96,7 @@ class Rates:
         if not are_numbers or self.memory_bytes_per_s <= 0 or not self.fresh_bytes_per_s > 0:
             raise InvalidArgumentError(f"Rates must be positive numbers; given were {self!r}.")
         for dtype, curve in self.products.items():
-            if not curve or any(rate <= 0 for _, rate in curve) or list(curve) != sorted(curve):
+            if not curve or any(rate <= 0 for _, rate in curve) or _is_falling(curve):
                 raise InvalidArgumentError(f"The rates of {dtype} products are {curve!r}. Give rising intensities.")
 
     @classmethod
@@ -180,6 +181,10 @@ class Rates:
             if name in self.products:
                 return self.products[name]
         return _slowest(self.products.values())
+
+
+def _is_falling(curve: Curve) -> bool:
+    return any(before[0] >= after[0] for before, after in itertools.pairwise(curve))
 
 
 def _slowest(curves: Iterable[Curve]) -> Curve:

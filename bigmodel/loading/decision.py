@@ -283,7 +283,7 @@ class Decider:
     def _divisions(self) -> Iterator[tuple[Unit, ...]]:
         """The model's units; then finer and finer ones, as far as there are any."""
         model = self._skeleton.model
-        sizes = {name: source.nbytes for name, source in self._skeleton.sources.items()}
+        sizes = {name: parameter.nbytes for name, parameter in self._parameters.items()}
         units = find_units(model, sizes=sizes, no_split=self._no_split)
         yield units
         while True:

@@ -129,3 +129,24 @@ def test_a_machine_that_is_somewhere_else(tmp_path):
         file.write_text(text)
         with pytest.raises(InvalidArgumentError):
             Machine.load(file)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"host": {"memory": "1GiB", "memory_bytes_per_s": -1}},
+        {"host": {"memory": "1GiB", "flops_per_s": {"float32": 0}}},
+        {"host": {"memory": "1GiB", "products": {"float32": [[1, 1e9], [1, 2e9]]}}},
+        {"disk": {"read_bytes_per_s": 0}},
+        {"h2d_bytes_per_s_all": 0},
+        {"accelerators": [{"memory": "1GiB", "h2d_bytes_per_s": 0}]},
+        {"accelerators": [{"memory": "1GiB", "device": "cuda:0"}] * 2},
+        {"accelerators": [{"memory": "1GiB", "device": "cpu"}]},
+        {"accelerators": [{"memory": "1GiB", "device": "nonsense"}]},
+    ],
+)
+def test_machine_files_that_mean_nothing_are_refused_by_name(tmp_path, wrong):
+    file = tmp_path / "m.json"
+    file.write_text(json.dumps({"host": {"memory": "1GiB"}} | wrong))
+    with pytest.raises(InvalidArgumentError, match=r"m\.json: "):
+        Machine.load(file)
