@@ -15,6 +15,7 @@ import torch
 
 from bigmodel.device_map import calibration
 from bigmodel.device_map.control_groups import ControlGroups
+from bigmodel.device_map.measuring import measure
 from bigmodel.device_map.rates import Rates
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.progress import Report, progress_bar
@@ -146,7 +147,7 @@ class Machine:
             InvalidArgumentError: the folder is not there, or cannot be read or written.
         """
         with progress_bar(progress) as report:
-            measured = calibration.measure(folder, progress=report)
+            measured = measure(folder, progress=report)
         calibration.keep(measured)
         return cls.probe().reading_from(folder) if folder is not None else cls.probe()
 
