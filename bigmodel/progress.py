@@ -14,10 +14,13 @@ from bigmodel.units import format_bytes
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["Report", "progress_bar"]
+__all__ = ["MEASURING", "PLANNING", "Report", "progress_bar"]
 
 PATIENCE_S = 1.0
 """Work that ends sooner shows no bar: it would only flicker."""
+
+MEASURING, PLANNING = "measuring the machine", "planning"
+"""Phases whose progress is counted in steps, all others' in bytes."""
 
 
 class Report(Protocol):
@@ -28,14 +31,14 @@ class Report(Protocol):
 
         Args:
             phase: what is being done, such as ``"reading weights"``; each phase has its own bar.
-            done: bytes done so far.
-            total: bytes in all; 0 where it is not known.
+            done: bytes done so far; steps, where the phase is `MEASURING` or `PLANNING`.
+            total: likewise in all; 0 where it is not known.
         """
 
 
 @contextmanager
 def progress_bar(enabled: bool | Report | None = None) -> Iterator[Report]:
-    """Shows bars on stderr, with bytes, rate and time left, for every phase that takes over a second.
+    """Shows bars on stderr, with bytes or steps, rate and time left, for every phase that takes over a second.
 
     The bars are gone afterwards: what stays on the screen is what the program printed.
 
@@ -103,6 +106,8 @@ def _start_display() -> Progress:
         """Bytes done, bytes in all and rate, in the units that everything else here is printed in."""
 
         def render(self, task: Task) -> Text:
+            if task.description in (MEASURING, PLANNING):
+                return Text(f"{task.percentage:.0f}%")
             text = format_bytes(task.completed)
             if task.total is not None:
                 text += f" of {format_bytes(task.total)}"

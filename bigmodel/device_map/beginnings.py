@@ -8,7 +8,7 @@ import numpy as np
 
 from bigmodel.device_map.memory import Memory
 from bigmodel.device_map.named import NAMED, homes_of
-from bigmodel.device_map.simulation import DISK, Choice, Floats, Ints, Tables
+from bigmodel.device_map.tables import DISK, Choice, Floats, Ints, Tables
 
 __all__ = ["Beginnings", "single_changes"]
 
@@ -43,7 +43,10 @@ class Beginnings:
         groups = dict.fromkeys(
             tuple(order[:count]) for order in (by_speed, by_room) for count in range(1, len(order) + 1)
         )
-        groups |= dict.fromkeys((device,) for device in by_speed)
+        alike = {
+            self._tables.machine.kind_of(device, limit): device for device, limit in reversed(self._rooms(by_speed))
+        }
+        groups |= dict.fromkeys((device,) for device in by_speed if device in alike.values())
         on_host = all(("cpu", "cpu") in numbers or (DISK, "cpu") in numbers for numbers in self._tables.numbers)
         for group in [*([("cpu",)] if on_host else []), *groups]:
             named = group[0] if len(group) == 1 else f"{len(group)} accelerators"
@@ -73,9 +76,13 @@ class Beginnings:
             current = self._upgraded(current, device_of, home, num_slots, small_first=True)
         return current
 
+    def _rooms(self, devices: Sequence[str]) -> list[tuple[str, float]]:
+        """Devices with their limits."""
+        return [(device, float(self._memory.limits[self._tables.devices.index(device)])) for device in devices]
+
     def _shares(self, group: Sequence[str]) -> Floats:
         """Positions at which the next device's part begins, by their limits."""
-        rooms = np.array([self._memory.limits[self._tables.devices.index(device)] for device in group])
+        rooms = np.array([room for _, room in self._rooms(group)])
         sizes = np.cumsum(self._slot_bytes)
         wanted = np.cumsum(rooms) / max(rooms.sum(), 1.0) * (sizes[-1] if len(sizes) else 0.0)
         bounds: Floats = np.searchsorted(sizes, wanted[:-1], "left").astype(float)

@@ -138,7 +138,7 @@ class Machine:
 
         Args:
             folder: that holds checkpoints: its disk is what is measured; the user's cache folder if None.
-            progress: True, False, None (bars where stderr is a terminal), or a callable ``(phase, done, total)``.
+            progress: True, False, None (bars where stderr is a terminal), or a callable ``(phase, done steps, steps in all)``.
 
         Returns:
             What `probe` gives from now on.
@@ -248,6 +248,13 @@ class Machine:
         if device == "cpu":
             return self.host_rates
         return {each.device: each.rates for each in self.accelerators}[device]
+
+    def kind_of(self, tier: str, limit: float) -> str:
+        """Equal for tiers that differ in nothing but their name, where they have the same limit."""
+        for each in self.accelerators:
+            if each.device == tier:
+                return repr((limit, each.name, each.rates.to_json(), each.h2d_bytes_per_s, each.is_unified))
+        return tier
 
     def unstated_limit_bytes(self, tier: str) -> int:
         """What may be used of a tier whose limit nobody stated: this process's share of what is free, less a reserve.

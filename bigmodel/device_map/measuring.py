@@ -26,7 +26,7 @@ from bigmodel.device_map.rates import ATTENTION, Rates
 from bigmodel.device_map.tally import LARGE_BYTES, num_operators
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.footprint import bound_product_cache
-from bigmodel.progress import Report
+from bigmodel.progress import MEASURING, Report
 
 __all__ = ["measure"]
 
@@ -46,7 +46,7 @@ def measure(folder: str | os.PathLike[str] | None = None, *, progress: Report | 
     Args:
         folder: whose disk is read; the user's cache folder if None. Large files in it are read; where there are none, a file
             of 512 MiB is written there, read, and removed.
-        progress: called with (phase, done, total).
+        progress: called with (phase, done steps, steps in all).
 
     Raises:
         InvalidArgumentError: the folder is not there, or cannot be read.
@@ -70,10 +70,10 @@ def measure(folder: str | os.PathLike[str] | None = None, *, progress: Report | 
     with torch.inference_mode(False), torch.no_grad():
         for number, (name, step) in enumerate(steps):
             if progress is not None:
-                progress(f"measuring {name}", number, len(steps))
+                progress(MEASURING, number, len(steps))
             found.setdefault(name, []).append(step())
         if progress is not None:
-            progress("measuring", len(steps), len(steps))
+            progress(MEASURING, len(steps), len(steps))
     ((together, between),) = found["links"]
     return Calibration(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from bigmodel.device_map.demand import CONTEXT_BYTES, RESERVE_BYTES
-from bigmodel.device_map.simulation import DISK, RING_SLOTS, Floats, Ints, Tables
+from bigmodel.device_map.tables import DISK, RING_SLOTS, Floats, Ints, Tables
 
 __all__ = ["Memory"]
 
@@ -34,8 +34,8 @@ class Memory:
         self._kv: Floats = np.broadcast_to(kv, home.shape)
         self._slot_bytes = sizes[:, 1]
         self._written = np.array([unit.converted_bytes for unit in units], float)
-        classes = np.array(tables.classes, np.int64)
-        self._members = [np.flatnonzero(classes == number) for number in range(tables.num_classes)]
+        self._has_kv = bool(kv.any())
+        self._classes = np.array(tables.classes, np.int64)
         self._reading_bytes = tables.costs.num_readers * max((unit.staging_bytes for unit in units), default=0)
         self._reading_bytes += max((unit.conversion_bytes for unit in units), default=0)
         self._kv_beside = max(0, tables.costs.demand.kv_bytes - sum(unit.kv_bytes for unit in units))
@@ -47,31 +47,44 @@ class Memory:
         """Bytes at the worst moment: [candidates, devices and disk], in the order of the tables' devices."""
         tables, columns = self._tables, self._columns
         demand = tables.costs.demand
-        num_devices = len(tables.devices)
-        devices = np.arange(num_devices)
+        num_maps, num_devices = len(maps), len(tables.devices)
+        each = np.arange(num_maps)[:, None]
         home, run = tables.home[columns, maps], tables.run[columns, maps]
         fetched, computes = tables.is_fetched[columns, maps], self._computes[columns, maps]
-        runs_on = run[:, :, None] == devices  # [candidates, units, devices]
-        peaks: Floats = np.zeros((len(maps), num_devices + 1))
-        peaks[:, :-1] += (self._resident[columns, maps][:, :, None] * (home[:, :, None] == devices)).sum(axis=1)
-        peaks[:, :-1] += (self._kv[columns, maps][:, :, None] * runs_on).sum(axis=1)
-        for members in self._members:
-            inside = runs_on[:, members] & fetched[:, members, None]
-            largest = (self._slot_bytes[members, None] * inside).max(axis=1, initial=0.0)
-            peaks[:, :-1] += np.minimum(inside.sum(axis=1), num_slots[:, None]) * largest
-        is_used = (runs_on & computes[:, :, None]).any(axis=1)
+
+        def summed(place: Ints, num_places: int, weights: Floats | None = None) -> Floats:
+            flat = (each * num_places + place).ravel()
+            total = np.bincount(flat, None if weights is None else weights.ravel(), num_maps * num_places)
+            return total.reshape(num_maps, num_places).astype(float)
+
+        # The last place is the disk's, whose number is -1.
+        peaks: Floats = summed(home % (num_devices + 1), num_devices + 1, self._resident[columns, maps])
+        peaks[:, -1] = (self._written * (home == -1)).sum(axis=1)
+        if self._has_kv:
+            peaks[:, :-1] += summed(run, num_devices, self._kv[columns, maps])
+        num_lanes = num_devices * tables.num_classes
+        # One lane more, for what is in none.
+        lane = np.where(fetched, run * tables.num_classes + self._classes, num_lanes)
+        population = summed(lane, num_lanes + 1)[:, :-1]
+        largest: Floats = np.zeros(num_maps * (num_lanes + 1))
+        np.maximum.at(
+            largest, (each * (num_lanes + 1) + lane).ravel(), np.broadcast_to(self._slot_bytes, lane.shape).ravel()
+        )
+        slots = np.minimum(population, num_slots[:, None]) * largest.reshape(num_maps, -1)[:, :-1]
+        peaks[:, :-1] += slots.reshape(num_maps, num_devices, tables.num_classes).sum(axis=2)
+        is_used = summed(run, num_devices, computes.astype(float)) > 0
         beside = CONTEXT_BYTES + demand.device_activation_bytes + demand.buffer_bytes
         peaks[:, 1:-1] += np.where(is_used[:, 1:], beside, 0.0)
         is_alone = ~is_used[:, 1:].any(axis=1)
         peaks[:, 0] += RESERVE_BYTES + demand.buffer_bytes + self._reading_bytes
         peaks[:, 0] += np.where(is_used[:, 0] | is_alone, demand.activation_bytes, 0.0)
         peaks[:, 0] += np.where(is_alone, self._kv_beside, 0.0)
-        if self._kv_beside and num_devices > 1:  # what no unit makes is made where the model begins
-            first = is_used[:, 1:] & (np.cumsum(is_used[:, 1:], axis=1) == 1)
-            peaks[:, 1:-1] += np.where(first, self._kv_beside, 0.0)
-        through_ring = tables.is_from_disk[columns, maps] & (tables.copied_bytes[columns, maps] > 0)
-        peaks[:, 0] += RING_SLOTS * np.where(through_ring, self._slot_bytes, 0.0).max(axis=1, initial=0.0)
-        peaks[:, -1] = np.where(home == -1, self._written, 0.0).sum(axis=1)
+        if num_devices > 1:
+            if self._kv_beside:  # what no unit makes is made where the model begins
+                first = is_used[:, 1:] & (np.cumsum(is_used[:, 1:], axis=1) == 1)
+                peaks[:, 1:-1] += np.where(first, self._kv_beside, 0.0)
+            through_ring = tables.is_from_disk[columns, maps] & (tables.copied_bytes[columns, maps] > 0)
+            peaks[:, 0] += RING_SLOTS * (self._slot_bytes * through_ring).max(axis=1, initial=0.0)
         return peaks
 
     def excess(self, maps: Ints, num_slots: Ints) -> Floats:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from bigmodel.device_map.explanation import explain, format_seconds, holdings
 from bigmodel.device_map.plan import Placement, Plan
-from bigmodel.device_map.simulation import DISK, Step
+from bigmodel.device_map.simulation import Step
+from bigmodel.device_map.tables import DISK
 from bigmodel.units import format_bytes
 
 __all__ = ["draw"]

@@ -11,8 +11,10 @@ from bigmodel.device_map.demand import RESERVE_BYTES, Costs, UnitCost
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.plan import Alternative, Estimate, Placement, Plan, SlotGroup
 from bigmodel.device_map.search import Found, Search
-from bigmodel.device_map.simulation import COMPUTATION, DISK, Choice, Ints, Step, Tables
+from bigmodel.device_map.simulation import COMPUTATION, Step, simulate
+from bigmodel.device_map.tables import DISK, Choice, Ints, Tables
 from bigmodel.errors import DeviceMapError, DoesNotFitError
+from bigmodel.progress import Report
 from bigmodel.units import format_bytes
 
 __all__ = ["MAX_SLOTS", "advise", "decide", "predict", "refuse_accelerators", "timeline"]
@@ -35,6 +37,7 @@ def decide(
     refuses: bool = True,
     max_slots: int = MAX_SLOTS,
     fingerprint: str = "",
+    progress: Report | None = None,
 ) -> Plan:
     """Where every unit rests and runs, such that the workload takes the least time that the search finds.
 
@@ -49,6 +52,7 @@ def decide(
         refuses: whether what does not fit is an error; otherwise the plan states what it takes.
         max_slots: per group of units.
         fingerprint: of the checkpoint.
+        progress: called with (phase, steps done, steps at most) while a search goes on.
 
     Raises:
         DoesNotFitError: with the tier, what is needed, what there is, and what would do.
@@ -62,7 +66,7 @@ def decide(
         ]
         choices = [wanted or open_to for wanted, open_to in zip(fixed, choices, strict=True)]
     tables = Tables(costs, machine, choices)
-    search = Search(tables, limits, max_slots=max_slots)
+    search = Search(tables, limits, max_slots=max_slots, progress=progress)
     kept = [c.unit.name for c in costs.units if homes is not None and c.must_stay and homes[c.unit.name] == DISK]
     notes = (f"these stay in host memory, because other units run inside them: {', '.join(kept)}",) if kept else ()
     found = search.run()
@@ -97,7 +101,7 @@ def timeline(plan: Plan, costs: Costs, machine: Machine) -> list[Step]:
     """When each unit of a plan is read, copied and computed, in the first pass and the steps after it."""
     tables, _, maps, slots = _of_plan(plan, costs, machine)
     steps: list[Step] = []
-    tables.simulate(maps, slots, steps)
+    simulate(tables, maps, slots, record=steps)
     return steps
 
 
@@ -109,11 +113,11 @@ def advise(plan: Plan, costs: Costs, machine: Machine, *, allow_cpu_compute: boo
     pairs = [(place.home, place.run_on) for place in plan.placements]
     num_slots = max(group.num_slots for group in plan.slots)
     gains = {}
-    alike: dict[object, float] = {}  # accelerators that are the same gain the same
+    alike: dict[str, float] = {}  # accelerators that are the same gain the same
     for tier in plan.limits:
         if tier == DISK:
             continue
-        kind = _kind(tier, plan, machine)
+        kind = machine.kind_of(tier, plan.limits[tier])
         if kind in alike:
             gains[tier] = alike[kind]
             continue
@@ -123,15 +127,6 @@ def advise(plan: Plan, costs: Costs, machine: Machine, *, allow_cpu_compute: boo
         current = [tables.numbers[u][pair] for u, pair in enumerate(pairs)]
         gains[tier] = alike[kind] = max(0.0, before - Search(tables, limits).go_on(current, num_slots).seconds)
     return replace(plan, gains_s=gains)
-
-
-def _kind(tier: str, plan: Plan, machine: Machine) -> object:
-    """Equal for tiers that differ in nothing but their name."""
-    for each in machine.accelerators:
-        if each.device == tier:
-            rates = each.rates.to_json()
-            return plan.limits[tier], each.name, repr(rates), each.h2d_bytes_per_s, each.is_unified
-    return tier
 
 
 def refuse_accelerators(homes: Mapping[str, str]) -> None:
@@ -247,7 +242,7 @@ def _groups(tables: Tables, found: Found) -> tuple[SlotGroup, ...]:
 
 def _estimate(tables: Tables, search: Search, maps: Ints, slots: Ints) -> Estimate:
     costs, machine = tables.costs, tables.machine
-    outcome = tables.simulate(maps, slots)
+    outcome = simulate(tables, maps, slots, with_busy=True)
     peaks = search.memory.peaks(maps, slots)[0]
     step_s, ttft_s = float(outcome.step_s[0]), float(outcome.ttft_s[0])
     binds = {}

@@ -11,7 +11,9 @@ import numpy as np
 
 from bigmodel.device_map.beginnings import Beginnings, single_changes
 from bigmodel.device_map.memory import Memory
-from bigmodel.device_map.simulation import Floats, Ints, Tables
+from bigmodel.device_map.simulation import simulate
+from bigmodel.device_map.tables import Floats, Ints, Tables
+from bigmodel.progress import PLANNING, Report
 
 __all__ = ["Found", "Search"]
 
@@ -49,12 +51,20 @@ class Search:
         tables: costs, machine and choices.
         limits: tier -> bytes.
         max_slots: of a lane.
+        progress: called with (phase, steps done, steps at most).
 
     Attributes:
         memory: what maps hold.
     """
 
-    def __init__(self, tables: Tables, limits: Mapping[str, int], *, max_slots: int = _MAX_SLOTS) -> None:
+    def __init__(
+        self,
+        tables: Tables,
+        limits: Mapping[str, int],
+        *,
+        max_slots: int = _MAX_SLOTS,
+        progress: Report | None = None,
+    ) -> None:
         self._tables = tables
         self._units = tables.costs.units
         self._columns = np.arange(len(self._units))
@@ -63,9 +73,10 @@ class Search:
         self.memory = Memory(tables, limits)
         self._beginnings = Beginnings(tables, self.memory, max_slots)
         self._slot_bytes = np.array([unit.slot_bytes for unit in self._units], float)
-        # Maps that are looked at together: as many as keep an array of units and devices small.
-        self._chunk = max(64, _CHUNK_ELEMENTS // max(1, len(self._units) * len(tables.devices)))
+        # Maps that are looked at together: as many as keep an array of units small.
+        self._chunk = max(64, _CHUNK_ELEMENTS // max(1, len(self._units)))
         self._spent, self._most = 0, _MOST_UNIT_PASSES
+        self._progress = progress
 
     def least(self) -> Found:
         """The map that lacks the least memory, whether it fits or not."""
@@ -75,7 +86,7 @@ class Search:
 
     def seconds(self, maps: Ints, num_slots: Ints) -> Floats:
         """Of the workload, whether the map fits or not: [candidates]."""
-        outcome = self._tables.simulate(maps, num_slots)
+        outcome = simulate(self._tables, maps, num_slots)
         self._spent += maps.size * 4
         total: Floats = outcome.ttft_s + self._tables.costs.workload.new_tokens * outcome.step_s
         return total
@@ -181,13 +192,20 @@ class Search:
         random = np.random.default_rng(0)
         failures = 0
         while self._spent < self._most and failures < _MOST_FAILURES:
+            if self._progress is not None:
+                self._progress(PLANNING, self._spent, self._most)
             current = np.array(found.choices, np.int64)
-            maps = np.concatenate([single_changes(self._tables, current), self._exchanges(current, random)])
-            better, times = self._best_of(found, maps, np.full(len(maps), found.num_slots))
-            others = np.array([n for n in range(1, self._max_slots + 1) if n != found.num_slots], np.int64)
-            better, _ = self._best_of(better, np.tile(current, (len(others), 1)), others)
+            maps, are_all = self._exchanges(current, random)
+            better = found
+            if not failures:  # what did not help does not help the second time
+                maps = np.concatenate([single_changes(self._tables, current), maps])
+                others = np.array([n for n in range(1, self._max_slots + 1) if n != found.num_slots], np.int64)
+                better, _ = self._best_of(found, np.tile(current, (len(others), 1)), others)
+            better, times = self._best_of(better, maps, np.full(len(maps), found.num_slots))
             together = self._together(current, maps, times, found.seconds)
             better, _ = self._best_of(better, together, np.full(len(together), found.num_slots))
+            if better is found and are_all:
+                break
             failures = failures + 1 if better is found else 0
             found = better
         return found
@@ -222,14 +240,15 @@ class Search:
                 found.append(combined.copy())
         return np.array(found, np.int64).reshape(-1, len(current))
 
-    def _exchanges(self, current: Ints, random: np.random.Generator) -> Ints:
-        """Two units take each other's choice; neighbours always, others at random where they are very many."""
+    def _exchanges(self, current: Ints, random: np.random.Generator) -> tuple[Ints, bool]:
+        """Two units take each other's choice; neighbours always, others at random of very many. Also whether these are all."""
         pairs = [
             (i, j)
             for i, j in itertools.combinations(range(len(current)), 2)
             if self._tables.choice_in(current, i) != self._tables.choice_in(current, j)
         ]
-        if len(pairs) > _SWAPS:
+        are_all = len(pairs) <= _SWAPS
+        if not are_all:
             near = [pair for pair in pairs if pair[1] - pair[0] <= 2]
             chosen = random.choice(len(pairs), _SWAPS, replace=False)
             pairs = [*near, *(pairs[number] for number in chosen)]
@@ -243,4 +262,4 @@ class Search:
                 other = current.copy()
                 other[i], other[j] = first, second
                 exchanged.append(other)
-        return np.array(exchanged, np.int64).reshape(-1, len(current))
+        return np.array(exchanged, np.int64).reshape(-1, len(current)), are_all

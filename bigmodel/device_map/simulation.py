@@ -2,49 +2,32 @@
 
 What the streamer does, as arithmetic: a unit that does not rest where it runs is fetched into the next slot of its lane as soon
 as that slot's last unit is done, in the order in which units are needed; from disk to an accelerator it goes through a ring of
-host buffers. Units run one after another, wherever they run. One axis of all arrays is the candidate maps.
+host buffers. Units run one after another, wherever they run. One axis of all arrays is the maps.
+
+Whose end a fetch has to wait for follows from the map alone: the unit that had its slot before, the one that had its buffer
+of the ring, the one before it on the link. So that is looked up once, and a pass is a few additions and maxima per unit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigmodel.device_map.demand import Costs, UnitCost
-from bigmodel.device_map.machine import Machine
+from bigmodel.device_map.tables import RING_SLOTS, Floats, Ints, Tables
 
-__all__ = ["COMPUTATION", "DISK", "Choice", "Outcome", "Step", "Tables", "size_classes"]
+__all__ = ["COMPUTATION", "Outcome", "Step", "simulate"]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
-DISK = "disk"
 COMPUTATION = "computation on "
-RING_SLOTS = 3
 # A decode step is what the last two of these take, each; the first is not steady yet.
 _NUM_STEPS = 3
-# What handing the hidden state to another device takes beside its bytes: two queues and an event.
-_HOP_S = 30e-6
-# A row that is looked up in a map of a file: one page from the disk (measured on NVMe: 80-120 us), several at a time.
-_ROW_S = 40e-6
-
-# (home, device that runs it)
-Choice = tuple[str, str]
-
-
-def size_classes(units: Sequence[UnitCost]) -> list[int]:
-    """A number for each unit: units of one number share slots. In a class the largest is less than twice the smallest."""
-    numbers = [0] * len(units)
-    largest, number = 0, -1
-    for index in sorted(range(len(units)), key=lambda index: -units[index].slot_bytes):
-        if number < 0 or 2 * units[index].slot_bytes <= largest:
-            number += 1
-            largest = units[index].slot_bytes
-        numbers[index] = number
-    return numbers
+_PHASES = ("prefill", "decode")
+_NEVER = -(1 << 60)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +56,9 @@ class Outcome:
     """What maps take.
 
     Attributes:
-        ttft_s: of the first pass, all slots empty before.
-        step_s: of a steady decode step.
-        busy_s: phase ("prefill", "decode") and resource -> seconds of a pass in which it works.
+        ttft_s: [maps] of the first pass, all slots empty before.
+        step_s: [maps] of a steady decode step.
+        busy_s: phase ("prefill", "decode") and resource -> [maps] seconds of a pass in which it works; where that was asked for.
     """
 
     ttft_s: Floats
@@ -83,200 +66,241 @@ class Outcome:
     busy_s: dict[tuple[str, str], Floats] = field(default_factory=dict)
 
 
-class Tables:
-    """Costs on a machine, laid out for the simulation.
+def simulate(
+    tables: Tables, maps: Ints, num_slots: Ints, *, with_busy: bool = False, record: list[Step] | None = None
+) -> Outcome:
+    """Run the first pass and a few steps of each map.
 
     Args:
-        costs: of the model.
-        machine: with its rates.
-        choices: per unit, the (home, run device) pairs that are open to it; a unit runs where it rests, or is fetched. The first
-            axis of `simulate`'s maps counts in these.
+        tables: what every choice takes.
+        maps: [maps, units], the number of each unit's choice.
+        num_slots: [maps], of a lane that has so many units.
+        with_busy: whether it is said how long each resource works.
+        record: filled with what happened in the first map's passes.
+    """
+    passes = _Passes(tables, maps, num_slots)
+    ends = [passes.run(number, record) for number in range(1 + _NUM_STEPS)]
+    busy: dict[tuple[str, str], Floats] = {}
+    for phase, number in ((0, 0), (1, _NUM_STEPS)) if with_busy else ():
+        busy |= {(_PHASES[phase], resource): seconds for resource, seconds in passes.busy(number).items()}
+    return Outcome(ttft_s=ends[0], step_s=(ends[-1] - ends[-3]) / 2, busy_s=busy)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetches:
+    """What is fetched in a pass, and what it waits for.
+
+    Attributes:
+        reads, copies: [units, maps] from disk, over a link.
+        any_read, all_read, any_copy: [units] whether that is so in some map, or in every one.
+        gate: [units, maps] place of the time before which a unit's read cannot begin (see `_Passes`).
+        slot: the same for what is written to its slot.
+        link: the same for its link.
     """
 
-    def __init__(self, costs: Costs, machine: Machine, choices: Sequence[Sequence[Choice]]) -> None:
-        self.costs = costs
-        self.machine = machine
-        self.choices = [list(each) for each in choices]
-        self.numbers = [{choice: number for number, choice in enumerate(each)} for each in self.choices]
-        self.devices = ["cpu", *(each.device for each in machine.accelerators)]
-        self.classes = size_classes(costs.units)
-        self.num_classes = max(self.classes, default=0) + 1
-        number = {device: n for n, device in enumerate(self.devices)}
-        unified = {each.device for each in machine.accelerators if each.is_unified}
-        num_units, widest = len(self.choices), max(map(len, self.choices), default=1)
-        shape = (num_units, widest)
-        self.home: Ints = np.full(shape, -2, np.int64)  # -1: disk
-        self.run: Ints = np.zeros(shape, np.int64)
-        self.is_fetched = np.zeros(shape, bool)
-        self.is_from_disk = np.zeros(shape, bool)
-        self.compute: Floats = np.zeros((2, *shape))
-        self.read: Floats = np.zeros(shape)
-        self.copied_bytes: Floats = np.zeros(shape)
-        rates = [machine.rates_of(device) for device in self.devices]
-        rows = costs.workload.num_sequences * costs.workload.prompt_tokens, costs.workload.num_sequences
-        for u, unit in enumerate(costs.units):
-            work = unit.prefill, unit.decode
-            times = [[0.0 if each is None else rate.seconds(each) for rate in rates] for each in work]
-            for c, (home, device) in enumerate(self.choices[u]):
-                at = number[device]
-                is_row_lookup = unit.can_gather and home == DISK and device == "cpu"
-                self.home[u, c] = -1 if home == DISK else number[home]
-                self.run[u, c] = at
-                is_there = home == device or is_row_lookup or (device in unified and home == "cpu")
-                self.is_fetched[u, c] = not is_there
-                self.is_from_disk[u, c] = not is_there and home == DISK
-                for phase in (0, 1):
-                    self.compute[phase, u, c] = times[phase][at] + (is_row_lookup * _ROW_S * rows[phase])
-                if not is_there:
-                    if home == DISK:
-                        self.read[u, c] = (unit.read_bytes or unit.slot_bytes) / machine.disk_read_bytes_per_s
-                    if device != "cpu" and device not in unified:
-                        self.copied_bytes[u, c] = unit.slot_bytes
-        self.runs = np.array([[unit.prefill is not None, unit.decode is not None] for unit in costs.units], bool).T
-        self.glue = [[rate.seconds(work) for rate in rates] for work in (costs.prefill, costs.decode)]
-        self.hop = self._hops(rows)
-        self.h2d = np.array([np.inf, *(each.h2d_bytes_per_s for each in machine.accelerators)])
+    reads: Bools
+    copies: Bools
+    any_read: list[bool]
+    all_read: list[bool]
+    any_copy: list[bool]
+    gate: Ints
+    slot: Ints
+    link: Ints | None
 
-    def choice_in(self, current: Ints, unit: int) -> Choice:
-        """What a map says of a unit."""
-        return self.choices[unit][int(current[unit])]
 
-    def simulate(self, maps: Ints, num_slots: Ints, record: list[Step] | None = None) -> Outcome:
-        """Run the first pass and a few steps.
+class _Passes:
+    """Passes of many maps; all arrays are [units, maps].
 
-        Args:
-            maps: [candidates, units], the number of each unit's choice.
-            num_slots: [candidates], of a lane that has so many units.
-            record: filled with what happened in the first candidate's passes.
-        """
-        num_maps, num_units = maps.shape
-        each = np.arange(num_maps)
-        columns = np.arange(num_units)
-        run, fetched = self.run[columns, maps], self.is_fetched[columns, maps]
-        read_s, copy_s = self.read[columns, maps], self._copy_seconds(run, self.copied_bytes[columns, maps])
-        lanes = run * self.num_classes + np.array(self.classes)
-        num_lanes = len(self.devices) * self.num_classes
-        population = np.zeros((num_maps, num_lanes), np.int64)
-        for u in range(num_units):
-            np.add.at(population, (each[fetched[:, u]], lanes[fetched[:, u], u]), 1)
-        lane_slots = np.minimum(population, num_slots[:, None])
-        keeps = population <= num_slots[:, None]  # a lane that holds all its units fetches each of them once
+    The ends of what was done stand in one array: of computations, then of copies, each by pass, unit and map. Its first pass is
+    one in which nothing was done, at time zero.
+    """
 
-        now: Floats = np.zeros(num_maps)
-        disk_free: Floats = np.zeros(num_maps)
-        link_free: Floats = np.zeros((num_maps, len(self.devices)))
-        slot_free: Floats = np.zeros((num_maps, num_lanes, int(num_slots.max(initial=1))))
-        slot_next = np.zeros((num_maps, num_lanes), np.int64)
-        ring_free: Floats = np.zeros((num_maps, RING_SLOTS))
-        ring_next = np.zeros(num_maps, np.int64)
-        has_run = np.zeros(num_units, bool)
-        busy: dict[tuple[int, str], Floats] = {}
-        ends: list[Floats] = []
-        any_fetched = [bool(fetched[:, u].any()) for u in range(num_units)]
-        for number in range(1 + _NUM_STEPS):
-            phase = min(number, 1)
-            compute_s = self.compute[phase][columns, maps]
-            is_counted = number in (0, _NUM_STEPS)
-            at = np.full(num_maps, -1)
-            for u in range(num_units):
-                if not self.runs[phase, u]:
-                    continue
-                device = run[:, u]
-                ready = now
-                begin_read = end_read = begin_copy = end_copy = now
-                if any_fetched[u]:
-                    lane = lanes[:, u]
-                    is_kept = keeps[each, lane] & has_run[u]
-                    wanted = fetched[:, u] & ~is_kept
-                    slot = slot_next[each, lane]
-                    free = slot_free[each, lane, slot]
-                    from_disk = wanted & (read_s[:, u] > 0)
-                    over_link = wanted & (copy_s[:, u] > 0)
-                    both = from_disk & over_link
-                    ring = ring_free[each, ring_next]
-                    begin_read = np.maximum(disk_free, np.where(both, ring, free))
-                    end_read = np.where(from_disk, begin_read + read_s[:, u], 0.0)
-                    disk_free = np.where(from_disk, end_read, disk_free)
-                    begin_copy = np.maximum(np.maximum(link_free[each, device], end_read), free)
-                    end_copy = np.where(over_link, begin_copy + copy_s[:, u], 0.0)
-                    link_free[each, device] = np.where(over_link, end_copy, link_free[each, device])
-                    ring_free[each, ring_next] = np.where(both, end_copy, ring)
-                    ring_next = np.where(both, (ring_next + 1) % RING_SLOTS, ring_next)
-                    ready = np.where(wanted, np.maximum(end_read, end_copy), now)
-                    if is_counted:
-                        _add(busy, (phase, "disk"), np.where(from_disk, read_s[:, u], 0.0))
-                        for d in range(1, len(self.devices)):
-                            took = np.where(over_link & (device == d), copy_s[:, u], 0.0)
-                            _add(busy, (phase, f"link to {self.devices[d]}"), took)
-                hop_s = np.where(at < 0, 0.0, self.hop[phase][at, device])
-                begin = np.maximum(now + hop_s, ready)
-                now = begin + compute_s[:, u]
-                at = device
-                if is_counted:
-                    for d, name in enumerate(self.devices):
-                        _add(busy, (phase, f"{COMPUTATION}{name}"), np.where(device == d, compute_s[:, u], 0.0))
-                if any_fetched[u]:
-                    slot_free[each, lane, slot] = np.where(wanted, now, slot_free[each, lane, slot])
-                    advanced = (slot + 1) % np.maximum(lane_slots[each, lane], 1)
-                    slot_next[each, lane] = np.where(wanted, advanced, slot)
-                has_run[u] = True
-                if record is not None:
-                    has_read, has_copy = any_fetched[u] and bool(from_disk[0]), any_fetched[u] and bool(over_link[0])
-                    record.append(
-                        Step(
-                            u,
-                            number,
-                            self.devices[int(device[0])],
-                            (float(begin_read[0]), float(end_read[0])) if has_read else None,
-                            (float(begin_copy[0]), float(end_copy[0])) if has_copy else None,
-                            (float(begin[0]), float(now[0])),
-                        )
-                    )
-            if num_units:
-                glue = np.array(self.glue[phase])[np.maximum(at, 0)]
-                now = now + glue
-                if is_counted:
-                    for d, name in enumerate(self.devices):
-                        _add(busy, (phase, f"{COMPUTATION}{name}"), np.where(at == d, glue, 0.0))
-            ends.append(now)
-        names = ("prefill", "decode")
-        return Outcome(
-            ttft_s=ends[0],
-            step_s=(ends[-1] - ends[-3]) / 2,
-            busy_s={(names[phase], resource): seconds for (phase, resource), seconds in busy.items()},
-        )
+    def __init__(self, tables: Tables, maps: Ints, num_slots: Ints) -> None:
+        self._tables = tables
+        self._num_maps, self._num_units = maps.shape
+        choices = np.ascontiguousarray(maps.T)
+        rows = np.arange(self._num_units)[:, None]
+        self._run = tables.run[rows, choices]
+        self._compute = [tables.compute[phase][rows, choices] for phase in (0, 1)]
+        self._fetched = tables.is_fetched[rows, choices]
+        self._read_s = tables.read[rows, choices]
+        self._copy_s = tables.copy_seconds(self._run, tables.copied_bytes[rows, choices])
+        self._lanes = self._run * tables.num_classes + np.array(tables.classes, np.int64).reshape(-1, 1)
+        self._num_lanes = len(tables.devices) * tables.num_classes
+        flat = self._lanes + np.arange(self._num_maps) * self._num_lanes
+        population = np.bincount(flat[self._fetched], minlength=self._num_maps * self._num_lanes)
+        members = population[flat]
+        self._keeps = members <= num_slots  # a lane that holds all its units fetches each of them once
+        self._back = np.minimum(members, num_slots)
+        self._order = [np.flatnonzero(tables.runs[phase]).tolist() for phase in (0, 1)]
+        self._hop = [self._hops(phase) for phase in (0, 1)]
+        self._size = self._num_units * self._num_maps
+        self._copies_at = (2 + _NUM_STEPS) * self._size
+        self._ends: Floats = np.zeros(2 * self._copies_at)
+        self._known: list[tuple[Bools, Bools, list[Ints | None]]] = []
+        self._disk_free: Floats = np.zeros(self._num_maps)
+        self._now: Floats = np.zeros(self._num_maps)
+        self._is_from_disk, self._is_over_link = self._read_s > 0, self._copy_s > 0
 
-    def _copy_seconds(self, run: Ints, copied_bytes: Floats) -> Floats:
-        """Links that are used together share what they reach together, by their own rates."""
-        seconds: Floats = copied_bytes / self.h2d[run]
-        together = self.machine.h2d_bytes_per_s_all
-        if not np.isfinite(together) or len(self.devices) < 3:
-            return seconds
-        is_used = np.zeros((len(run), len(self.devices)), bool)
-        for d in range(1, len(self.devices)):
-            is_used[:, d] = ((run == d) & (copied_bytes > 0)).any(axis=1)
-        asked = np.where(is_used, np.where(np.isfinite(self.h2d), self.h2d, 0.0), 0.0).sum(axis=1)
-        shared: Floats = seconds * np.maximum(1.0, asked / together)[:, None]
-        return shared
-
-    def _hops(self, rows: tuple[int, int]) -> Floats:
-        """[phase, from, to]: seconds that the hidden state takes from a device to another."""
-        size = len(self.devices)
-        hops: Floats = np.zeros((2, size, size))
-        unified = {each.device for each in self.machine.accelerators if each.is_unified}
-        for a, source in enumerate(self.devices):
-            for b, target in enumerate(self.devices):
-                if a == b:
-                    continue
-                if "cpu" in (source, target):
-                    accelerator = self.machine.accelerators[max(a, b) - 1]
-                    rate = np.inf if accelerator.device in unified else accelerator.h2d_bytes_per_s
+    def run(self, number: int, record: list[Step] | None = None) -> Floats:
+        """When a pass is over."""
+        phase = min(number, 1)
+        fetches, hop, compute = self._fetches(number), self._hop[phase], self._compute[phase]
+        computed_at = (1 + number) * self._size
+        computed = self._ends[computed_at : computed_at + self._size].reshape(-1, self._num_maps)
+        copied_at = self._copies_at + computed_at
+        copied = self._ends[copied_at : copied_at + self._size].reshape(-1, self._num_maps)
+        ends, now, disk_free = self._ends, self._now, self._disk_free
+        for place, u in enumerate(self._order[phase]):
+            ready = begin_read = end_read = begin_copy = None
+            if fetches.any_read[u]:
+                begin_read = np.maximum(disk_free, ends.take(fetches.gate[u]))
+                end_read = begin_read + self._read_s[u]
+                if fetches.all_read[u]:
+                    disk_free = end_read
                 else:
-                    rate = self.machine.d2d_bytes_per_s
-                for phase in (0, 1):
-                    hops[phase, a, b] = _HOP_S + rows[phase] * self.costs.hidden_bytes / rate
+                    disk_free = np.where(fetches.reads[u], end_read, disk_free)
+                    end_read = end_read * fetches.reads[u]
+                ready = end_read
+            if fetches.any_copy[u] and fetches.link is not None:
+                begin_copy = np.maximum(ends.take(fetches.link[u]), ends.take(fetches.slot[u]))
+                if end_read is not None:
+                    begin_copy = np.maximum(begin_copy, end_read)
+                end_copy = (begin_copy + self._copy_s[u]) * fetches.copies[u]
+                copied[u] = end_copy
+                ready = end_copy if ready is None else np.maximum(ready, end_copy)
+            begin = now + hop[place] if hop is not None else now
+            if ready is not None:
+                begin = np.maximum(begin, ready)
+            now = begin + compute[u]
+            computed[u] = now
+            if record is not None:
+                is_read, is_copied = bool(fetches.reads[u, 0]), bool(fetches.copies[u, 0])
+                record.append(
+                    Step(
+                        u,
+                        number,
+                        self._tables.devices[int(self._run[u, 0])],
+                        _span(begin_read, end_read) if is_read else None,
+                        _span(begin_copy, copied[u]) if is_copied else None,
+                        (float(begin[0]), float(now[0])),
+                    )
+                )
+        self._now = now + self._glue(phase)
+        self._disk_free = disk_free
+        return self._now
+
+    def busy(self, number: int) -> dict[str, Floats]:
+        """Seconds of a pass in which each resource works."""
+        phase, fetches = min(number, 1), self._fetches(number)
+        runs = self._tables.runs[phase][:, None]
+        found = {"disk": (self._read_s * fetches.reads).sum(axis=0)}
+        last = self._run[self._order[phase][-1]] if self._order[phase] else np.zeros(self._num_maps, np.int64)
+        for d, name in enumerate(self._tables.devices):
+            is_here = self._run == d
+            found[f"link to {name}"] = (self._copy_s * (fetches.copies & is_here)).sum(axis=0)
+            computing: Floats = (self._compute[phase] * (runs & is_here)).sum(axis=0)
+            found[f"{COMPUTATION}{name}"] = computing + np.where(last == d, self._glue(phase), 0.0)
+        return found
+
+    def _glue(self, phase: int) -> Floats:
+        """What is done outside all units, on the device where the last of them ran."""
+        order = self._order[phase]
+        last: Any = self._run[order[-1]] if order else np.zeros(self._num_maps, np.int64)
+        seconds: Floats = self._tables.glue[phase][last] if self._num_units else np.zeros(self._num_maps)
+        return seconds
+
+    def _hops(self, phase: int) -> Floats | None:
+        """[units that run, maps] what the hidden state takes to get to each."""
+        order = self._order[phase]
+        if len(self._tables.devices) == 1 or not order:
+            return None
+        run = self._run[order]
+        hops: Floats = np.zeros(run.shape)
+        hops[1:] = self._tables.hop[phase][run[:-1], run[1:]]
         return hops
 
+    def _fetches(self, number: int) -> _Fetches:
+        wanted = self._wanted(number)
+        reads, copies = wanted & self._is_from_disk, wanted & self._is_over_link
+        slot, link, ring = (
+            None if each is None else np.maximum(each + (1 + number) * self._size, 0) for each in self._waits(number)
+        )
+        assert slot is not None
+        return _Fetches(
+            reads,
+            copies,
+            _each(reads.any(axis=1)),
+            _each(reads.all(axis=1)),
+            _each(copies.any(axis=1)),
+            slot if ring is None else np.where(reads & copies, ring, slot),
+            slot,
+            link,
+        )
 
-def _add(busy: dict[tuple[int, str], Floats], key: tuple[int, str], seconds: Floats) -> None:
-    busy[key] = busy[key] + seconds if key in busy else seconds
+    def _wanted(self, number: int) -> Bools:
+        """What is fetched in a pass."""
+        runs = self._tables.runs
+        wanted: Bools = self._fetched & runs[min(number, 1)][:, None]
+        if number:  # what ran before is still in its slot, where it is kept
+            has_run = runs[0] | runs[1] if number > 1 else runs[0]
+            wanted = wanted & ~(self._keeps & has_run[:, None])
+        return wanted
+
+    def _waits(self, number: int) -> list[Ints | None]:
+        """Places of the ends that a unit's slot, link and buffer of the ring wait for, relative to the pass."""
+        wanted = self._wanted(number)
+        earlier = self._wanted(number - 1) if number else wanted
+        for known, known_earlier, places in self._known:
+            if (known == wanted).all() and (known_earlier == earlier).all():
+                return places
+        copies, copied = wanted & self._is_over_link, earlier & self._is_over_link
+        both, both_earlier = copies & self._is_from_disk, copied & self._is_from_disk
+        slot = self._before(self._lanes, self._num_lanes, wanted, earlier, self._back)
+        link = ring = None
+        if copies.any():
+            link = self._copies_at + self._before(self._run, len(self._tables.devices), copies, copied, 1)
+        if both.any():
+            ring = self._copies_at + self._before(np.zeros_like(self._run), 1, both, both_earlier, RING_SLOTS)
+        self._known.append((wanted, earlier, [slot, link, ring]))
+        return [slot, link, ring]
+
+    def _before(self, group: Ints, num_groups: int, is_member: Bools, was_member: Bools, back: Any) -> Ints:
+        """Where the end of the member of its group stands that came so many places before a unit, in this pass or an earlier."""
+        flat = group + np.arange(self._num_maps) * num_groups
+        rank, counts, member = self._ranks(flat, is_member, num_groups)
+        index = rank - back
+        turns, at = np.divmod(index, np.maximum(counts[flat], 1))
+        unit = member[flat, at]
+        if was_member is not is_member and not (was_member == is_member).all():
+            _, counts_before, member_before = self._ranks(flat, was_member, num_groups)
+            at_before = index + counts_before[flat]
+            is_earlier = index < 0
+            unit = np.where(is_earlier, member_before[flat, np.where(is_earlier, np.maximum(at_before, 0), 0)], unit)
+            turns = np.where(is_earlier, np.where(at_before < 0, _NEVER // self._size, -1), turns)
+        place = turns * self._size + unit * self._num_maps + np.arange(self._num_maps)
+        found: Ints = np.where(is_member, place, _NEVER)
+        return found
+
+    def _ranks(self, flat: Ints, is_member: Bools, num_groups: int) -> tuple[Ints, Ints, Ints]:
+        """Each unit's number in its group, members of each group, and [groups of all maps, numbers] which units they are."""
+        counts = np.zeros(self._num_maps * num_groups, np.int64)
+        rank = np.empty_like(flat)
+        for u in range(self._num_units):
+            rank[u] = counts.take(flat[u])
+            counts[flat[u]] = rank[u] + is_member[u]
+        # As wide as the largest group, and one more: a unit that is no member may ask for what is not there.
+        member = np.zeros((len(counts), int(counts.max(initial=0)) + 1), np.int64)
+        units = np.broadcast_to(np.arange(self._num_units)[:, None], flat.shape)
+        member[flat[is_member], rank[is_member]] = units[is_member]
+        return rank, counts, member
+
+
+def _each(units: Any) -> list[bool]:
+    return [bool(unit) for unit in units]
+
+
+def _span(begin: Sequence[float] | Floats | None, end: Sequence[float] | Floats | None) -> tuple[float, float]:
+    assert begin is not None
+    assert end is not None
+    return float(begin[0]), float(end[0])

@@ -28,6 +28,7 @@ from bigmodel.loading.pass_limit import PassLimit
 from bigmodel.models import Skeleton, example_inputs
 from bigmodel.offload.arena import ALIGN_BYTES
 from bigmodel.offload.resident import NUM_READERS
+from bigmodel.progress import Report
 
 __all__ = ["Decider", "Decision", "DeviceMap", "refuse_unknown"]
 
@@ -119,6 +120,7 @@ class _Problem:
             limits,
             allow_cpu_compute=self._allow_cpu_compute,
             fingerprint=self._decider.fingerprint,
+            progress=self._decider.progress,
             **choices,
         )
 
@@ -131,10 +133,17 @@ class Decider:
         fingerprint: of the checkpoint; None where a module is planned for by itself, and its parameters' sizes count.
         no_split: class names of modules that are never divided.
         baseline_bytes: what the interpreter holds, outside the budget.
+        progress: called with (phase, steps done, steps at most) while a plan is looked for.
     """
 
     def __init__(
-        self, skeleton: Skeleton, *, fingerprint: str | None, no_split: Collection[str], baseline_bytes: int
+        self,
+        skeleton: Skeleton,
+        *,
+        fingerprint: str | None,
+        no_split: Collection[str],
+        baseline_bytes: int,
+        progress: Report | None = None,
     ) -> None:
         self._trial = Trial(skeleton.model)
         # Its twin's shape is what is decided about, also when the model has its weights, its hooks and its adapters.
@@ -142,6 +151,7 @@ class Decider:
         self._fingerprint = fingerprint
         self._no_split = frozenset(no_split)
         self._baseline_bytes = baseline_bytes
+        self.progress = progress
         self._parameters = dict(self._skeleton.model.named_parameters())
 
     def __call__(

@@ -81,7 +81,8 @@ def save(
         model: any module; weights may be in memory, on an accelerator, or at rest in their files.
         folder: made if it is not there.
         max_shard_size: the most bytes of weights in one file, such as ``"5GB"``; a larger tensor has a file to itself.
-        progress: True, False, None (bars where stderr is a terminal), or a callable ``(phase, done bytes, total bytes)``.
+        progress: True, False, None (bars where stderr is a terminal), or a callable ``(phase, done, total)`` (bytes, or steps of
+            the phase "planning").
 
     Returns:
         The files written: weights in order, then index and configuration.

@@ -60,7 +60,8 @@ def load_sharded(
         key_mapping: regular expression -> replacement for checkpoint keys.
         strict: whether missing and unexpected weights are errors; if False they are initialised and listed, or ignored.
         trust_remote_code: whether code from the checkpoint may run.
-        progress: True, False, None (bars where stderr is a terminal), or a callable ``(phase, done bytes, total bytes)``.
+        progress: True, False, None (bars where stderr is a terminal), or a callable ``(phase, done, total)`` (bytes, or steps of
+            the phase "planning").
 
     Returns:
         The model: its own class, in eval mode, no parameter requiring grad.

@@ -137,7 +137,7 @@ def make_plan_and_timeline(
             own = frozenset(getattr(path_or_model, "_no_split_modules", None) or ())
             skeleton = Skeleton(model=path_or_model, sources={}, initialised=(), unexpected=(), no_split=own)
             no_split = own | frozenset(no_split_module_classes or ())
-            decide = Decider(skeleton, fingerprint=None, no_split=no_split, baseline_bytes=0)
+            decide = Decider(skeleton, fingerprint=None, no_split=no_split, baseline_bytes=0, progress=report)
         plan = decide(
             device_map,
             here.limits,

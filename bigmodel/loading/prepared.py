@@ -182,6 +182,7 @@ class Prepared:
                 fingerprint=checkpoint.fingerprint or None,
                 no_split=skeleton.no_split | frozenset(no_split or ()),
                 baseline_bytes=baseline_bytes,
+                progress=here.progress,
             ),
             here=here,
             trust_remote_code=trust_remote_code,

@@ -14,7 +14,8 @@ from bigmodel.device_map.plan import Placement, Plan, SlotGroup, Workload
 from bigmodel.device_map.planner import decide, predict
 from bigmodel.device_map.rates import Rates
 from bigmodel.device_map.search import Search
-from bigmodel.device_map.simulation import Tables, size_classes
+from bigmodel.device_map.simulation import simulate
+from bigmodel.device_map.tables import Tables, size_classes
 from bigmodel.errors import DoesNotFitError
 
 GB = 10**9
@@ -116,7 +117,7 @@ def brute_force(costs, machine, limits, allow_cpu_compute):
         )
         for start in range(0, len(fits), 8192):
             part = fits[start : start + 8192]
-            outcome = tables.simulate(every[part], slots[part])
+            outcome = simulate(tables, every[part], slots[part])
             times = outcome.ttft_s + costs.workload.new_tokens * outcome.step_s
             at = int(times.argmin())
             if best is None or times[at] < best[0]:
