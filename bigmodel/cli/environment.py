@@ -85,6 +85,8 @@ def _processor_name() -> str:
 
 def describe_rates(machine: Machine) -> dict[str, str]:
     """The rates that plans for a machine are made with: name -> value."""
+    from bigmodel.device_map.rates import COPIED
+
     facts = {"rates": machine.rates_from, "disk": _per_s(machine.disk_read_bytes_per_s)}
     for name, rates in (
         ("host", machine.host_rates),
@@ -92,6 +94,8 @@ def describe_rates(machine: Machine) -> dict[str, str]:
     ):
         facts[f"{name} memory"] = _per_s(rates.memory_bytes_per_s)
         for dtype, curve in rates.products.items():
+            if dtype.endswith(COPIED):  # one shape alone has it
+                continue
             least, most = curve[0][1], max(rate for _, rate in curve)
             facts[f"{name} {dtype}"] = f"{most / 1e9:.4g} GFLOP/s at best, {least / 1e9:.3g} at one token"
         facts[f"{name} operator"] = f"{rates.op_s * 1e6:.3g} us"

@@ -22,8 +22,8 @@ from torch.nn import functional
 
 from bigmodel.checkpoint.rewritten import default_cache_folder
 from bigmodel.device_map.calibration import Calibration, Link, devices_here, file_system_of
-from bigmodel.device_map.rates import ATTENTION, Rates
-from bigmodel.device_map.tally import LARGE_BYTES, num_operators
+from bigmodel.device_map.rates import ATTENTION, COPIED, Rates
+from bigmodel.device_map.tally import LARGE_BYTES, tallied
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.footprint import bound_product_cache
 from bigmodel.progress import MEASURING, Report
@@ -34,6 +34,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One weight is larger than the processor's caches, and there are several: a model's weights are never there when they are used.
 _WEIGHT_SHAPE, _NUM_WEIGHTS = (5504, 2048), 12
 _ROWS = (1, 4, 16, 64, 256, 512)
+# A head, which has many more rows than any other weight.
+_HEAD_SHAPE = (32_000, 2048)
 _TURNS, _REPEATS, _LONG_S = 3, 5, 0.5
 _DISK_BYTES, _DISK_S = 2 << 30, 1.0
 _BLOCK_BYTES, _NUM_READERS = 8 << 20, 4
@@ -93,13 +95,18 @@ def _processor_rates(device: torch.device) -> Rates:
     products = {}
     for dtype in _DTYPES:
         name = str(dtype)[6:]
-        for key, curve in ((name, _product_curve(device, dtype)), (name + ATTENTION, _attention_curve(device, dtype))):
+        for key, curve in (
+            (name, _product_curve(device, dtype)),
+            (name + ATTENTION, _attention_curve(device, dtype)),
+            (name + COPIED, _copied_curve(device, dtype)),
+        ):
             if curve is not None:
                 products[key] = curve
+    op_s = _operator_seconds(device)
     return Rates(
-        memory_bytes_per_s=_memory_rate(device),
+        memory_bytes_per_s=_memory_rate(device, op_s),
         products=products,
-        op_s=_operator_seconds(device),
+        op_s=op_s,
         fresh_bytes_per_s=_fresh_rate() if device.type == "cpu" else math.inf,
     )
 
@@ -165,16 +172,56 @@ def _attention_curve(device: torch.device, dtype: torch.dtype) -> tuple[tuple[fl
     return tuple(sorted(points))
 
 
+def _copied_curve(device: torch.device, dtype: torch.dtype) -> tuple[tuple[float, float], ...] | None:
+    """The same, of one point, for a head that is given the last of many tokens: its weight is copied before the product."""
+    outs, ins = _HEAD_SHAPE
+    try:
+        weight = torch.full(_HEAD_SHAPE, 0.01, dtype=dtype, device=device)
+        last = torch.full((1, 2, ins), 0.01, dtype=dtype, device=device)[:, -1:]
+        flops, num_bytes = 2.0 * ins * outs, float(dtype.itemsize * (ins + ins * outs + outs))
+        return ((flops / num_bytes, flops / _seconds(lambda: functional.linear(last, weight), device)),)
+    except RuntimeError:
+        return None
+
+
 def _fresh_rate() -> float:
     """Bytes/s of writing to memory that was just mapped, in pages of the usual size."""
     num_bytes = 4 * LARGE_BYTES
     return num_bytes / _seconds(lambda: torch.empty(num_bytes, dtype=torch.uint8).fill_(1), torch.device("cpu"))
 
 
-def _memory_rate(device: torch.device) -> float:
-    """Bytes/s of an elementwise operation on tensors as large as the activations of a long pass."""
-    left, right, result = (torch.ones(1 << 21, device=device, dtype=torch.float32) for _ in range(3))
-    return 3.0 * left.nbytes / _seconds(lambda: torch.mul(left, right, out=result), device)
+def _memory_rate(device: torch.device, op_s: float) -> float:
+    """Bytes/s of what a block does between its products, in a pass of 512 tokens: tensors that are new, and in no cache."""
+    rows, width, inner, heads = 512, 2048, 5504, 16
+    dtype = torch.bfloat16
+
+    def made(*shape: int) -> list[torch.Tensor]:
+        return [torch.full(shape, 0.1, dtype=dtype, device=device) for _ in range(_NUM_WEIGHTS)]
+
+    hiddens, gates, ups = made(1, rows, width), made(1, rows, inner), made(1, rows, inner)
+    turns, norm = iter(range(1 << 30)), torch.ones(width, dtype=dtype, device=device)
+    angles = torch.full((1, 1, rows, width // heads), 0.1, dtype=dtype, device=device)
+
+    def normed(hidden: torch.Tensor) -> torch.Tensor:
+        wide = hidden.float()
+        return norm * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)
+
+    def rotated(hidden: torch.Tensor) -> torch.Tensor:
+        split = hidden.view(1, rows, heads, -1).transpose(1, 2)
+        halves = split.chunk(2, dim=-1)
+        return split * angles + torch.cat((-halves[1], halves[0]), dim=-1) * angles
+
+    def run() -> None:
+        turn = next(turns) % _NUM_WEIGHTS
+        hidden = hiddens[turn]
+        for _ in range(2):
+            normed(hidden)
+            rotated(hidden)
+            hidden + hiddens[turn - 1]
+        functional.silu(gates[turn]) * ups[turn]
+
+    work = tallied(run)
+    return work.other_bytes / max(1e-9, _seconds(run, device) - work.num_ops * op_s)
 
 
 class _SmallBlock(nn.Module):
@@ -199,8 +246,8 @@ class _SmallBlock(nn.Module):
 
 def _operator_seconds(device: torch.device) -> float:
     block, hidden = _SmallBlock().to(device).eval(), torch.ones(1, 1, 16, device=device)
-    count = num_operators(lambda: block(hidden))
-    return _seconds(lambda: [block(hidden) for _ in range(16)], device) / (16 * count)
+    work = tallied(lambda: block(hidden))
+    return _seconds(lambda: [block(hidden) for _ in range(16)], device) / (16 * work.num_ops)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

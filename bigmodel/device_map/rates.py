@@ -11,10 +11,13 @@ from typing import Any
 
 from bigmodel.errors import InvalidArgumentError
 
-__all__ = ["ATTENTION", "NOTHING", "Rates", "Work"]
+__all__ = ["ATTENTION", "COPIED", "NOTHING", "Rates", "Work"]
 
 ATTENTION = " attention"
 """Ends the dtype of products that are attention's: its kernels reach other rates than products of two matrices."""
+
+COPIED = " copied"
+"""Ends the dtype of products an operand of which is copied first, which takes far longer than they do (see `tally.is_copied`)."""
 
 Curve = tuple[tuple[float, float], ...]
 
@@ -127,7 +130,7 @@ class Rates:
         for (dtype, _), (flops, num_bytes) in work.products.items():
             if flops > 0:
                 rate = self._flops_per_s(dtype, flops / max(num_bytes, 1.0))
-                is_fast = 2 * rate >= max(best for _, best in self._curve(dtype))
+                is_fast = 2 * rate >= max(best for _, best in self._curve(dtype.removesuffix(COPIED)))
                 found["arithmetic" if is_fast else "memory"] += flops / rate
         return found
 
@@ -176,8 +179,8 @@ class Rates:
         return float(low_rate * (high_rate / low_rate) ** share)
 
     def _curve(self, dtype: str) -> Curve:
-        """Of the dtype; of float32 where nobody measured it; of whichever there is. Attention's own, where it was measured."""
-        for name in (dtype, dtype.removesuffix(ATTENTION), "float32"):
+        """Of the dtype, and of its kind where that was measured; of float32; of whichever there is."""
+        for name in (dtype, dtype.removesuffix(ATTENTION).removesuffix(COPIED), "float32"):
             if name in self.products:
                 return self.products[name]
         return _slowest(self.products.values())

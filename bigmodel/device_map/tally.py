@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigmodel.device_map.rates import ATTENTION, Work
+from bigmodel.device_map.rates import ATTENTION, COPIED, NOTHING, Work
 
-__all__ = ["LARGE_BYTES", "Experts", "Tally", "is_copied", "num_operators"]
+__all__ = ["LARGE_BYTES", "Experts", "Tally", "is_copied", "tallied"]
 
 # glibc maps blocks of this size one by one, and gives them back when they are freed.
 LARGE_BYTES = 32 << 20
@@ -88,11 +90,9 @@ class Tally:
         dtype = str(inputs[-1].dtype if packet in (aten.addmm, aten.baddbmm) else inputs[0].dtype)[6:]
         if formula is _attention:
             dtype += ATTENTION
+        elif packet in (aten.bmm, aten.baddbmm) and any(map(is_copied, inputs)) and not _is_packed(inputs[-2]):
+            dtype += COPIED
         sums.add_product(dtype, flops, float(read + written))
-        if packet in (aten.bmm, aten.baddbmm):
-            sums.fresh_bytes += sum(
-                tensor.nbytes for tensor in inputs if tensor.nbytes >= LARGE_BYTES and is_copied(tensor)
-            )
 
     def _routed_bytes(self, inputs: list[torch.Tensor]) -> float:
         """Of a product of groups only the weights of groups that rows are routed to are read.
@@ -132,8 +132,8 @@ class _Sums:
         return Work(self.products, self.other_bytes, self.num_ops, self.fresh_bytes)
 
 
-def num_operators(run: Callable[[], object]) -> int:
-    """How many operators that are no views a function asks for."""
+def tallied(run: Callable[[], object]) -> Work:
+    """The work of all operators that a function asks for."""
 
     class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -142,9 +142,9 @@ def num_operators(run: Callable[[], object]) -> int:
             return result
 
     tally = Tally()
-    with Count():  # type: ignore[no-untyped-call]
+    with torch.no_grad(), Count():  # type: ignore[no-untyped-call]
         run()
-    return round(sum(work.num_ops for work in tally.take().values()))
+    return tally.take().get("", NOTHING)
 
 
 def is_copied(tensor: torch.Tensor) -> bool:
@@ -157,6 +157,19 @@ def is_copied(tensor: torch.Tensor) -> bool:
         return False  # fp32 products are MKL's, which takes any stride (measured: nothing)
     _, rows, columns = tensor.shape
     return tensor.stride() not in ((rows * columns, columns, 1), (rows * columns, 1, rows))
+
+
+def _is_packed(tensor: torch.Tensor) -> bool:
+    """Whether dimensions of one element have strides that no slice has.
+
+    A reshape of a tensor that holds nothing gives such strides, where a real one gives those of a plain tensor, whose product
+    with a weight is no batched one (one token's attention, on its way to the output layer).
+    """
+    sizes = itertools.accumulate(reversed(tensor.shape), operator.mul, initial=1)
+    return any(
+        length == 1 and stride < size
+        for length, stride, size in zip(reversed(tensor.shape), reversed(tensor.stride()), sizes, strict=False)
+    )
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -18,7 +18,7 @@ from bigmodel.device_map.maps import divide_by_home, resolve_map
 from bigmodel.device_map.named import NAMED, homes_of
 from bigmodel.device_map.plan import Plan, Workload
 from bigmodel.device_map.planner import MAX_SLOTS, advise, decide, refuse_accelerators, timeline
-from bigmodel.device_map.rates import NOTHING
+from bigmodel.device_map.rates import NOTHING, Work
 from bigmodel.device_map.simulation import Step
 from bigmodel.device_map.trial import Trial
 from bigmodel.device_map.unit import Unit, find_units
@@ -380,6 +380,7 @@ class Decider:
                     else None,
                 )
             )
+        prompt_kv_bytes = measured.kv_bytes(workload.num_sequences, workload.prompt_tokens)
         demand = Demand(
             kv_bytes=measured.kv_bytes(workload.num_sequences, workload.total_tokens),
             activation_bytes=measured.workload_activation_bytes,
@@ -391,7 +392,8 @@ class Decider:
             units=tuple(costs),
             demand=demand,
             workload=workload,
-            prefill=beside.prefill or NOTHING,
+            # In the first pass all that it holds is touched for the first time.
+            prefill=(beside.prefill or NOTHING).plus(Work(fresh_bytes=demand.activation_bytes + prompt_kv_bytes)),
             decode=beside.decode or NOTHING,
             hidden_bytes=_hidden_bytes(model),
             num_readers=NUM_READERS,

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bigmodel.device_map.rates import NOTHING, Rates, Work
-from bigmodel.device_map.tally import Tally, num_operators
+from bigmodel.device_map.rates import ATTENTION, COPIED, NOTHING, Rates, Work
+from bigmodel.device_map.tally import tallied
 from bigmodel.errors import InvalidArgumentError
 
 
@@ -45,23 +45,6 @@ def test_rates_that_mean_nothing(memory):
         Rates.roofline(memory, {"bfloat16": 1e12}, 0.0)
 
 
-def tallied(run):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    tally = Tally()
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            tally.note(func, args, kwargs, result)
-            return result
-
-    with torch.no_grad(), Count():
-        run()
-    (work,) = tally.take().values()
-    return work
-
-
 def test_products_are_counted_as_twice_their_multiplications():
     x, layer = torch.ones(2, 5, 16), nn.Linear(16, 24)
     work = tallied(lambda: layer(x))
@@ -74,9 +57,33 @@ def test_products_are_counted_as_twice_their_multiplications():
     assert tallied(lambda: filters(image)).flops == 2 * 7 * 8 * 8 * 3 * 9
 
 
+def test_products_of_attention_and_those_that_copy_an_operand_have_rates_of_their_own():
+    head, hidden = (
+        nn.Linear(16, 64, bias=False, dtype=torch.bfloat16).requires_grad_(False),
+        torch.ones(1, 5, 16, dtype=torch.bfloat16),
+    )
+    (kind,) = tallied(lambda: head(hidden)).products
+    assert kind[0] == "bfloat16"
+    (kind,) = tallied(lambda: head(hidden[:, -1:])).products
+    assert kind[0] == f"bfloat16{COPIED}"
+    q = torch.ones(1, 4, 6, 8)
+    (kind,) = tallied(lambda: functional.scaled_dot_product_attention(q, q, q)).products
+    assert kind[0] == f"float32{ATTENTION}"
+    slow = Rates(
+        memory_bytes_per_s=1e9,
+        products={"bfloat16": ((1.0, 1e9), (100.0, 1e12)), f"bfloat16{COPIED}": ((1.0, 1e7),)},
+        op_s=0.0,
+    )
+    work = Work({(f"bfloat16{COPIED}", 0): (1e9, 1e9)})
+    assert slow.seconds(work) == pytest.approx(100.0)
+    assert slow.shares(work) == {"memory": pytest.approx(100.0), "arithmetic": 0.0, "operators": 0.0}
+    stated = Rates.roofline(1e9, {"bfloat16": 1e12}, 0.0)  # of a machine whose file says nothing about it
+    assert stated.seconds(work) == pytest.approx(1.0)
+
+
 def test_views_are_free_and_lookups_touch_their_rows():
     table, x = nn.Embedding(1000, 16), torch.ones(4, 4)
-    assert num_operators(lambda: x.view(16).view(2, 8).transpose(0, 1)[1:]) == 0
+    assert tallied(lambda: x.view(16).view(2, 8).transpose(0, 1)[1:]).num_ops == 0
     work = tallied(lambda: table(torch.tensor([1, 5, 7])))
     assert work.flops == 0
     assert work.touched_bytes < 1000
