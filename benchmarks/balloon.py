@@ -35,9 +35,10 @@ class Balloon:
             [sys.executable, "-m", "benchmarks.balloon"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def fill(self) -> None:
-        """Touch the memory, unless it is held already."""
-        self._ask(f"fill {self.num_bytes}")
+    def fill(self, num_bytes: int | None = None) -> None:
+        """Touch so much memory, at most what the balloon holds (None), unless some is held already."""
+        wanted = self.num_bytes if num_bytes is None else min(num_bytes, self.num_bytes)
+        self._ask(f"fill {wanted}")
 
     def release(self) -> None:
         """Give the memory to whoever touches it next."""

@@ -54,6 +54,7 @@ class Trial:
         limit_bytes: of the memory cgroup; None runs outside one.
         modules: what the child imports before it says that it is ready.
         names_modules: whether the outcome lists all modules that the run imported.
+        balloon_bytes: touched memory that is released before the run, where that should be less than the balloon.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Trial:
     limit_bytes: int | None = None
     modules: Sequence[str] = ()
     names_modules: bool = False
+    balloon_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +163,7 @@ class Bench:
         return self._run(trial, None)
 
     def _run(self, trial: Trial, cgroup: MemoryCgroup | None) -> Outcome:
-        self._balloon.fill()
+        self._balloon.fill(trial.balloon_bytes)
         argv = [sys.executable, "-m", "benchmarks.child"]
         with (
             tempfile.TemporaryFile("w+") as errors,

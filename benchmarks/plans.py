@@ -10,24 +10,25 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Bench, Outcome, Trial
 from benchmarks.report import Figure, Report, ratios
 from benchmarks.settings import Settings, parse_settings
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import MODELS_FOR_MACHINES, accelerate_map
 
 __all__: list[str] = []
 
 MIB = 1 << 20
 PROMPT_TOKENS, NEW_TOKENS, NUM_STEPS = 512, 16, 6
+# Whose plans are timed.
+LARGE = ("Llama-3.1-405B", "DeepSeek-V3", "BLOOM-176B")
 # From everything on disk to everything resident.
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def main() -> None:
-    settings = parse_settings(__doc__ or "", ("prediction", "spread", "maps", "planner"))
+    settings = parse_settings(__doc__ or "", ("prediction", "spread", "maps", "machines", "planner"))
     # Rates are measured now, and kept where only this run finds them.
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
@@ -53,6 +54,8 @@ def main() -> None:
                 _spread(bench, report, settings, layers, most)
             if settings.runs("maps"):
                 _maps(bench, report, settings, budgets[len(budgets) // 2])
+            if settings.runs("machines"):
+                _machines(bench, report, settings)
             if settings.runs("planner"):
                 _planner(bench, report, settings)
             print(report.markdown(bench))
@@ -61,6 +64,7 @@ def main() -> None:
 
 
 def _trial(settings: Settings, name: str, options: dict[str, Any]) -> Trial:
+    balloon_bytes = int(options["max_memory"]["cpu"]) + 128 * MIB
     return Trial(
         name=name,
         call="benchmarks.streams:run_planned",
@@ -72,6 +76,8 @@ def _trial(settings: Settings, name: str, options: dict[str, Any]) -> Trial:
             "num_steps": NUM_STEPS,
         },
         files=settings.files,
+        # What is not taken at once goes back to the host while the first pass runs, and takes a processor for that.
+        balloon_bytes=balloon_bytes,
     )
 
 
@@ -166,7 +172,7 @@ def _spread(bench: Bench, report: Report, settings: Settings, layers: Sequence[s
 def _planner(bench: Bench, report: Report, settings: Settings) -> None:
     """How long planning takes for models of hundreds of billions of parameters on eight accelerators."""
     trials = []
-    for shape in SHAPES:
+    for shape in LARGE:
         trial = Trial(
             name=f"plan of {shape} on eight accelerators",
             call="benchmarks.shapes:plan_shape",
@@ -203,7 +209,7 @@ def _maps(bench: Bench, report: Report, settings: Settings, budget: int) -> None
     workload = bigmodel.Workload(prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS)
     plan = bigmodel.make_plan(settings.path, workload=workload, max_memory={"cpu": budget})
     room = plan.resident_bytes  # what is left for weights beside slots, cache and activations
-    theirs = accelerate_map(settings.path, room)
+    theirs = accelerate_map(settings.path, {"cpu": room})
     trials = []
     for name, options in (("auto", {}), ("accelerate's map", {"device_map": theirs})):
         trial = _trial(settings, f"{name} in {budget // MIB} MiB", {"max_memory": {"cpu": budget}, **options})
@@ -220,18 +226,41 @@ def _maps(bench: Bench, report: Report, settings: Settings, budget: int) -> None
     )
 
 
-def accelerate_map(path: Path, room: int) -> dict[str, str]:
-    """What infer_auto_device_map puts into so many bytes of host memory; the rest rests on disk."""
-    from accelerate import infer_auto_device_map, init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _machines(bench: Bench, report: Report, settings: Settings) -> None:
+    """The same, predicted, for machines that are somewhere else."""
+    from bigmodel.device_map.machine import SHIPPED
 
-    config = AutoConfig.from_pretrained(path)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    device_map: dict[str, str] = infer_auto_device_map(
-        model, max_memory={"cpu": room}, no_split_module_classes=model._no_split_modules
-    )
-    return {name: str(home) for name, home in device_map.items()}
+    for machine in sorted(file.stem for file in SHIPPED.glob("*.json")):
+        for shape in MODELS_FOR_MACHINES:
+            trial = Trial(
+                name=f"{shape} on {machine}",
+                call="benchmarks.shapes:compare_maps",
+                arguments={"shape": shape, "machine": machine},
+            )
+            outcome = bench.run(trial)
+            if outcome.error is not None:
+                bench.note(f"{trial.name}: {outcome.error}")
+                continue
+            found = outcome.result
+            for other in ("sequential", "Accelerate's map"):
+                mine, theirs = found["auto"], found[other]
+                note, values = "", []
+                if mine is None:
+                    note = "auto: does not fit"
+                elif theirs is None:
+                    note = f"{mine['step_s']:.4g} s per token; {other}: does not fit"
+                else:
+                    values = [mine["step_s"] / theirs["step_s"]]
+                    note = f"{mine['step_s']:.4g} s per token, {other} {theirs['step_s']:.4g} s"
+                report.add(
+                    Figure(
+                        name=f"predicted step, {trial.name}: auto over {other}",
+                        values=values,
+                        limit=1.0 + 1e-9,
+                        unit="x",
+                        note=note,
+                    )
+                )
 
 
 def _number(name: str) -> int:

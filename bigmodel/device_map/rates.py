@@ -11,7 +11,7 @@ from typing import Any
 
 from bigmodel.errors import InvalidArgumentError
 
-__all__ = ["ATTENTION", "COPIED", "NOTHING", "Rates", "Work"]
+__all__ = ["ATTENTION", "COPIED", "NOTHING", "Curve", "Rates", "Work"]
 
 ATTENTION = " attention"
 """Ends the dtype of products that are attention's: its kernels reach other rates than products of two matrices."""
