@@ -18,6 +18,10 @@ class Memory:
     Args:
         tables: costs, machine and choices.
         limits: tier -> bytes.
+
+    Attributes:
+        limits: [devices and disk] bytes.
+        together: bytes of the memory that the host shares with unified devices.
     """
 
     def __init__(self, tables: Tables, limits: Mapping[str, int]) -> None:
@@ -27,6 +31,9 @@ class Memory:
         self.limits: Floats = np.array([limits.get(device, 0) for device in (*tables.devices, DISK)], float)
         unified = {each.device for each in tables.machine.accelerators if each.is_unified}
         self._unified = [n for n, device in enumerate(tables.devices) if device in unified]
+        # One memory, whatever part of it a device was granted: all that was granted, but not more than there is.
+        granted = self.limits[0] + self.limits[self._unified].sum()
+        self.together = min(granted, max(self.limits[0], float(tables.machine.unstated_limit_bytes("cpu"))))
         sizes = np.array([[unit.resident_bytes, unit.slot_bytes] for unit in units], float).reshape(-1, 2)
         home, run = tables.home, tables.run
         self._resident: Floats = np.where(home == 0, sizes[:, :1], np.where(home > 0, sizes[:, 1:], 0.0))
@@ -91,7 +98,11 @@ class Memory:
         """Bytes beyond the limits: [candidates]; 0 for a map that fits."""
         peaks = self.peaks(maps, num_slots)
         over: Floats = np.maximum(peaks - self.limits, 0.0).sum(axis=1)
-        if self._unified:  # one memory, whatever part of it a device was granted
-            together = peaks[:, 0] + peaks[:, self._unified].sum(axis=1)
-            over = np.maximum(over, together - self.limits[0])
+        if self._unified:
+            over = np.maximum(over, self.held_together(peaks) - self.together)
         return over
+
+    def held_together(self, peaks: Floats) -> Floats:
+        """Of the memory that the host and unified devices share: [candidates]; 0 where none is shared."""
+        total: Floats = peaks[:, 0] + peaks[:, self._unified].sum(axis=1) if self._unified else np.zeros(len(peaks))
+        return total

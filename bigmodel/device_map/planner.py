@@ -9,8 +9,9 @@ import numpy as np
 
 from bigmodel.device_map.demand import RESERVE_BYTES, Costs, UnitCost
 from bigmodel.device_map.machine import Machine
+from bigmodel.device_map.memory import Memory
 from bigmodel.device_map.plan import Alternative, Estimate, Placement, Plan, SlotGroup
-from bigmodel.device_map.search import Found, Search
+from bigmodel.device_map.search import EVERY, Found, Search
 from bigmodel.device_map.simulation import COMPUTATION, Step, simulate
 from bigmodel.device_map.tables import DISK, Choice, Ints, Tables
 from bigmodel.errors import DeviceMapError, DoesNotFitError
@@ -46,7 +47,7 @@ def decide(
         machine: its rates.
         limits: tier -> bytes; an accelerator that is not there is not used.
         homes: unit name -> tier, honoured exactly, but for units that must stay where they run.
-        runs: unit name -> device that runs it, likewise; the planner's choice where it is None.
+        runs: unit name -> device that runs it, likewise; the planner's choice for units that it does not name.
         all_resident: every unit rests where it runs, or DoesNotFitError.
         allow_cpu_compute: beside accelerators, whether units may run on the CPU.
         refuses: whether what does not fit is an error; otherwise the plan states what it takes.
@@ -61,20 +62,24 @@ def decide(
     choices = _choices(costs.units, machine, limits, homes, all_resident, on_host)
     if runs is not None:
         fixed = [
-            [each for each in open_to if each[1] == runs[cost.unit.name]]
+            [each for each in open_to if each[1] == runs.get(cost.unit.name, each[1])]
             for cost, open_to in zip(costs.units, choices, strict=True)
         ]
         choices = [wanted or open_to for wanted, open_to in zip(fixed, choices, strict=True)]
     tables = Tables(costs, machine, choices)
     search = Search(tables, limits, max_slots=max_slots, progress=progress)
     kept = [c.unit.name for c in costs.units if homes is not None and c.must_stay and homes[c.unit.name] == DISK]
-    notes = (f"these stay in host memory, because other units run inside them: {', '.join(kept)}",) if kept else ()
+    notes = (
+        (f"these do not stream, because other units run inside them or they are in no file: {', '.join(kept)}",)
+        if kept
+        else ()
+    )
     found = search.run()
     if not found:
         least = search.least()
         if refuses:
             plan = _plan(tables, search, least, limits, fingerprint, notes, ())
-            raise _too_large(plan, costs, homes, all_resident)
+            raise _too_large(plan, costs, homes, all_resident, search.memory)
         found = [least]
     return _plan(tables, search, found[0], limits, fingerprint, notes, found[1:])
 
@@ -115,7 +120,7 @@ def advise(plan: Plan, costs: Costs, machine: Machine, *, allow_cpu_compute: boo
     gains = {}
     alike: dict[str, float] = {}  # accelerators that are the same gain the same
     for tier in plan.limits:
-        if tier == DISK:
+        if tier == DISK or not plan.limits[tier]:
             continue
         kind = machine.kind_of(tier, plan.limits[tier])
         if kind in alike:
@@ -126,7 +131,23 @@ def advise(plan: Plan, costs: Costs, machine: Machine, *, allow_cpu_compute: boo
         tables = Tables(costs, machine, choices)
         current = [tables.numbers[u][pair] for u, pair in enumerate(pairs)]
         gains[tier] = alike[kind] = max(0.0, before - Search(tables, limits).go_on(current, num_slots).seconds)
-    return replace(plan, gains_s=gains)
+    return replace(plan, gains_s=gains, notes=(*plan.notes, *_cpu_gain(plan, costs, machine, before)))
+
+
+def _cpu_gain(plan: Plan, costs: Costs, machine: Machine, before: float) -> tuple[str, ...]:
+    """What it would save if units were computed on the CPU too, where that is not allowed."""
+    devices = {place.run_on for place in plan.placements}
+    if devices <= {"cpu"}:
+        return ()
+    choices = _choices(costs.units, machine, plan.limits, None, False, True)
+    tables = Tables(costs, machine, choices)
+    current = [tables.numbers[u][place.home, place.run_on] for u, place in enumerate(plan.placements)]
+    num_slots = max((group.num_slots for group in plan.slots), default=1)
+    saved = before - Search(tables, plan.limits).go_on(current, num_slots).seconds
+    if saved <= _TOLD_APART * before:
+        return ()
+    told = f"computing on the CPU too (allow_cpu_compute=True) would save {saved / before:.1%} of the time"
+    return (f"{told}; it rounds differently",)
 
 
 def refuse_accelerators(homes: Mapping[str, str]) -> None:
@@ -147,7 +168,10 @@ def _choices(
     allow_cpu_compute: bool,
 ) -> list[list[Choice]]:
     """What is open to each unit: where it rests, and what runs it."""
-    accelerators = [each.device for each in machine.accelerators if limits.get(each.device, 0) > 0]
+    named_homes = set() if homes is None else set(homes.values())
+    accelerators = [
+        each.device for each in machine.accelerators if limits.get(each.device, 0) > 0 or each.device in named_homes
+    ]
     devices = [*accelerators, *(["cpu"] if allow_cpu_compute or not accelerators else [])]
     choices = []
     for cost in units:
@@ -206,17 +230,28 @@ def _plan(
         rates_from=tables.machine.rates_from,
         fingerprint=fingerprint,
         notes=notes,
-        alternatives=_alternatives(found, others),
+        alternatives=_alternatives(tables, found, others),
     )
 
 
-def _alternatives(found: Found, others: Sequence[Found]) -> tuple[Alternative, ...]:
+def _described(tables: Tables, found: Found) -> str:
+    """How many units rest where."""
+    counts: dict[str, int] = {}
+    for u, number in enumerate(found.choices):
+        home, device = tables.choices[u][number]
+        where = f"on {device}" if home == device else f"from {home} to {device}"
+        counts[where] = counts.get(where, 0) + 1
+    return ", ".join(f"{count} {where}" for where, count in counts.items())
+
+
+def _alternatives(tables: Tables, found: Found, others: Sequence[Found]) -> tuple[Alternative, ...]:
     """The next best maps that are told apart by more than nothing."""
     told: dict[str, float] = {}
     for each in others:
         if each.seconds > found.seconds * (1 + _TOLD_APART):
             slots = "1 slot" if each.num_slots == 1 else f"{each.num_slots} slots"
-            told.setdefault(f"{each.what}, {slots}", each.seconds)
+            what = _described(tables, each) if each.what == EVERY else each.what
+            told.setdefault(f"{what}, {slots}", each.seconds)
     return tuple(Alternative(what=what, seconds=seconds) for what, seconds in list(told.items())[:_ALTERNATIVES])
 
 
@@ -309,12 +344,24 @@ def _workload_s(plan: Plan) -> float | None:
     return estimate.ttft_s + plan.workload.new_tokens * estimate.time_per_token_s
 
 
-def _too_large(plan: Plan, costs: Costs, homes: Mapping[str, str] | None, all_resident: bool) -> DoesNotFitError:
+def _too_large(
+    plan: Plan, costs: Costs, homes: Mapping[str, str] | None, all_resident: bool, memory: Memory
+) -> DoesNotFitError:
     """What the smallest plan lacks, and the smallest change that would do."""
     peaks = plan.estimate.peak_bytes
     short = {tier: peak - plan.limits.get(tier, 0) for tier, peak in peaks.items() if peak > plan.limits.get(tier, 0)}
-    # The tier that lacks the least is the one to enlarge; a unified memory may lack in sum alone.
-    tier = min(short, key=lambda name: (name == DISK, short[name]), default="cpu")
+    if not short:  # each has what it needs, and the one memory that they share has not
+        names = ["cpu", *(each for each in peaks if each not in ("cpu", DISK))]
+        needed, limit = sum(peaks[name] for name in names), int(memory.together)
+        return DoesNotFitError(
+            f"{' and '.join(names)} share one memory, of which the model needs {format_bytes(needed)} and "
+            f"{format_bytes(limit)} may be used. Let weights rest on disk (device_map='auto'), or state a smaller workload.",
+            tier="cpu",
+            needed_bytes=needed,
+            available_bytes=limit,
+        )
+    # Of several the one that lacks the least is told about; all of them are to be enlarged.
+    tier = min(short, key=lambda name: (name == DISK, short[name]))
     needed, limit = peaks[tier], plan.limits.get(tier, 0)
     if tier == DISK:
         return DoesNotFitError(
@@ -345,7 +392,8 @@ def _too_large(plan: Plan, costs: Costs, homes: Mapping[str, str] | None, all_re
         parts.append(f"{format_bytes(max(0, rest - plan.kv_bytes - activations))} of reserve and read buffers")
     else:
         parts.append(f"{format_bytes(rest)} of KV cache, activations, buffers, context and reserve")
-    advice = [f"Raise max_memory[{tier!r}] to {_at_least(needed)}"]
+    raised = [f"max_memory[{name!r}] to {_at_least(peaks[name])}" for name in short]
+    advice = [f"Raise {' and '.join(raised)}"]
     if all_resident or (homes is not None and any(home != DISK for home in homes.values())):
         advice.append("let weights rest on disk (device_map='auto')")
     workload = plan.workload

@@ -99,7 +99,7 @@ class Rates:
         if not are_numbers or self.memory_bytes_per_s <= 0 or not self.fresh_bytes_per_s > 0:
             raise InvalidArgumentError(f"Rates must be positive numbers; given were {self!r}.")
         for dtype, curve in self.products.items():
-            if not curve or any(rate <= 0 for _, rate in curve) or _is_falling(curve):
+            if not curve or any(min(point) <= 0 for point in curve) or _is_falling(curve):
                 raise InvalidArgumentError(f"The rates of {dtype} products are {curve!r}. Give rising intensities.")
 
     @classmethod

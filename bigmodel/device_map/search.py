@@ -15,7 +15,10 @@ from bigmodel.device_map.simulation import simulate
 from bigmodel.device_map.tables import Floats, Ints, Tables
 from bigmodel.progress import PLANNING, Report
 
-__all__ = ["Found", "Search"]
+__all__ = ["EVERY", "Found", "Search"]
+
+EVERY = "all maps"
+"""How a search that looked at all of them began."""
 
 # So many maps are all looked at. Beyond, as many unit-passes as this are simulated (1e6 take about 0.4 s).
 _ALL_BELOW = 150_000
@@ -175,7 +178,7 @@ class Search:
                     numbers, seconds = np.array([n for n, _ in results]), np.array([s for _, s in results])
                     at = self._ranked(maps[numbers], np.full(len(numbers), slots), seconds)[0]
                     choices = tuple(int(c) for c in maps[numbers[at]])
-                    best.append(Found(choices, slots, float(seconds[at]), "all maps"))
+                    best.append(Found(choices, slots, float(seconds[at]), EVERY))
         return self._sorted(best)
 
     def _fitting(self, maps: Ints, slots: Ints) -> Iterator[tuple[int, float]]:

@@ -134,6 +134,10 @@ class _Passes:
         self._back = np.minimum(members, num_slots)
         self._order = [np.flatnonzero(tables.runs[phase]).tolist() for phase in (0, 1)]
         self._hop = [self._hops(phase) for phase in (0, 1)]
+        # The host's slots are mapped page by page when they are first read into.
+        share = np.where(self._fetched & (self._run == 0), self._back / np.maximum(members, 1), 0.0)
+        slot_bytes = np.array([unit.slot_bytes for unit in tables.costs.units], float)
+        self._touching_s = slot_bytes @ share / tables.machine.host_rates.fresh_bytes_per_s
         self._size = self._num_units * self._num_maps
         self._copies_at = (2 + _NUM_STEPS) * self._size
         self._ends: Floats = np.zeros(2 * self._copies_at)
@@ -187,6 +191,8 @@ class _Passes:
                     )
                 )
         self._now = now + self._glue(phase)
+        if number == 0:
+            self._now = self._now + self._touching_s
         self._disk_free = disk_free
         return self._now
 

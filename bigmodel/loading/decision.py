@@ -39,6 +39,8 @@ _AUTOMATIC = ("auto", *NAMED)
 _FINER_GAIN = 0.97
 # Twice as many sequences must give this much more, and there are never more than so many.
 _BATCH_GAIN, _MOST_SEQUENCES = 1.03, 4096
+# A map that has a name is filled again with smaller limits so many times, where what it left did not suffice.
+_NAMED_ATTEMPTS = 6
 _GUESSED = "activations and KV cache are estimates, because no pass could be tried ({reason})"
 
 
@@ -81,39 +83,103 @@ class _Problem:
 
     def decide(self, device_map: str | Mapping[str, Any], units: tuple[Unit, ...]) -> tuple[Plan, tuple[Unit, ...]]:
         """A plan by a user's map; a map may divide units."""
-        homes = None
         whole_units = {unit.name for unit in units}
-        is_on_host = device_map == "cpu"
         if isinstance(device_map, Mapping):
             by_parameter = resolve_map(device_map, units, self._decider.known_names(), self._machine)
-            strange = {home: home for home in by_parameter.values() if home not in self.tiers}
-            if strange:
-                refuse_accelerators(strange)
+            self._refuse_left_out(by_parameter)
             units, homes = divide_by_home(units, by_parameter)
             is_on_host = set(homes.values()) == {"cpu"}
+            plan = self.settle(
+                units,
+                whole_units,
+                limits=self._limits_of(homes),
+                homes=homes,
+                runs=self._runs_of_parts(units, homes),
+                all_resident=self._is_loaded or is_on_host,
+                on_host=is_on_host,
+                refuses=not self._is_loaded,
+            )
         elif device_map in NAMED and len(self.tiers) > 2:
-            homes = homes_of(device_map, self.costs_of(units), self._machine, self._limits, num_slots=MAX_SLOTS)
-        plan = self.settle(
-            units,
-            whole_units,
-            homes=homes,
-            all_resident=self._is_loaded or is_on_host or device_map == "cuda",
-            on_host=is_on_host,
-            refuses=not self._is_loaded,
-        )
+            plan = self._by_name(device_map, units, whole_units)
+        else:
+            limits = self._limits
+            if device_map == "cuda":
+                usable = [each.device for each in self._machine.accelerators if limits.get(each.device, 0) > 0]
+                if not usable:
+                    raise DeviceMapError(
+                        "device_map='cuda' wants everything on an accelerator, and max_memory leaves none to use. Use 'auto' or "
+                        "'cpu', or state a limit for one."
+                    )
+                limits = {tier: size for tier, size in limits.items() if tier in ("cpu", "disk", usable[0])}
+            plan = self.settle(
+                units,
+                whole_units,
+                limits=limits,
+                all_resident=self._is_loaded or device_map in ("cpu", "cuda"),
+                on_host=device_map == "cpu",
+                refuses=not self._is_loaded,
+            )
         return plan, units
 
+    def _refuse_left_out(self, by_parameter: Mapping[str, str]) -> None:
+        strange = {home: home for home in by_parameter.values() if home not in self.tiers}
+        left_out = sorted(strange.keys() & {each.device for each in self._machine.accelerators})
+        if left_out:
+            raise DeviceMapError(
+                f"device_map names {', '.join(left_out)}, which max_memory leaves out. State limits there, or leave it out."
+            )
+        if strange:
+            refuse_accelerators(strange)
+
+    def _limits_of(self, homes: Mapping[str, str]) -> dict[str, int]:
+        """Where a map names accelerators, those and no others are used."""
+        named = set(homes.values()) - {"cpu", "disk"}
+        return {tier: size for tier, size in self._limits.items() if not named or tier in named | {"cpu", "disk"}}
+
+    def _runs_of_parts(self, units: Sequence[Unit], homes: Mapping[str, str]) -> dict[str, str]:
+        """Parts of one module run where one of them rests on an accelerator; on the first there is, where none does."""
+        limits = self._limits_of(homes)
+        usable = [each.device for each in self._machine.accelerators if limits.get(each.device, 0) > 0]
+        at_sites: dict[tuple[str, ...], list[str]] = {}
+        for unit in units:
+            at_sites.setdefault(unit.sites, []).append(unit.name)
+        runs: dict[str, str] = {}
+        for parts in at_sites.values():
+            if len(parts) > 1 and usable:
+                own = [homes[name] for name in parts if homes[name] not in ("cpu", "disk")]
+                runs |= dict.fromkeys(parts, own[0] if own else usable[0])
+        return runs
+
+    def _by_name(self, name: str, units: Sequence[Unit], whole_units: Collection[str]) -> Plan:
+        """A map that has a name. Its own sums are of weights; what else proves to be needed is taken from its limits."""
+        limits = dict(self._limits)
+        for attempt in range(_NAMED_ATTEMPTS):
+            homes = homes_of(name, self.costs_of(units), self._machine, limits, num_slots=MAX_SLOTS)
+            try:
+                return self.settle(
+                    units, whole_units, homes=homes, all_resident=self._is_loaded, refuses=not self._is_loaded
+                )
+            except DoesNotFitError as error:
+                lacking = error.needed_bytes - error.available_bytes
+                if attempt == _NAMED_ATTEMPTS - 1 or lacking <= 0 or limits.get(error.tier, 0) <= lacking:
+                    raise
+                limits[error.tier] -= lacking
+        raise AssertionError
+
     def settle(
-        self, units: Sequence[Unit], whole_units: Collection[str], *, on_host: bool = False, **choices: Any
+        self,
+        units: Sequence[Unit],
+        whole_units: Collection[str],
+        *,
+        limits: Mapping[str, int] | None = None,
+        on_host: bool = False,
+        **choices: Any,
     ) -> Plan:
-        """The planner's decision about these units; `choices` are its own."""
-        limits, machine = self._limits, self._machine
-        if on_host or (choices.get("runs") and set(choices["runs"].values()) == {"cpu"}):
+        """The planner's decision about these units; `choices` are its own. Nothing but the host is used where `on_host`."""
+        limits, machine = self._limits if limits is None else limits, self._machine
+        if on_host:
             limits = {tier: limits[tier] for tier in ("cpu", "disk")}
             machine = replace(machine, accelerators=())
-        elif choices.get("all_resident") and len(self.tiers) > 2:
-            first = machine.accelerators[0].device
-            limits = {tier: size for tier, size in limits.items() if tier in ("cpu", "disk", first)}
         return decide(
             self.costs_of(units, whole_units),
             machine,
@@ -225,9 +291,9 @@ class Decider:
         machine: Machine,
         allow_cpu_compute: bool,
     ) -> Workload:
-        """The batch with the most tokens per second, doubled from one as long as that gains something and fits."""
+        """The batch with the most tokens per second: doubled from one as long as that gains something and fits, then once by half."""
         best: tuple[float, Workload] | None = None
-        batch_size = 1
+        batch_size, step = 1, 1
         while batch_size <= _MOST_SEQUENCES:
             tried = replace(workload, batch_size=batch_size)
             try:
@@ -235,12 +301,17 @@ class Decider:
             except DoesNotFitError:
                 if best is None:
                     raise
-                break
+                if step < batch_size // 2 or batch_size < 3:
+                    break
+                batch_size, step = batch_size - batch_size // 4, 0  # half as much more than the last, and no further
+                continue
             rate = batch_size * max(1, workload.new_tokens) / max(_seconds(plan), 1e-12)
             if best is not None and rate < _BATCH_GAIN * best[0]:
                 break
             best = rate, tried
-            batch_size *= 2
+            if not step:
+                break
+            batch_size, step = 2 * batch_size, batch_size
         assert best is not None
         return best[1]
 
@@ -269,7 +340,8 @@ class Decider:
             )
         # Decided again with these homes: the plan's own figures may be of another dtype, workload or machine.
         max_slots = max((group.num_slots for group in plan.slots), default=1)
-        followed = problem.settle(units, whole, homes=homes, runs=runs, max_slots=max_slots)
+        on_host = set(runs.values()) == {"cpu"}
+        followed = problem.settle(units, whole, homes=homes, runs=runs, max_slots=max_slots, on_host=on_host)
         if plan.rates_from and (plan.machine, plan.rates_from) != (followed.machine, followed.rates_from):
             note = f"it was made for {plan.machine} (rates: {plan.rates_from}); the times here are for this machine"
             followed = replace(followed, notes=(*followed.notes, note))
@@ -278,7 +350,12 @@ class Decider:
     def _units_of(self, plan: Plan) -> tuple[tuple[Unit, ...], set[str]]:
         """The division that a plan was made for, and the names of the units that are whole in it."""
         homes_of_units = {placement.unit: placement.home for placement in plan.placements}
-        parts = {name: placement.home for placement in plan.placements for name in placement.parameters}
+        # A part's name says which tier the map gave it, also where it had to stay elsewhere.
+        parts = {
+            name: placement.unit.rpartition(" (")[2].removesuffix(")")
+            for placement in plan.placements
+            for name in placement.parameters
+        }
         for whole in self._divisions():
             by_parameter = {
                 name: parts.get(name) or homes_of_units.get(unit.name, "") for unit in whole for name in unit.parameters

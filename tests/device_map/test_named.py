@@ -1,6 +1,7 @@
 """Maps that fail elsewhere, with the shapes of Llama-3-8B (16.06 GB in bf16), from its config.json alone."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import bigmodel
 from bigmodel.device_map.demand import CONTEXT_BYTES
 from bigmodel.device_map.machine import Accelerator, Machine
 from bigmodel.device_map.rates import Rates
-from bigmodel.errors import DoesNotFitError
+from bigmodel.errors import DeviceMapError, DoesNotFitError
 
 GB = 10**9
 LLAMA_3_8B = {
@@ -256,3 +257,79 @@ def test_bool_and_8_bit_weights_count_by_their_bytes():
     model.b = nn.Parameter(torch.empty(1000, dtype=torch.bool, device="meta"), requires_grad=False)
     model.c = model.a
     assert bigmodel.make_plan(model, machine(0)).weight_bytes == 2000
+
+
+def test_cuda_is_the_first_accelerator_that_may_be_used(llama):
+    plan = bigmodel.make_plan(llama, machine(), SMALL, max_memory={1: "40GB"}, device_map="cuda")
+    assert {(place.home, place.run_on) for place in plan.placements} == {("cuda:1", "cuda:1")}
+    for limits in ({"cpu": "64GB"}, {0: 0, 1: 0}):
+        with pytest.raises(DeviceMapError, match="max_memory leaves none"):
+            bigmodel.make_plan(llama, machine(), SMALL, max_memory=limits, device_map="cuda")
+
+
+def test_a_map_is_followed_or_refused_and_never_changed(llama):
+    with pytest.raises(DoesNotFitError, match=r"of cuda:0, and 0 B may be used"):
+        bigmodel.make_plan(llama, machine(), SMALL, max_memory={0: 0, "cpu": "64GB"}, device_map={"": 0})
+    with pytest.raises(DeviceMapError, match=r"names cuda:1, which max_memory leaves out"):
+        bigmodel.make_plan(llama, machine(), SMALL, max_memory={0: "40GB"}, device_map={"": 1})
+    # Where a map names an accelerator, what streams goes to it and to no other.
+    plan = bigmodel.make_plan(llama, machine(), SMALL, device_map={"": "disk", "lm_head": 1})
+    assert {place.run_on for place in plan.placements if "embed" not in place.unit} == {"cuda:1"}
+
+
+def test_parts_of_a_module_run_on_one_device(llama):
+    device_map = {"": "disk", "model.layers.5.mlp": "cpu", "model.layers.7.mlp": "cpu", "model.layers.8.mlp": 1}
+    plan = bigmodel.make_plan(llama, machine(), SMALL, device_map={**device_map, "lm_head": 0})
+    runs = {place.unit: place.run_on for place in plan.placements}
+    for number in (5, 7, 8):
+        own = {device for unit, device in runs.items() if unit.startswith(f"model.layers.{number} (")}
+        assert len(own) == 1
+    assert own == {"cuda:1"}
+
+
+def test_advice_leaves_out_what_may_not_be_used(llama):
+    plan = bigmodel.make_plan(llama, machine(1), SMALL, max_memory={0: 0, "cpu": "8GB"})
+    assert {place.run_on for place in plan.placements} == {"cpu"}
+    assert set(plan.gains_s) == {"cpu"}
+
+
+def test_what_the_cpu_would_gain_is_said(llama):
+    limits = {0: "8GB", "cpu": "64GB"}
+    plan = bigmodel.make_plan(llama, machine(1), SMALL, max_memory=limits)
+    assert any("allow_cpu_compute=True" in note for note in plan.notes)
+    allowed = bigmodel.make_plan(llama, machine(1), SMALL, max_memory=limits, allow_cpu_compute=True)
+    assert not any("allow_cpu_compute" in note for note in allowed.notes)
+    whole = bigmodel.make_plan(llama, machine(1), SMALL)
+    assert not any("allow_cpu_compute" in note for note in whole.notes)
+
+
+def test_of_several_tiers_that_are_short_all_are_to_be_raised(llama):
+    limits = {0: "1GB", "cpu": "1GB"}
+    with pytest.raises(DoesNotFitError) as caught:
+        bigmodel.make_plan(llama, machine(1), SMALL, max_memory=limits)
+    raised = dict(re.findall(r"max_memory\['([^']+)'\] to (\w+)", str(caught.value)))
+    assert raised.keys() == {"cuda:0", "cpu"}
+    bigmodel.make_plan(llama, machine(1), SMALL, max_memory=raised)
+
+
+@pytest.mark.parametrize("name", ["sequential", "balanced"])
+def test_a_name_fits_wherever_auto_does(llama, name):
+    for room in ("4.5GB", "4.8GB", "5.1GB", "5.45GB"):
+        limits = {0: "8GB", "cpu": room}
+        assert bigmodel.make_plan(llama, machine(1), SMALL, max_memory=limits)
+        plan = bigmodel.make_plan(llama, machine(1), SMALL, max_memory=limits, device_map=name)
+        assert all(size <= plan.limits[tier] for tier, size in plan.estimate.peak_bytes.items())
+
+
+def test_unified_memory_is_all_that_was_granted_of_it(llama):
+    unified = Machine.load("unified-64gb")
+    plan = bigmodel.make_plan(llama, unified, SMALL, max_memory={"mps:0": "40GB", "cpu": "8GB"})
+    assert not plan.slots  # 16 GB of weights: the host's own 8 GB are not the limit of both
+    halves = {"": "mps:0", **{f"model.layers.{n}": "cpu" for n in range(16)}}
+    limits = {"mps:0": "40GB", "cpu": "40GB"}
+    with pytest.raises(
+        DoesNotFitError, match=r"cpu and mps:0 share one memory, of which the model needs 6\d"
+    ) as caught:
+        bigmodel.make_plan(llama, unified, SMALL, max_memory=limits, device_map=halves, dtype="float64")
+    assert caught.value.needed_bytes > caught.value.available_bytes
+    assert caught.value.available_bytes <= unified.host_bytes

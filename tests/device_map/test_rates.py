@@ -39,6 +39,12 @@ def test_works_add_up():
     assert both.plus(both, -1) == Work(dict.fromkeys(both.products, (0.0, 0.0)), 0.0, 0.0)
 
 
+def test_points_of_a_curve_have_an_intensity_and_a_rate():
+    for point in ((0.0, 1e9), (1.0, 0.0), (-1.0, 1e9)):
+        with pytest.raises(InvalidArgumentError):
+            Rates(memory_bytes_per_s=1e9, products={"float32": (point,)}, op_s=0.0)
+
+
 @pytest.mark.parametrize("memory", [0.0, -1.0, float("nan"), float("inf")])
 def test_rates_that_mean_nothing(memory):
     with pytest.raises(InvalidArgumentError):

@@ -659,6 +659,33 @@ def odd(tmp_path):
     return tmp_path / "odd.safetensors", module.requires_grad_(False)
 
 
+class Rooted(nn.Module):
+    """Its own two parameters are one unit, inside which the blocks run: it cannot stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(16)), nn.Parameter(torch.zeros(16))
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.tanh(block(x)) * self.scale + self.shift
+        return x
+
+
+def test_a_plan_that_divides_what_cannot_stream_is_followed(tmp_path):
+    from safetensors.torch import save_file
+
+    reference = Rooted().eval().requires_grad_(False)
+    path = tmp_path / "rooted.safetensors"
+    save_file(reference.state_dict(), path)
+    plan = make_plan(path, model=Rooted, device_map={"": "disk", "scale": "cpu"})
+    assert any("shift" in place.parameters and place.home == "cpu" for place in plan.placements)
+    model = load(path, bigmodel.Plan.from_json(plan.to_json()), model=Rooted)
+    x = torch.randn(2, 16)
+    assert torch.equal(model(x), reference(x))
+
+
 def test_a_plain_module_streams_too(odd):
     path, reference = odd
     x = torch.randn(3, 16)
