@@ -63,10 +63,10 @@ demo: $(INSTALLED)
 	$(BIN)/bigmodel run "$$folder" --chat --prompt "$$PROMPT" --max-memory "cpu=$$BUDGET"
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -m "not gpu"
+	@$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 test-fast: $(INSTALLED)
-	@$(BIN)/python -m pytest -m "not gpu and not slow"
+	@$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
 
 test-gpu: $(INSTALLED)
 	@$(BIN)/python -m pytest -m gpu

@@ -37,7 +37,7 @@ BACK_THROUGH_THE_DOOR = {"device_map/plan"}
 
 # Who may import a third-party package. A name that ends in / is a folder; torch and numpy are everybody's.
 OWNERS = {
-    "huggingface_hub": {"checkpoint/resolve"},
+    "huggingface_hub": {"checkpoint/hub"},
     "psutil": {"device_map/machine"},
     "rich": {"progress", "cli/app"},
     "safetensors": {"checkpoint/", "saving"},

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bigmodel.checkpoint.checkpoint import Checkpoint, fingerprint_of
 from bigmodel.checkpoint.header import checked_entries
-from bigmodel.checkpoint.resolve import has_weights, headers_in_repo, read_config
+from bigmodel.checkpoint.hub import headers_in_repo
+from bigmodel.checkpoint.names import leaves
+from bigmodel.checkpoint.resolve import has_weights, read_config
 from bigmodel.checkpoint.spec import AWAY, TensorSpec
+from bigmodel.errors import InvalidArgumentError
 
 __all__ = ["open_unread"]
 
@@ -28,41 +32,56 @@ def open_unread(
         revision, subfolder, variant: as in `open_checkpoint`.
 
     Raises:
-        MissingFilesError, MalformedFileError, UnsupportedCheckpointError: as there.
+        InvalidArgumentError: `path` is no path.
+        MissingFilesError, MalformedFileError, UnsafeFileError, UnsupportedCheckpointError: as there; the last also for a repo
+            whose weights are not safetensors, and not in the Hub's cache.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidArgumentError(
+            f"The checkpoint's path is {path!r}, of type {type(path).__name__}. Give a folder, a weight file, an index file, "
+            "or a Hub repo id such as 'org/name'."
+        )
     name = os.path.expanduser(os.fsdecode(path))
-    if os.path.basename(name) == "config.json" and os.path.isfile(name):
-        name = os.path.dirname(os.path.abspath(name))
-    if os.path.isdir(name):
-        folder = os.path.normpath(os.path.join(os.path.abspath(name), subfolder or ""))
-        if not os.path.isdir(folder) or has_weights(folder) or variant is not None:
+    if subfolder is not None and leaves(subfolder):
+        return None
+    if os.path.lexists(name):
+        is_config = os.path.basename(name) == "config.json" and os.path.isfile(name) and subfolder is None
+        base = os.path.dirname(os.path.abspath(name)) if is_config else os.path.abspath(name)
+        folder = os.path.normpath(os.path.join(base, subfolder or ""))
+        if revision is not None or variant is not None or not os.path.isdir(folder) or has_weights(folder):
             return None
         config = read_config(folder)
-        return None if config is None else _checkpoint(folder, (), config)
+        return None if config is None else _checkpoint(folder, {}, None, config)
     found = headers_in_repo(path, revision=revision, subfolder=subfolder, variant=variant)
     if found is None:
         return None
     folder, tables, weight_map = found
-    specs = []
+    contents = {}
     for file, table in tables.items():
-        place = f"{AWAY}{os.path.join(folder, file)}"
         entries, _ = checked_entries(table, file)
-        for begin, tensor, dtype, shape in entries:
-            if weight_map is None or weight_map.get(tensor, file) == file:
-                specs.append(TensorSpec(tensor, dtype, shape, place, begin))
-    return _checkpoint(folder, sorted(specs, key=lambda spec: (spec.file, spec.offset)), read_config(folder))
+        place = f"{AWAY}{os.path.join(folder, file)}"
+        contents[file] = [TensorSpec(name, dtype, shape, place, begin) for begin, name, dtype, shape in entries]
+    return _checkpoint(folder, contents, weight_map, read_config(folder))
 
 
-def _checkpoint(folder: str, specs: list[TensorSpec] | tuple[()], config: dict[str, object] | None) -> Checkpoint:
-    files: dict[str, list[TensorSpec]] = {}
-    for spec in specs:
-        files.setdefault(spec.file, []).append(spec)
+def _checkpoint(
+    folder: str,
+    contents: Mapping[str, Sequence[TensorSpec]],
+    weight_map: Mapping[str, str] | None,
+    config: dict[str, object] | None,
+) -> Checkpoint:
+    """Of what each file holds, by its name as seen from the folder, in order of names."""
     return Checkpoint(
         path=Path(folder),
-        files=tuple(files),
-        tensors={spec.name: spec for spec in specs},
+        files=tuple(f"{AWAY}{os.path.join(folder, file)}" for file in contents),
+        tensors={
+            spec.name: spec
+            for file, specs in contents.items()
+            for spec in specs
+            if weight_map is None or weight_map.get(spec.name, file) == file  # else a copy: another file's counts
+        },
         config=config,
-        fingerprint=fingerprint_of({os.path.basename(file): own for file, own in files.items()}) if files else "",
+        fingerprint=fingerprint_of(contents) if contents else "",
         content_key="",
         stamps={},
         tied=(),

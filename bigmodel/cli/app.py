@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -239,10 +240,22 @@ def plan(
     device_map: DeviceMap = "auto",
     dtype: Dtype = "auto",
     batch_size: Annotated[
-        str, typer.Option("--batch-size", metavar="N", help="Sequences at once; auto: as many as are fastest.")
-    ] = "1",
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of each prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=0, help="Tokens generated after it.")] = 128,
+        str | None,
+        typer.Option(
+            "--batch-size",
+            metavar="N",
+            help="Sequences at once; auto: as many as are fastest.",
+            show_default="1, or a saved plan's",
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option("--prompt-tokens", min=1, help="Tokens of each prompt.", show_default="512, or a saved plan's"),
+    ] = None,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option("--new-tokens", min=0, help="Tokens generated after it.", show_default="128, or a saved plan's"),
+    ] = None,
     machine: Annotated[
         str | None,
         typer.Option("--machine", metavar="FILE", help="A machine file, or the name of one that comes with bigmodel."),
@@ -267,9 +280,17 @@ def plan(
     with _told_in_a_sentence(with_traceback):
         limits = parse_limits(max_memory)
         where = parse_device_map(device_map)
-        sequences = parse_batch_size(batch_size)
-        workload = bigmodel.Workload(batch_size=sequences, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-        from bigmodel.loading.planning import make_plan_and_timeline
+        stated: dict[str, Any] = {
+            "batch_size": None if batch_size is None else parse_batch_size(batch_size),
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new_tokens,
+        }
+        from bigmodel.loading.planning import make_plan_and_timeline, workload_of
+
+        workload = replace(
+            workload_of(where) or bigmodel.Workload(),
+            **{name: value for name, value in stated.items() if value is not None},
+        )
 
         made, timeline = make_plan_and_timeline(
             path,
@@ -309,7 +330,7 @@ def calibrate(
     as_json: Annotated[bool, typer.Option("--json", help="The machine as a machine file, with its rates.")] = False,
     with_traceback: WithTraceback = False,
 ) -> None:
-    """Measure this machine's disk, memory, arithmetic and links once, in about 20 seconds."""
+    """Measure this machine's disk, memory, arithmetic and links once, in about half a minute."""
     with _told_in_a_sentence(with_traceback):
         machine = bigmodel.Machine.calibrate(folder)
         if as_json:

@@ -2,7 +2,8 @@
 
     measuring.measure() ──> Calibration ──> the user's cache folder ──> Machine.probe()
 
-A calibration is kept for this machine's processors, accelerators and number of threads, and used until another takes its place.
+A calibration is kept for this machine's processors, accelerators, number of threads and version of torch, and used until another
+takes its place.
 """
 
 from __future__ import annotations
@@ -112,9 +113,11 @@ def file_system_of(path: str | os.PathLike[str]) -> str:
 
 
 def _file(folder: Path | None) -> Path:
-    """One for each set of processors, accelerators and threads: a cache folder may be shared by machines."""
+    """One for each set of processors, accelerators and threads, as a cache folder may be shared; and for each torch, whose
+    kernels are what was measured."""
     names = [_device_name(device) for device in devices_here()]
-    described = [platform.machine(), _processor_name(), os.cpu_count(), torch.get_num_threads(), names]
+    threads = torch.get_num_threads()
+    described = [platform.machine(), _processor_name(), os.cpu_count(), threads, torch.__version__, names]
     key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
     return (folder or default_cache_folder()) / f"calibration-{key}.json"
 

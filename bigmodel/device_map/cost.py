@@ -19,7 +19,7 @@ from bigmodel.device_map.counter import NotTriedError
 from bigmodel.device_map.plan import Workload
 from bigmodel.device_map.rates import NOTHING, Work
 from bigmodel.device_map.tally import Experts
-from bigmodel.device_map.trial import Call, PassWork, Trial
+from bigmodel.device_map.trial import Call, PassWork, Then, Trial, Tried
 from bigmodel.device_map.unit import Unit
 
 __all__ = ["ModelCosts", "UnitWork", "measure", "work_of_units"]
@@ -28,6 +28,8 @@ MakeInputs = Callable[[int, int], dict[str, torch.Tensor] | None]
 
 # A token's activations are followed along a line this many times beyond the prompt; further on they are tried.
 _FAR = 4
+# A line needs a second point: of so many tokens, where the workload's first pass has one.
+_SECOND_TOKENS = 16
 # Where no pass can be tried: tensors as wide as the widest weight that a layer holds at once.
 _WIDE_TENSORS = 6
 
@@ -44,9 +46,10 @@ class ModelCosts:
         kv_fixed_bytes: per sequence, whatever its length (states, sliding windows).
         kv_bytes_per_token: per sequence and token.
         is_measured: whether passes were tried; otherwise these are estimates from the widest weights.
-        reason: why no pass could be tried.
+        reason: why no pass could be tried, or none after the first one.
         device_bytes: activations of the workload's largest pass on an accelerator.
         prefill, decode: work of the first pass, and of one in the middle of what is generated after it.
+        repeats: each call is a whole pass, because nothing is kept between two: decode is prefill again.
         kv: name of a module -> (bytes per sequence, bytes per sequence and token) of the cache that its forward makes.
         experts: name of a module -> its experts and their routing width.
     """
@@ -62,6 +65,7 @@ class ModelCosts:
     device_bytes: int = 0
     prefill: PassWork = field(default_factory=PassWork)
     decode: PassWork = field(default_factory=PassWork)
+    repeats: bool = False
     kv: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     experts: Mapping[str, Experts] = field(default_factory=dict)
 
@@ -89,6 +93,8 @@ class ModelCosts:
         square = max(0.0, square)
         linear = max(self.prefill_bytes / tried - square * tried, self.half_prefill_bytes / half - square * half, 0.0)
         fitted = linear * num_tokens + square * num_tokens * (num_tokens + past_tokens)
+        if self.repeats:
+            return math.ceil(share * fitted)
         looking_back = self.decode_bytes * max(1.0, (past_tokens + num_tokens) / self.workload.total_tokens)
         return math.ceil(share * max(fitted, looking_back))
 
@@ -106,16 +112,38 @@ def measure(trial: Trial, model: nn.Module, make_inputs: MakeInputs, workload: W
     if workload.num_sequences > 1 and _accepts(model, "attention_mask"):
         ways.insert(0, _with_mask(make_inputs))
     reason = ""
-    for make in ways:
-        try:
-            return _tried(trial, model, make, workload)
-        except NotTriedError as error:
-            reason = str(error)
+    # As generate asks, whatever the config says; a model that cannot do so is tried without.
+    asked: list[dict[str, Any]] = [{"use_cache": True}] if _takes_use_cache(model) else []
+    for options in [*asked, {}]:
+        first_alone: ModelCosts | None = None
+        for make in ways:
+            try:
+                costs = _tried(trial, model, make, workload, options)
+            except NotTriedError as error:
+                reason = str(error)
+                continue
+            if not costs.reason:
+                return costs
+            first_alone = first_alone or costs
+        if first_alone is not None:
+            return first_alone
     return _guessed(model, workload, reason)
 
 
 def _accepts(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
+
+
+def _generates(model: nn.Module) -> bool:
+    can_generate = getattr(model, "can_generate", None)
+    return bool(callable(can_generate) and can_generate())
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    """Whether generate would ask it for a cache, by a parameter of forward or through what it hands on."""
+    hands_on = any(each.kind is each.VAR_KEYWORD for each in inspect.signature(model.forward).parameters.values())
+    is_asked = _accepts(model, "use_cache") or (hands_on and _accepts(model, "past_key_values"))
+    return is_asked and _generates(model)
 
 
 def _with_mask(make_inputs: MakeInputs) -> MakeInputs:
@@ -134,67 +162,95 @@ def _mask(batch_size: int, num_tokens: int) -> torch.Tensor:
     return torch.ones(batch_size, num_tokens, dtype=torch.int64, device="cpu")
 
 
-def _tried(trial: Trial, model: nn.Module, make_inputs: MakeInputs, workload: Workload) -> ModelCosts:
+def _tried(
+    trial: Trial, model: nn.Module, make_inputs: MakeInputs, workload: Workload, options: dict[str, Any]
+) -> ModelCosts:
     batch_size, prompt = workload.num_sequences, workload.prompt_tokens
-    half = max(1, prompt // 2)
+    last = workload.total_tokens - 1
 
-    def call(num_tokens: int, **options: Any) -> Callable[[], Call]:
+    def call(num_tokens: int, **more: Any) -> Callable[[], Call]:
         def make() -> Call:
             inputs = make_inputs(batch_size, num_tokens)
             if inputs is None:
                 raise NotTriedError("nothing is known that the model's forward could be called with")
-            return (), inputs | options
+            return (), inputs | options | more
 
         return make
 
-    def one_more(past_tokens: int) -> Callable[[Any], Call]:
-        def make(output: Any) -> Call:
+    def one_more(past_tokens: int) -> Then:
+        def make(output: Any, cache: Mapping[str, Any]) -> Call:
             inputs: dict[str, Any] = dict(make_inputs(batch_size, 1) or {})
             encoded = getattr(output, "encoder_last_hidden_state", None)
             if encoded is not None:  # as generate goes on: the encoder has run
                 inputs = {name: value for name, value in inputs.items() if name.startswith("decoder_")}
                 inputs["encoder_outputs"] = (encoded,)
-            elif "attention_mask" in inputs and "decoder_input_ids" not in inputs:
+            elif "attention_mask" in inputs and "decoder_input_ids" not in inputs and "past_key_values" in cache:
+                # of all tokens that keys and values are kept of; a state keeps none
                 inputs["attention_mask"] = _mask(batch_size, past_tokens + 1)
-            return (), inputs | {"past_key_values": output.past_key_values}
+            return (), inputs | options | dict(cache)
 
         return make
 
-    whole = trial(call(prompt), then=one_more(prompt), num_tokens=batch_size * prompt)
-    first = whole if half == prompt else trial(call(half), then=one_more(half))
+    def try_pass(num_tokens: int) -> Tried:
+        return trial(call(num_tokens), then=one_more(num_tokens), num_tokens=batch_size * num_tokens)
+
+    whole = try_pass(prompt)
+    tried = {prompt: whole}
+    if prompt > 1:
+        tried[prompt // 2] = try_pass(prompt // 2)
+    elif whole.is_cached:
+        second = max(2, min(last, _SECOND_TOKENS))
+        tried[second] = try_pass(second)
     prefill_bytes = whole.peak_bytes
     kept = None
     if _accepts(model, "logits_to_keep"):
         # As generate calls it: smaller logits, and at times a larger workspace.
         kept = trial(call(prompt, logits_to_keep=1))
         prefill_bytes = max(prefill_bytes, kept.peak_bytes)
-    decode_bytes = whole.then_bytes
-    if whole.kv_bytes and workload.total_tokens > prompt + 1:
-        last = workload.total_tokens - 1
-        if half == prompt or last > _FAR * prompt:
-            decode_bytes = trial(call(last), then=one_more(last)).then_bytes
-        else:
-            at_zero, per_past = _line(half, first.then_bytes, prompt, whole.then_bytes)
+    grows = len({each.kv_bytes for each in tried.values()}) > 1
+    if grows and last > max(_FAR * prompt, *tried):
+        tried[last] = try_pass(last)
+    (early, first), (late, second_pass) = _line_ends(tried)
+    then_reason = next((each.then_reason for each in tried.values() if each.then_reason), "")
+    first_work = (kept or whole).first
+    decode_bytes, decode = prefill_bytes, first_work  # without a cache, each call is a whole pass
+    if then_reason:
+        # Nothing is known of a pass of one token but that it takes less than one of many.
+        decode = _work_by_weights(model, batch_size, first_work.called)
+    elif whole.is_cached:
+        decode_bytes = whole.then_bytes
+        if last > prompt:
+            at_zero, per_past = _line(early, first.then_bytes, late, second_pass.then_bytes)
             decode_bytes = max(decode_bytes, math.ceil(at_zero + per_past * last))
-    fixed, per_token = _line(half, first.kv_bytes / batch_size, prompt, whole.kv_bytes / batch_size)
+        decode = _later(first.then, early, second_pass.then, late, prompt + workload.new_tokens / 2)
+    fixed, per_token = _line(early, first.kv_bytes / batch_size, late, second_pass.kv_bytes / batch_size)
     kv = {
-        name: _line(half, first.kv.get(name, 0) / batch_size, prompt, nbytes / batch_size)
-        for name, nbytes in whole.kv.items()
+        name: _line(early, first.kv.get(name, 0) / batch_size, late, nbytes / batch_size)
+        for name, nbytes in second_pass.kv.items()
     }
+    half = tried.get(prompt // 2, whole)
     return ModelCosts(
         workload=workload,
         prefill_bytes=prefill_bytes,
-        half_prefill_bytes=first.peak_bytes,
+        half_prefill_bytes=half.peak_bytes,
         decode_bytes=decode_bytes,
         kv_fixed_bytes=math.ceil(fixed),
         kv_bytes_per_token=math.ceil(per_token),
+        reason=then_reason,
         # generate keeps the last token's logits alone
-        device_bytes=max(each.device_bytes for each in (whole, first, *([kept] if kept is not None else []))),
-        prefill=kept.first if kept is not None else whole.first,
-        decode=_later(first.then, half, whole.then, prompt, prompt + workload.new_tokens / 2),
+        device_bytes=max(each.device_bytes for each in (whole, half, *([kept] if kept is not None else []))),
+        prefill=first_work,
+        decode=decode,
+        repeats=not whole.is_cached,
         kv=kv,
         experts=whole.experts,
     )
+
+
+def _line_ends(tried: Mapping[int, Tried]) -> list[tuple[int, Tried]]:
+    """The two largest passes that were tried; twice the one, where there is one."""
+    ends = sorted(tried.items(), key=lambda item: item[0])[-2:]
+    return ends if len(ends) > 1 else ends * 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +301,7 @@ def work_of_units(costs: ModelCosts, units: Sequence[Unit], names: Sequence[str]
 
 def _later(early: PassWork, early_tokens: int, late: PassWork, late_tokens: int, tokens: float) -> PassWork:
     """A pass after so many tokens, on the line through two that were tried."""
-    if early_tokens == late_tokens or tokens <= late_tokens:
+    if early_tokens == late_tokens or tokens == late_tokens:
         return late
     times = (tokens - late_tokens) / (late_tokens - early_tokens)
     work = {
@@ -269,15 +325,34 @@ def _guessed(model: nn.Module, workload: Workload, reason: str) -> ModelCosts:
     widest, typical = max(widths, default=0), sorted(widths)[len(widths) // 2] if widths else 0
     tokens = workload.num_sequences * workload.prompt_tokens
     activations = tokens * (2 * widest + _WIDE_TENSORS * typical)
+    prefill = _work_by_weights(model, tokens)
+    repeats = not _generates(model)  # what does not is called with all its inputs each time
     num_blocks = max((len(each) for each in model.modules() if isinstance(each, nn.ModuleList)), default=1)
     return ModelCosts(
         workload=workload,
         prefill_bytes=activations,
         half_prefill_bytes=activations // 2,
-        decode_bytes=activations // workload.prompt_tokens,
+        decode_bytes=activations if repeats else activations // workload.prompt_tokens,
         kv_fixed_bytes=0,
         kv_bytes_per_token=2 * typical * num_blocks,
         is_measured=False,
         reason=reason,
         device_bytes=activations,
+        prefill=prefill,
+        decode=prefill if repeats else _work_by_weights(model, workload.num_sequences),
+        repeats=repeats,
     )
+
+
+def _work_by_weights(model: nn.Module, num_tokens: int, called: frozenset[str] = frozenset()) -> PassWork:
+    """An estimate of a pass: each token is multiplied by each weight once, and tables are looked up for nothing."""
+    work: dict[str, Work] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        for weight in module._parameters.values():
+            if weight is not None and weight.ndim >= 2:
+                dtype = str(weight.dtype).removeprefix("torch.")
+                product = Work.of_product(dtype, 2.0 * num_tokens * weight.numel(), float(weight.nbytes))
+                work[name] = work.get(name, NOTHING).plus(product)
+    return PassWork(work, called)

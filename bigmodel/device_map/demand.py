@@ -67,6 +67,8 @@ class Demand:
         buffer_bytes: the model's buffers.
         baseline_bytes: what the interpreter holds, outside the budget.
         device_activation_bytes: as `activation_bytes`, on an accelerator, whose kernels and allocator keep other things.
+        prompt_kv_bytes: the cache after the first pass.
+        prefill_activation_bytes, decode_activation_bytes: as `activation_bytes`, of the first pass, and of a step.
     """
 
     kv_bytes: int
@@ -74,6 +76,9 @@ class Demand:
     buffer_bytes: int
     baseline_bytes: int = 0
     device_activation_bytes: int = 0
+    prompt_kv_bytes: int = 0
+    prefill_activation_bytes: int = 0
+    decode_activation_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["collapsed", "explain", "format_seconds", "holdings"]
 
 DEFAULT_RATES_NOTE = (
-    "the times are guesses: nobody measured this machine. `bigmodel calibrate FOLDER` does, once, in about 20 seconds"
+    "the times are guesses: nobody measured this machine with this torch. "
+    "`bigmodel calibrate FOLDER` does, once, in about half a minute"
 )
 
 
@@ -48,29 +49,47 @@ def _tier(plan: Plan, tier: str) -> list[str]:
     if tier == "disk":
         text = f"disk   {format_bytes(peak)} written once (converted weights), of {format_bytes(limit)}"
         return [text] if peak else []
-    lines = [f"{tier:<6} peak {format_bytes(peak)} of {format_bytes(limit)}"]
+    phases = [
+        f"{name} {format_bytes(sizes[tier])}"
+        for phase, name in (("load", "load"), ("prefill", "first pass"), ("decode", "steps"))
+        if tier in (sizes := plan.estimate.phase_peak_bytes.get(phase, {}))
+    ]
+    by_phase = f" ({', '.join(phases)})" if phases else ""
+    lines = [f"{tier:<6} peak {format_bytes(peak)} of {format_bytes(limit)}{by_phase}"]
     return lines + [f"         {format_bytes(size):>10}  {what}" for what, size in holdings(plan, tier) if size]
 
 
 def holdings(plan: Plan, tier: str) -> list[tuple[str, int]]:
-    """What a memory tier holds at its peak: (what, bytes)."""
+    """What a tier holds at its peak: (what, bytes), which add up to it."""
+    from bigmodel.device_map.tables import RING_SLOTS  # tables know plans, which are told with this
+
+    peak = plan.estimate.peak_bytes[tier]
+    if tier == "disk":
+        return [("converted weights", peak)]
     groups = [group for group in plan.slots if group.device == tier]
     slots = (
         f"slots for streamed weights ({sum(group.num_slots for group in groups)})",
         sum(group.num_slots * group.slot_bytes for group in groups),
     )
-    workload = plan.workload
-    cache = f"KV cache ({workload.num_sequences} x {workload.total_tokens} tokens)"
-    if tier != "cpu" or any(place.run_on != "cpu" for place in plan.placements if place.home != "disk"):
+    if tier != "cpu":
         weights = sum(place.weight_bytes for place in plan.placements if place.home == tier)
-        rest = plan.estimate.peak_bytes[tier] - weights - slots[1]
-        return [("weights that stay", weights), slots, ("cache, activations, buffers and reserve", max(0, rest))]
+        rest = max(0, peak - weights - slots[1])
+        return [("weights that stay", weights), slots, ("cache, activations, buffers and reserve", rest)]
+    # Cache and activations are where units run, of which the host may run all, some or none: they are what is left.
+    known = plan.resident_bytes + slots[1] + plan.staging_bytes + plan.buffer_bytes + plan.reserve_bytes
+    rest = max(0, peak - known)
+    from_disk = {place.unit for place in plan.placements if place.home == "disk"}
+    passed_on = (group for group in plan.slots if group.device != "cpu" and not from_disk.isdisjoint(group.units))
+    ring = min(rest, RING_SLOTS * max((group.slot_bytes for group in passed_on), default=0))
+    activations = min(rest - ring, plan.activation_bytes)
+    workload = plan.workload
     return [
         ("weights that stay", plan.resident_bytes),
         slots,
+        ("host buffers between disk and accelerators", ring),
         ("read buffers", plan.staging_bytes),
-        (cache, plan.kv_bytes),
-        ("activations", plan.activation_bytes),
+        (f"KV cache ({workload.num_sequences} x {workload.total_tokens} tokens)", rest - ring - activations),
+        ("activations", activations),
         ("buffers", plan.buffer_bytes),
         ("reserve", plan.reserve_bytes),
     ]

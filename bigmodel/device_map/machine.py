@@ -36,6 +36,8 @@ _ACCELERATOR_RATES = Rates.roofline(
     800e9, {"float32": 40e12, "bfloat16": 120e12, "float16": 120e12, "int8": 240e12}, op_s=6e-6
 )
 _H2D_BYTES_PER_S, _D2D_BYTES_PER_S, _DISK_BYTES_PER_S = 20e9, 20e9, 2.5e9
+# What `rates_from` ends with where the disk that is read was not among those measured.
+_OTHER_DISK = ", the disk's rate is another disk's"
 
 SHIPPED = Path(__file__).parent / "machines"
 """Machine files of hardware that one may not own; `Machine.load` takes their names without the suffix too."""
@@ -78,7 +80,8 @@ class Machine:
         disks: file system -> the same, for those that were measured.
         h2d_bytes_per_s_all: of all links to accelerators together; infinite where they do not slow each other down.
         d2d_bytes_per_s: from one accelerator to another.
-        rates_from: where the rates come from: ``"defaults"``, a date, or a machine file's name.
+        rates_from: where the rates come from: ``"defaults"``, a date, or a machine file's name; and if the disk's is
+            another disk's.
     """
 
     name: str
@@ -134,7 +137,7 @@ class Machine:
     ) -> Machine:
         """Measure this machine's rates, and keep them in the user's cache folder, where `probe` finds them.
 
-        Takes some 20 seconds and 0.5 GiB of memory; the machine should be idle.
+        Takes about half a minute and 0.5 GiB of memory; the machine should be idle.
 
         Args:
             folder: that holds checkpoints: its disk is what is measured; the user's cache folder if None.
@@ -231,13 +234,14 @@ class Machine:
         return json.dumps(described, indent=1)
 
     def reading_from(self, folder: str | os.PathLike[str]) -> Machine:
-        """The same machine, with the rate of the disk that holds the folder, where that was measured."""
+        """The same machine, with the rate of the disk that holds the folder; `rates_from` tells where that was not measured."""
         if not self.disks:
             return self
-        return replace(
-            self,
-            disk_read_bytes_per_s=self.disks.get(calibration.file_system_of(folder), self.disk_read_bytes_per_s),
-        )
+        rates_from = self.rates_from.removesuffix(_OTHER_DISK)
+        rate = self.disks.get(calibration.file_system_of(folder))
+        if rate is None:
+            return replace(self, rates_from=rates_from + _OTHER_DISK)
+        return replace(self, disk_read_bytes_per_s=rate, rates_from=rates_from)
 
     def rates_of(self, device: str) -> Rates:
         """Of the host's processors ("cpu") or of an accelerator.

@@ -1,4 +1,4 @@
-"""Measures this machine: what its disk, its processors and its links give, in some 20 seconds."""
+"""Measures this machine: what its disk, its processors and its links give, in about half a minute."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _LINK_BYTES = 256 << 20
 
 
 def measure(folder: str | os.PathLike[str] | None = None, *, progress: Report | None = None) -> Calibration:
-    """Measure this machine. Takes some 20 seconds, and 0.5 GiB of memory.
+    """Measure this machine. Takes about half a minute, and 0.5 GiB of memory.
 
     Args:
         folder: whose disk is read; the user's cache folder if None. Large files in it are read; where there are none, a file

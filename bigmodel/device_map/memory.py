@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bigmodel.device_map.demand import CONTEXT_BYTES, RESERVE_BYTES
+from bigmodel.device_map.demand import CONTEXT_BYTES, RESERVE_BYTES, Demand
 from bigmodel.device_map.tables import DISK, RING_SLOTS, Floats, Ints, Tables
 
-__all__ = ["Memory"]
+__all__ = ["PHASES", "Memory"]
+
+PHASES = ("load", "prefill", "decode")
 
 
 class Memory:
@@ -50,10 +52,16 @@ class Memory:
         gathers = np.array([[unit.can_gather] for unit in units], bool).reshape(-1, 1)
         self._computes = ~(gathers & (run == 0))
 
-    def peaks(self, maps: Ints, num_slots: Ints) -> Floats:
-        """Bytes at the worst moment: [candidates, devices and disk], in the order of the tables' devices."""
+    def peaks(self, maps: Ints, num_slots: Ints, phase: str | None = None) -> Floats:
+        """Bytes at the worst moment: [candidates, devices and disk], in the order of the tables' devices.
+
+        Args:
+            maps, num_slots: as in `simulate`.
+            phase: one of `PHASES`; None: whichever it is.
+        """
         tables, columns = self._tables, self._columns
         demand = tables.costs.demand
+        kv_share, activation_bytes, device_bytes = _in_phase(demand, phase)
         num_maps, num_devices = len(maps), len(tables.devices)
         each = np.arange(num_maps)[:, None]
         home, run = tables.home[columns, maps], tables.run[columns, maps]
@@ -68,7 +76,7 @@ class Memory:
         peaks: Floats = summed(home % (num_devices + 1), num_devices + 1, self._resident[columns, maps])
         peaks[:, -1] = (self._written * (home == -1)).sum(axis=1)
         if self._has_kv:
-            peaks[:, :-1] += summed(run, num_devices, self._kv[columns, maps])
+            peaks[:, :-1] += kv_share * summed(run, num_devices, self._kv[columns, maps])
         num_lanes = num_devices * tables.num_classes
         # One lane more, for what is in none.
         lane = np.where(fetched, run * tables.num_classes + self._classes, num_lanes)
@@ -80,16 +88,16 @@ class Memory:
         slots = np.minimum(population, num_slots[:, None]) * largest.reshape(num_maps, -1)[:, :-1]
         peaks[:, :-1] += slots.reshape(num_maps, num_devices, tables.num_classes).sum(axis=2)
         is_used = summed(run, num_devices, computes.astype(float)) > 0
-        beside = CONTEXT_BYTES + demand.device_activation_bytes + demand.buffer_bytes
+        beside = CONTEXT_BYTES + device_bytes + demand.buffer_bytes
         peaks[:, 1:-1] += np.where(is_used[:, 1:], beside, 0.0)
         is_alone = ~is_used[:, 1:].any(axis=1)
         peaks[:, 0] += RESERVE_BYTES + demand.buffer_bytes + self._reading_bytes
-        peaks[:, 0] += np.where(is_used[:, 0] | is_alone, demand.activation_bytes, 0.0)
-        peaks[:, 0] += np.where(is_alone, self._kv_beside, 0.0)
+        peaks[:, 0] += np.where(is_used[:, 0] | is_alone, activation_bytes, 0.0)
+        peaks[:, 0] += np.where(is_alone, kv_share * self._kv_beside, 0.0)
         if num_devices > 1:
             if self._kv_beside:  # what no unit makes is made where the model begins
                 first = is_used[:, 1:] & (np.cumsum(is_used[:, 1:], axis=1) == 1)
-                peaks[:, 1:-1] += np.where(first, self._kv_beside, 0.0)
+                peaks[:, 1:-1] += np.where(first, kv_share * self._kv_beside, 0.0)
             through_ring = tables.is_from_disk[columns, maps] & (tables.copied_bytes[columns, maps] > 0)
             peaks[:, 0] += RING_SLOTS * (self._slot_bytes * through_ring).max(axis=1, initial=0.0)
         return peaks
@@ -106,3 +114,18 @@ class Memory:
         """Of the memory that the host and unified devices share: [candidates]; 0 where none is shared."""
         total: Floats = peaks[:, 0] + peaks[:, self._unified].sum(axis=1) if self._unified else np.zeros(len(peaks))
         return total
+
+
+def _in_phase(demand: Demand, phase: str | None) -> tuple[float, int, int]:
+    """Share of the cache that is there, activations on the host, and on an accelerator."""
+    if phase == "load":
+        return 0.0, 0, 0
+    if phase == "prefill":
+        return (
+            demand.prompt_kv_bytes / max(1, demand.kv_bytes),
+            demand.prefill_activation_bytes,
+            demand.device_activation_bytes,
+        )
+    if phase == "decode":
+        return 1.0, demand.decode_activation_bytes, demand.device_activation_bytes
+    return 1.0, demand.activation_bytes, demand.device_activation_bytes

@@ -102,6 +102,7 @@ class Estimate:
 
     Attributes:
         peak_bytes: tier -> bytes at the worst moment, loading included, counted as `max_memory` counts.
+        phase_peak_bytes: phase ("load", "prefill", "decode") -> tier -> bytes at its worst moment; slots are in all of them.
         baseline_bytes: what the interpreter and its libraries hold in host memory, outside the budget.
         load_s: seconds that reading what stays takes, at least.
         ttft_s: seconds of the workload's first pass, from a model that was just loaded.
@@ -117,6 +118,7 @@ class Estimate:
     time_per_token_s: float | None = None
     tokens_per_s: float | None = None
     binds: Mapping[str, str] = field(default_factory=dict)
+    phase_peak_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from bigmodel.device_map.demand import RESERVE_BYTES, Costs, UnitCost
 from bigmodel.device_map.machine import Machine
-from bigmodel.device_map.memory import Memory
+from bigmodel.device_map.memory import PHASES, Memory
 from bigmodel.device_map.plan import Alternative, Estimate, Placement, Plan, SlotGroup
 from bigmodel.device_map.search import EVERY, Found, Search
 from bigmodel.device_map.simulation import COMPUTATION, Step, simulate
@@ -297,6 +297,7 @@ def _estimate(tables: Tables, search: Search, maps: Ints, slots: Ints) -> Estima
             cost = costs.units[u]
             load_s += (cost.read_bytes or cost.weight_bytes) / machine.disk_read_bytes_per_s
     names = [*tables.devices, DISK]
+    in_phase = {phase: search.memory.peaks(maps, slots, phase)[0] for phase in PHASES}
     batch_size = costs.workload.num_sequences
     return Estimate(
         peak_bytes={name: int(size) for name, size in zip(names, peaks, strict=True) if size or name in ("cpu", DISK)},
@@ -306,6 +307,10 @@ def _estimate(tables: Tables, search: Search, maps: Ints, slots: Ints) -> Estima
         time_per_token_s=step_s,
         tokens_per_s=batch_size / step_s if step_s > 0 else None,
         binds=binds,
+        phase_peak_bytes={
+            phase: {name: int(size) for name, size in zip(names, sizes, strict=True) if size}
+            for phase, sizes in in_phase.items()
+        },
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import gc
+import inspect
 import random
 import sys
 import threading
@@ -26,6 +27,7 @@ from bigmodel.device_map.twin import SMALL_BUFFER_BYTES, twin_of
 __all__ = ["Call", "NotTriedError", "PassWork", "Trial", "Tried", "like"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Then = Callable[[Any, Mapping[str, Any]], Call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class Tried:
         device_bytes: the most that either of the two holds on an accelerator.
         kv: name of a module -> bytes of the cache that its forward made.
         first, then: work of the two.
+        is_cached: whether the first returned a cache.
+        then_reason: why the pass after it could not be tried.
         experts: name of a module -> what its products of groups say of its experts, in the first pass.
     """
 
@@ -63,6 +67,8 @@ class Tried:
     first: PassWork = field(default_factory=PassWork)
     then: PassWork = field(default_factory=PassWork)
     experts: Mapping[str, Experts] = field(default_factory=dict)
+    is_cached: bool = False
+    then_reason: str = ""
 
 
 class Trial:
@@ -93,7 +99,7 @@ class Trial:
         make_call: Callable[[], Call],
         *,
         entry: str = "",
-        then: Callable[[Any], Call] | None = None,
+        then: Then | None = None,
         num_tokens: int = 1,
     ) -> Tried:
         """Try a pass.
@@ -101,7 +107,8 @@ class Trial:
         Args:
             make_call: gives arguments and keyword arguments of forward, made in the modes that are set then.
             entry: name of the module that is called; the root if "".
-            then: from what the first pass returned to the call of a second one, where it returned a cache.
+            then: from what the first pass returned, and the cache in it (name of a parameter of forward -> what goes back under
+                it), to the call of a second one; where it returned a cache. A second pass that cannot be tried raises nothing.
             num_tokens: of the first pass, in all its sequences: what the experts' routing width is told by.
 
         Raises:
@@ -115,7 +122,9 @@ class Trial:
             short, names = self._short
             if names is not self._names:
                 with contextlib.suppress(NotTriedError):
-                    return self._try(short, names, make_call, entry, then, num_tokens)
+                    tried = self._try(short, names, make_call, entry, then, num_tokens)
+                    if not tried.then_reason:
+                        return tried
             return self._try(self.twin, self._names, make_call, entry, then, num_tokens)
 
     def _try(
@@ -124,7 +133,7 @@ class Trial:
         names: Mapping[str, str],
         make_call: Callable[[], Call],
         entry: str,
-        then: Callable[[Any], Call] | None,
+        then: Then | None,
         num_tokens: int,
     ) -> Tried:
         tally = Tally(num_tokens)
@@ -142,7 +151,7 @@ class Trial:
                 counter.leave_out(tensors_in((args, kwargs)))
                 with _collector_off(), _owners_told(tally, module, entry), counter:
                     output = torch.func.functional_call(module, weights, args, kwargs)
-                    cache = getattr(output, "past_key_values", None)
+                    cache = _cache_in(output, module)
                     held = storages_in(cache)
                     peak_bytes, device_bytes = counter.taken_bytes(held), counter.device_bytes(held)
                     made: dict[str, int] = {}
@@ -150,21 +159,22 @@ class Trial:
                         made[counter.maker(key)] = made.get(counter.maker(key), 0) + nbytes
                     kv = {name: made[own] for name, own in names.items() if own in made}
                     first, experts = _pass_work(tally, names), dict(tally.experts)
-                    then_bytes, then_work = 0, PassWork()
-                    if then is not None and cache is not None:
-                        args, kwargs = then(output)
-                        del output
-                        counter.start_again()
-                        torch.func.functional_call(module, weights, args, kwargs)
-                        then_bytes = counter.taken_bytes(storages_in(cache))
-                        device_bytes = max(device_bytes, counter.device_bytes(storages_in(cache)))
-                        then_work = _pass_work(tally, names)
+                    then_bytes, then_work, then_reason = 0, PassWork(), ""
+                    if then is not None and cache:
+                        try:
+                            args, kwargs = then(output, cache)
+                            del output
+                            counter.start_again()
+                            torch.func.functional_call(module, weights, args, kwargs)
+                            then_bytes = counter.taken_bytes(storages_in(cache))
+                            device_bytes = max(device_bytes, counter.device_bytes(storages_in(cache)))
+                            then_work = _pass_work(tally, names)
+                        except Exception as error:
+                            then_reason = _told(error)
         except NotTriedError:
             raise
         except Exception as error:  # a model's forward may do anything that fake tensors cannot follow
-            raise NotTriedError(
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
+            raise NotTriedError(_told(error)) from error
         return Tried(
             peak_bytes=peak_bytes,
             kv_bytes=sum(kv.values()),
@@ -174,6 +184,8 @@ class Trial:
             first=first,
             then=then_work,
             experts={name: experts[own] for name, own in names.items() if own in experts},
+            is_cached=bool(cache),
+            then_reason=then_reason,
         )
 
 
@@ -183,6 +195,29 @@ def like(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
     for tensor in tensors_in((args, kwargs)):
         memo[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     return copy.deepcopy(tuple(args), memo), copy.deepcopy(dict(kwargs), memo)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, NotTriedError):
+        return str(error)
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _cache_in(output: Any, module: nn.Module) -> dict[str, Any]:
+    """The cache that a pass returned: fields of its output that hold tensors, and that forward takes back by the same name.
+
+    A single tensor is a result, such as an image's features, which a next call may have again; a cache has parts.
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = {each.name: None for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):  # a wrapper hands on what it does not name
+        names["past_key_values"] = None
+    found = {}
+    for name in names:
+        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if value is not None and not isinstance(value, torch.Tensor) and tensors_in(value):
+            found[name] = value
+    return found
 
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:

@@ -291,7 +291,7 @@ class Decider:
         machine: Machine,
         allow_cpu_compute: bool,
     ) -> Workload:
-        """The batch with the most tokens per second: doubled from one as long as that gains something and fits, then once by half."""
+        """The batch with the most tokens per second: doubled from one while that gains something and fits, then by half."""
         best: tuple[float, Workload] | None = None
         batch_size, step = 1, 1
         while batch_size <= _MOST_SEQUENCES:
@@ -464,6 +464,9 @@ class Decider:
             buffer_bytes=sum(0 if buffer.is_meta else buffer.nbytes for buffer in model.buffers()),
             baseline_bytes=self._baseline_bytes,
             device_activation_bytes=measured.device_bytes,
+            prompt_kv_bytes=prompt_kv_bytes,
+            prefill_activation_bytes=measured.prefill_bytes,
+            decode_activation_bytes=measured.decode_bytes,
         )
         return Costs(
             units=tuple(costs),

@@ -84,8 +84,10 @@ class Here:
         is_here = machine is None
         machine = machine or Machine.probe(cache_folder)
         if max_memory is None and isinstance(device_map, Plan):
-            # Its own limits count, as far as so much is free here.
+            # Its own limits count, as far as so much is free; of this machine, the accelerators are not used.
             free = {"cpu": machine.host_bytes, "disk": machine.disk_bytes}
+            if not is_here:
+                free |= {each.device: each.memory_bytes for each in machine.accelerators}
             max_memory = {
                 tier: min(device_map.limits[tier], size) for tier, size in free.items() if tier in device_map.limits
             }

@@ -91,6 +91,8 @@ def build_without_weights(
 ) -> Skeleton:
     """The model that config.json names, for a checkpoint without tensors: something to plan for, not to fill.
 
+    Parameters stay on meta; buffers become real as in `build_skeleton`: they count, and passes are tried with small ones.
+
     Args:
         checkpoint: with a config.
         dtype: of the weights; "auto": the config's.
@@ -107,7 +109,19 @@ def build_without_weights(
     with torch.inference_mode(False), torch.no_grad():
         model, _ = _build_from_config(checkpoint, wanted, trust_remote_code=trust_remote_code)
         known = cast(Any, model)
-        known.tie_weights()
+        transient = {id(buffer) for _, buffer in known.named_non_persistent_buffers()}
+
+        def as_if_read(tensor: torch.Tensor) -> torch.Tensor | None:
+            if id(tensor) in transient:
+                return None
+            is_lost = tensor.is_meta and not isinstance(tensor, nn.Parameter)
+            filled: Any = torch.zeros_like(tensor, device="cpu") if is_lost else tensor
+            filled._is_hf_initialized = True
+            return cast(torch.Tensor, filled)
+
+        real_buffers = _real_buffers(known)
+        change_tensors(known, as_if_read)
+        _initialise(known, set(), real_buffers)
         known.requires_grad_(False).eval()
     no_split = frozenset(getattr(model, "_no_split_modules", None) or ())
     return Skeleton(model=model, sources={}, initialised=(), unexpected=(), no_split=no_split)
@@ -342,9 +356,7 @@ def _fill_pretrained(
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
-    real_buffers = {
-        name: buffer for name, buffer in model.named_non_persistent_buffers() if buffer.device.type != "meta"
-    }
+    real_buffers = _real_buffers(model)
     shape_of = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     rules: Any = get_model_conversion_mapping(model, dict(renames) or None)
     settings = LoadStateDictConfig(
@@ -379,13 +391,7 @@ def _fill_pretrained(
     )
 
     sources = take_sources(model)
-    with torch.device("cpu"):
-        model._move_missing_keys_from_meta_to_device(absent, None, None, None)
-        model._initialize_missing_keys(False)
-    model.tie_weights(recompute_mapping=False)
-    for name, buffer in real_buffers.items():  # as their builder made them; the rule above knows transformers' own only
-        owner, _, key = name.rpartition(".")
-        setattr(model.get_submodule(owner), key, buffer)
+    _initialise(model, absent, real_buffers)
     return Skeleton(
         model=model,
         sources=sources,
@@ -393,6 +399,27 @@ def _fill_pretrained(
         unexpected=tuple(sorted(ignored)),
         no_split=frozenset(model._no_split_modules or ()),
     )
+
+
+def _real_buffers(model: Any) -> dict[str, torch.Tensor]:
+    """The non-persistent buffers that a model's builder made, not on meta."""
+    return {name: buffer for name, buffer in model.named_non_persistent_buffers() if buffer.device.type != "meta"}
+
+
+def _initialise(model: Any, absent: set[str], real_buffers: Mapping[str, torch.Tensor]) -> None:
+    """Gives values to `absent` weights and to non-persistent buffers, by the model's own rule, and ties again.
+
+    Args:
+        absent: weights that no file has.
+        real_buffers: stay as their builder made them: the rule knows transformers' own buffers only.
+    """
+    with torch.device("cpu"):
+        model._move_missing_keys_from_meta_to_device(absent, None, None, None)
+        model._initialize_missing_keys(False)
+    model.tie_weights(recompute_mapping=False)
+    for name, buffer in real_buffers.items():
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, buffer)
 
 
 @contextlib.contextmanager

@@ -167,6 +167,36 @@ def test_plan_is_for_other_machines_and_for_browsers(tiny_llama: Path, tmp_path:
     assert invoke("plan", tiny_llama, "--html", tmp_path / "none" / "plan.html").exit_code == 2
 
 
+def test_a_plan_for_another_machine_is_followed_there(tiny_llama: Path, tmp_path: Path) -> None:
+    described = {"host": {"memory": "64GiB"}, "disk": {"free": "1TB"}, "accelerators": [{"memory": "24GiB"}]}
+    large, small, file = (tmp_path / name for name in ("large.json", "small.json", "plan.json"))
+    large.write_text(json.dumps(described))
+    small.write_text(json.dumps(described | {"accelerators": [{"memory": "12GiB"}]}))
+    made = invoke("plan", tiny_llama, "--machine", large, "--prompt-tokens", "64", "--batch-size", "2", "--json")
+    assert made.exit_code == 0, made.stderr
+    file.write_text(made.stdout)
+    plan = bigmodel.Plan.from_json(made.stdout)
+    assert {place.run_on for place in plan.placements} >= {"cuda:0"}
+    arguments = ("plan", tiny_llama, "--device-map", file, "--json")
+    for machine, limit in ((large, plan.limits["cuda:0"]), (small, 12 * GIB)):
+        done = invoke(*arguments, "--machine", machine, "--html", tmp_path / "page.html")
+        assert done.exit_code == 0, done.stderr
+        again = bigmodel.Plan.from_json(done.stdout)
+        assert again.placements == plan.placements
+        assert again.workload == plan.workload
+        assert dict(again.limits) == dict(plan.limits) | {"cuda:0": limit}
+        assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    other = invoke(*arguments, "--machine", large, "--new-tokens", "7")
+    assert bigmodel.Plan.from_json(other.stdout).workload == bigmodel.Workload(
+        batch_size=2, prompt_tokens=64, new_tokens=7
+    )
+    here = invoke(*arguments)
+    assert here.exit_code == 2
+    assert "there is cpu, disk here" in here.stderr
+    without = invoke("plan", tiny_llama, "--machine", large, "--new-tokens", "7", "--json")
+    assert bigmodel.Plan.from_json(without.stdout).workload == bigmodel.Workload(new_tokens=7)
+
+
 @pytest.mark.slow
 def test_calibrate_measures_once_and_plans_use_it(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -8,7 +8,7 @@ from families import make_checkpoint, resident
 from torch import nn
 
 from bigmodel.device_map.cost import measure, work_of_units
-from bigmodel.device_map.counter import NotTriedError
+from bigmodel.device_map.counter import NotTriedError, tensors_in
 from bigmodel.device_map.plan import Workload
 from bigmodel.device_map.trial import Trial, like
 from bigmodel.device_map.unit import find_units
@@ -67,6 +67,181 @@ def test_alike_layers_are_measured_once_and_count_for_all(tmp_path):
             return costs_of(t.LlamaForCausalLM(config)).kv_bytes(1, 100)
 
     assert kv(40) == 10 * kv(4) == 20 * kv(2)
+
+
+LLAMA = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def on_meta(make):
+    with torch.device("meta"):
+        return make()
+
+
+def test_a_cache_is_planned_where_the_config_turns_it_off():
+    import transformers as t
+
+    off = on_meta(lambda: t.LlamaForCausalLM(t.LlamaConfig(**LLAMA, use_cache=False)))
+    on = on_meta(lambda: t.LlamaForCausalLM(t.LlamaConfig(**LLAMA)))
+    assert costs_of(off) == costs_of(on)
+    assert costs_of(off).kv_bytes(1, 10) == 10 * 3 * 2 * 32 // 2 * 4
+    # Nobody makes one for a model that does not generate.
+    alone = costs_of(on_meta(lambda: t.LlamaModel(t.LlamaConfig(**LLAMA, use_cache=False))))
+    assert alone.is_measured
+    assert alone.kv_bytes(1, 10) == 0
+
+
+def test_a_model_that_refuses_to_keep_a_cache_is_tried_without():
+    import transformers as t
+
+    class Refuses(t.LlamaForCausalLM):
+        def forward(self, input_ids=None, use_cache=None, **kwargs):
+            if use_cache:
+                raise NotImplementedError("no cache")
+            return super().forward(input_ids=input_ids, use_cache=False, **kwargs)
+
+    costs = costs_of(on_meta(lambda: Refuses(t.LlamaConfig(**LLAMA))))
+    assert costs.is_measured, costs.reason
+    assert costs.kv_bytes(1, 10) == 0
+    assert costs.decode == costs.prefill
+
+
+RECURRENT = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def recurrent(kind):
+    import transformers as t
+
+    if kind == "mamba":
+        return t.MambaForCausalLM(t.MambaConfig(**RECURRENT, state_size=8))
+    if kind == "mamba2":
+        sizes = {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "expand": 2, "chunk_size": 8}
+        return t.Mamba2ForCausalLM(t.Mamba2Config(**RECURRENT, **sizes))
+    if kind == "falcon_mamba":
+        return t.FalconMambaForCausalLM(t.FalconMambaConfig(**RECURRENT, state_size=8))
+    if kind == "rwkv":
+        return t.RwkvForCausalLM(t.RwkvConfig(**RECURRENT, attention_hidden_size=32, context_length=64))
+    sizes = {"hidden_size": 128, "num_hidden_layers": 3, "num_blocks": 3, "num_heads": 2}
+    return t.xLSTMForCausalLM(t.xLSTMConfig(**RECURRENT | sizes))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"])
+@pytest.mark.parametrize("prompt", [1, 6])
+@torch.no_grad()
+def test_a_state_is_found_under_the_name_by_which_forward_takes_it(kind, prompt):
+    model = on_meta(lambda: recurrent(kind))
+    work = Workload(batch_size=2, prompt_tokens=prompt, new_tokens=4)
+    costs, works, _ = units_and_work(model, work)
+    assert (costs.is_measured, costs.reason) == (True, "")
+    real = recurrent(kind).eval()
+    output = real(torch.ones(2, 6, dtype=torch.int64), use_cache=True)
+    state = output.state if kind == "rwkv" else output.cache_params
+    sizes = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors_in(state)}
+    assert costs.kv_bytes_per_token == 0
+    assert costs.kv_bytes(2, 1) == costs.kv_bytes(2, 1000) == pytest.approx(sum(sizes.values()), rel=0.01)
+    layers = [unit for name, unit in works.items() if name.rpartition(".")[2] == "1"]
+    assert layers
+    for layer in layers:
+        assert layer.decode.flops > 0
+        assert prompt == 1 or layer.decode.touched_bytes < layer.prefill.touched_bytes
+    if kind == "mamba":  # one token's products, and not those of its whole mask
+        assert costs.decode.work["lm_head"].flops == 2 * 2 * 32 * 96
+        inner, rank, size = 64, 2, 8
+        linear = 2 * 2 * (32 * 2 * inner + inner * (rank + 2 * size) + rank * inner + inner * 32)
+        assert linear <= layers[0].decode.flops < 1.5 * linear
+
+
+def test_a_second_pass_that_cannot_be_tried_is_estimated():
+    import transformers as t
+
+    class OneShot(t.LlamaForCausalLM):
+        def forward(self, input_ids=None, past_key_values=None, use_cache=None, **kwargs):
+            if past_key_values is not None:
+                input_ids.sum().item()
+            return super().forward(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+
+    known = costs_of(on_meta(lambda: t.LlamaForCausalLM(t.LlamaConfig(**LLAMA))))
+    costs, works, _ = units_and_work(on_meta(lambda: OneShot(t.LlamaConfig(**LLAMA))))
+    assert costs.is_measured
+    assert "DataDependent" in costs.reason
+    assert costs.kv_bytes(2, 30) == known.kv_bytes(2, 30)
+    assert costs.decode_bytes >= known.decode_bytes
+    products = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
+    assert works["model.layers.1"].decode.flops == 2 * WORK.batch_size * products
+    assert works["model.embed_tokens"].decode.flops == 0
+
+
+def test_each_call_of_a_model_without_a_cache_is_a_whole_pass():
+    import transformers as t
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    costs, works, _ = units_and_work(on_meta(lambda: t.BertModel(t.BertConfig(**sizes, num_attention_heads=4))))
+    assert costs.is_measured
+    assert costs.decode == costs.prefill
+    assert costs.decode_bytes == costs.prefill_bytes
+    assert works["encoder.layer.1"].decode.flops > 0
+    assert works["encoder.layer.1"].decode == works["encoder.layer.1"].prefill
+    # A small pass holds less than one of the workload's.
+    assert costs.activation_bytes(2, 1, 0) < costs.prefill_bytes
+
+
+def test_work_is_guessed_from_weights_where_no_pass_can_be_tried():
+    model = on_meta(lambda: nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 24), nn.Linear(24, 8)))
+    costs, works, _ = units_and_work(model)
+    assert not costs.is_measured
+    tokens = WORK.batch_size * WORK.prompt_tokens
+    assert {name: work.flops for name, work in costs.prefill.work.items()} == {
+        "1": 2 * tokens * 16 * 24,
+        "2": 2 * tokens * 24 * 8,
+    }
+    assert costs.prefill.work["1"].touched_bytes == 4 * 16 * 24
+    assert works["1"].prefill == works["1"].decode == costs.prefill.work["1"]  # it does not generate
+
+    import transformers as t
+
+    class Generates(t.LlamaForCausalLM):
+        def forward(self, input_ids=None, **kwargs):
+            return super().forward(input_ids=input_ids + input_ids.sum().item(), **kwargs)
+
+    costs = costs_of(on_meta(lambda: Generates(t.LlamaConfig(**LLAMA))))
+    assert not costs.is_measured
+    assert costs.decode.work["lm_head"].flops == 2 * WORK.batch_size * 32 * 64
+    assert costs.prefill.work["lm_head"].flops == 2 * tokens * 32 * 64
+    assert "model.embed_tokens" not in costs.decode.work
+
+
+def test_a_plan_of_a_plain_module_says_how_long_it_takes():
+    import bigmodel
+
+    model = on_meta(lambda: nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))))
+    estimate = bigmodel.make_plan(model, max_memory={"cpu": "4GB"}).estimate
+    assert estimate.ttft_s > 1e-4
+    assert estimate.time_per_token_s > 1e-4
+
+
+@pytest.mark.parametrize("new_tokens", [12, 100])
+def test_a_prompt_of_one_token_tells_what_grows_from_what_stays(new_tokens):
+    import transformers as t
+
+    sizes = LLAMA | {"num_hidden_layers": 4, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "head_dim": 8}
+    config = t.BambaConfig(**sizes, attn_layer_indices=[1], mamba_n_groups=1, mamba_chunk_size=8)
+    work = Workload(batch_size=1, prompt_tokens=1, new_tokens=new_tokens)
+    costs, works, _ = units_and_work(on_meta(lambda: t.BambaForCausalLM(config)), work)
+    assert costs.is_measured, costs.reason
+    assert costs.kv_bytes_per_token == 2 * 2 * 8 * 4  # one layer's keys and values
+    assert costs.kv_fixed_bytes >= 3 * 8 * 8 * 8 * 4  # three layers' states
+    # Attention reads what there is in the middle of what is generated.
+    llama = on_meta(lambda: t.LlamaForCausalLM(t.LlamaConfig(**LLAMA)))
+    _, works, _ = units_and_work(llama, work)
+    layer = works["model.layers.1"]
+    grown = layer.decode.flops - layer.prefill.flops
+    assert grown == pytest.approx(2 * 2 * 32 * (1 + new_tokens / 2), rel=0.1)
 
 
 def units_and_work(model, workload=WORK):

@@ -4,12 +4,14 @@ import html.parser
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
-from planning import HOST, blocks, cost, plan_for, problem
+from planning import DISK, HOST, accelerator, blocks, cost, plan_for, problem, room_on
 
 from bigmodel.device_map.picture import draw
-from bigmodel.device_map.planner import timeline
+from bigmodel.device_map.planner import decide, timeline
+from bigmodel.units import GIB, format_bytes
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -70,6 +72,22 @@ def test_it_draws_every_unit_and_every_event(page):
         assert sum(each.startswith(f"{name}, step 2: ") for each in told) in (1, 2)
     assert plan.explain().splitlines()[0].split()[0] in text
     assert "time per token" in text
+
+
+def test_bars_end_at_the_peak():
+    units = blocks(12, 100_000_000)
+    machine = replace(HOST, accelerators=(accelerator(0),))
+    limits = {"cpu": GIB, "disk": DISK, "cuda:0": room_on(400_000_000)}
+    plan = decide(problem(units), machine, limits, homes={each.unit.name: "disk" for each in units})
+    text = draw(plan, [], "all on disk").partition("Where every unit rests")[0]
+    bars = dict.fromkeys(plan.estimate.peak_bytes, 0.0)
+    del bars["disk"]
+    rows = re.split(r'<rect class="track"', text)[1:]
+    for tier, row in zip(bars, rows, strict=True):
+        track = float(re.search(r'width="([\d.]+)"', row).group(1))
+        drawn = sum(map(float, re.findall(r'<rect x="[\d.]+" y="[\d.]+" width="([\d.]+)"', row)))
+        assert drawn == pytest.approx(plan.estimate.peak_bytes[tier] / plan.limits[tier] * track, abs=0.2)
+        assert f"{format_bytes(plan.estimate.peak_bytes[tier])} of" in row
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="draws it in a real browser; there is none")

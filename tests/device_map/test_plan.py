@@ -1,12 +1,18 @@
 """Plans as data: there and back as JSON, and as a table that a person reads."""
 
 import json
+from dataclasses import replace
 
 import pytest
-from planning import DEMAND, blocks, cost, plan_for
+from planning import DEMAND, DISK, HOST, accelerator, blocks, cost, plan_for, problem, room_on
 
+import bigmodel
+from bigmodel.device_map.explanation import holdings
+from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.plan import Plan, Workload
+from bigmodel.device_map.planner import decide
 from bigmodel.errors import InvalidArgumentError
+from bigmodel.units import GIB, MIB
 
 
 def example() -> Plan:
@@ -54,6 +60,69 @@ def test_a_plan_in_a_table():
     assert "14.3 MiB from disk" in text
     assert "note: " in text
     assert text.isascii()
+
+
+def on_accelerators(count: int, *, on_disk: bool = False, room: int = 2_000_000, **options) -> Plan:
+    """Layers with a cache each, on so many accelerators."""
+    layers = [replace(each, kv_bytes=20) for each in blocks(12, 1_000_000)]
+    costs = [cost("embed", 5_000_000, can_gather=True), *layers, cost("head", 1_500_000)]
+    demand = replace(DEMAND, device_activation_bytes=2_000)
+    devices = tuple(accelerator(index) for index in range(count))
+    limits = {"cpu": GIB, "disk": DISK, **{each.device: room_on(room, demand) for each in devices}}
+    if on_disk:
+        options["homes"] = {each.unit.name: "disk" for each in costs}
+    return decide(problem(costs, demand), replace(HOST, accelerators=devices), limits, **options)
+
+
+def halves() -> dict[str, str]:
+    """Half of what `on_accelerators` has runs on the CPU."""
+    names = ["embed", *(f"layers.{number}" for number in range(12)), "head"]
+    return {name: "cuda:0" if number % 2 else "cpu" for number, name in enumerate(names)}
+
+
+PLANS = {
+    "host, some on disk": example,
+    "host, all in memory": lambda: on_accelerators(0),
+    "host, all on disk": lambda: on_accelerators(0, on_disk=True),
+    "one": lambda: on_accelerators(1, room=10**9),
+    "one, some streams": lambda: on_accelerators(1, room=8_000_000),
+    "one, all on disk": lambda: on_accelerators(1, on_disk=True, room=8_000_000),
+    "two": lambda: on_accelerators(2, room=6_000_000),
+    "two, all on disk": lambda: on_accelerators(2, on_disk=True, room=6_000_000),
+    "one and the host": lambda: on_accelerators(1, room=8_000_000, runs=halves()),
+    "one and the host, all on disk": lambda: on_accelerators(1, on_disk=True, room=8_000_000, runs=halves()),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_a_tier_holds_adds_up_to_its_peak(name):
+    plan = PLANS[name]()
+    for tier, peak in plan.estimate.peak_bytes.items():
+        assert sum(size for _, size in holdings(plan, tier)) == peak
+        assert all(size >= 0 for _, size in holdings(plan, tier))
+
+
+def test_where_an_accelerator_computes_the_host_holds_buffers_of_reads_and_no_cache():
+    plan = on_accelerators(1, on_disk=True, room=8_000_000)
+    assert {place.home for place in plan.placements} == {"disk"}
+    rows = {what: size for what, size in holdings(plan, "cpu") if size}
+    assert not [what for what in rows if what.startswith(("KV", "activations"))]
+    (ring,) = (size for what, size in rows.items() if what.startswith("host buffers"))
+    fetched = {name for group in plan.slots for name in group.units}
+    assert ring == 3 * max(place.weight_bytes for place in plan.placements if place.unit in fetched)
+    both = on_accelerators(1, room=8_000_000, runs=halves(), on_disk=True)
+    rows = {what.partition(" (")[0]: size for what, size in holdings(both, "cpu")}
+    assert rows["activations"] == DEMAND.activation_bytes
+    num_layers = sum(place.run_on == "cpu" for place in both.placements if place.unit.startswith("layers"))
+    assert rows["KV cache"] == 20 * num_layers > 0
+
+
+@pytest.mark.parametrize("where", ["auto", "cpu", {"": "disk"}, {"": "cpu", "model.layers.0": 0}])
+def test_what_a_real_model_holds_adds_up(tiny_llama, where):
+    plan = bigmodel.make_plan(tiny_llama, Machine.load("desktop-24gb"), device_map=where)
+    for tier, peak in plan.estimate.peak_bytes.items():
+        assert sum(size for _, size in holdings(plan, tier)) == peak
+    assert plan.estimate.peak_bytes["cpu"] > 50 * MIB
 
 
 def test_home_of_a_unit():

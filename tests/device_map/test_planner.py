@@ -1,12 +1,14 @@
 """The planner keeps every limit, places every unit once, and spreads what streams."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planning import HOST, problem
+from planning import HOST, accelerator, cost, problem
 
 from bigmodel.device_map import planner
-from bigmodel.device_map.demand import RESERVE_BYTES, Demand, UnitCost
+from bigmodel.device_map.demand import CONTEXT_BYTES, RESERVE_BYTES, Demand, UnitCost
 from bigmodel.device_map.plan import Plan, Workload
 from bigmodel.device_map.rates import Work
 from bigmodel.device_map.unit import Unit
@@ -80,16 +82,16 @@ def test_no_limit_is_exceeded_and_every_unit_is_placed_once(costs, host, num_rea
     home = {placement.unit: placement.home for placement in plan.placements}
     streamed = [name for group in plan.slots for name in group.units]
     assert len(streamed) == len(set(streamed))
-    for cost in costs:
-        name = cost.unit.name
-        assert not (cost.must_stay and home[name] != "cpu")
-        assert (name in streamed) == (home[name] == "disk" and not cost.can_gather)
-    sizes = {cost.unit.name: cost.slot_bytes for cost in costs}
+    for each in costs:
+        name = each.unit.name
+        assert not (each.must_stay and home[name] != "cpu")
+        assert (name in streamed) == (home[name] == "disk" and not each.can_gather)
+    sizes = {each.unit.name: each.slot_bytes for each in costs}
     for group in plan.slots:
         assert 1 <= group.num_slots <= 3
         assert group.slot_bytes == max(sizes[name] for name in group.units)
         assert group.slot_bytes < 2 * min(sizes[name] for name in group.units)
-    staging = num_readers * max(cost.staging_bytes for cost in costs)
+    staging = num_readers * max(each.staging_bytes for each in costs)
     needed = sum(c.resident_bytes for c in costs if home[c.unit.name] == "cpu")
     needed += sum(group.num_slots * group.slot_bytes for group in plan.slots) + staging
     assert plan.estimate.peak_bytes["cpu"] == needed + BESIDE <= plan.limits["cpu"]
@@ -191,3 +193,39 @@ def test_the_error_names_what_is_too_large_and_what_would_do():
 
 def test_the_reserve_is_inside_the_budget():
     assert decide([unit_cost(0, 1)], DEMAND, limits(1), WORKLOAD).estimate.peak_bytes["cpu"] >= RESERVE_BYTES
+
+
+def test_peaks_are_sums_that_can_be_written_down():
+    demand = Demand(
+        kv_bytes=5 * 70 + 11,
+        activation_bytes=1_300,
+        buffer_bytes=90,
+        device_activation_bytes=2_000,
+        prompt_kv_bytes=(5 * 70 + 11) // 2,
+        prefill_activation_bytes=1_300,
+        decode_activation_bytes=400,
+    )
+    units = [cost(f"u.{n}", 1000 + n, kv_bytes=70, staging_bytes=16) for n in range(5)]
+    problem_ = problem(units, demand, num_readers=4)
+    machine = replace(HOST, accelerators=(accelerator(0),))
+    homes = {"u.0": "cuda:0", "u.1": "cuda:0", "u.2": "disk", "u.3": "disk", "u.4": "cpu"}
+    limits = {"cuda:0": 1 << 50, "cpu": 1 << 50, "disk": 0}
+    plan = planner.decide(problem_, machine, limits, homes=homes, max_slots=2)
+    (group,) = plan.slots
+    slots = group.num_slots * 1004
+    device = CONTEXT_BYTES + 90 + 1000 + 1001 + slots
+    host = RESERVE_BYTES + 90 + 1004 + 3 * 1003 + 4 * 16  # what rests there, the ring, read buffers
+    assert plan.estimate.peak_bytes == {"cuda:0": device + 2_000 + 361, "cpu": host, "disk": 0}
+    assert plan.estimate.phase_peak_bytes == {
+        "load": {"cuda:0": device, "cpu": host},
+        "prefill": {"cuda:0": device + 2_000 + 180, "cpu": host},
+        "decode": {"cuda:0": device + 2_000 + 361, "cpu": host},
+    }
+    everything = planner.decide(problem_, HOST, {"cpu": 1 << 50, "disk": 0})
+    resting = RESERVE_BYTES + 90 + sum(1000 + n for n in range(5)) + 4 * 16
+    assert everything.estimate.phase_peak_bytes == {
+        "load": {"cpu": resting},
+        "prefill": {"cpu": resting + 1_300 + 180},
+        "decode": {"cpu": resting + 400 + 361},
+    }
+    assert everything.estimate.peak_bytes["cpu"] == resting + 1_300 + 361
