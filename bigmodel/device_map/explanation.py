@@ -61,7 +61,7 @@ def _tier(plan: Plan, tier: str) -> list[str]:
 
 def holdings(plan: Plan, tier: str) -> list[tuple[str, int]]:
     """What a tier holds at its peak: (what, bytes), which add up to it."""
-    from bigmodel.device_map.tables import RING_SLOTS  # tables know plans, which are told with this
+    from bigmodel.device_map.plan import RING_SLOTS  # plans are told with this
 
     peak = plan.estimate.peak_bytes[tier]
     if tier == "disk":

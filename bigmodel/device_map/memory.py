@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from bigmodel.device_map.demand import CONTEXT_BYTES, RESERVE_BYTES, Demand
-from bigmodel.device_map.tables import DISK, RING_SLOTS, Floats, Ints, Tables
+from bigmodel.device_map.plan import RING_SLOTS
+from bigmodel.device_map.tables import DISK, Floats, Ints, Tables
 
 __all__ = ["PHASES", "Memory"]
 

@@ -13,9 +13,13 @@ from bigmodel.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from bigmodel.device_map.machine import Machine
 
-__all__ = ["Alternative", "Estimate", "Placement", "Plan", "SlotGroup", "Workload"]
+__all__ = ["RING_SLOTS", "Alternative", "Estimate", "Placement", "Plan", "SlotGroup", "Workload"]
 
 _VERSION = 2
+
+
+RING_SLOTS = 3
+"""Host buffers through which units go from disk to accelerators."""
 
 
 @dataclass(frozen=True, kw_only=True)

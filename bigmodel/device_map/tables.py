@@ -10,14 +10,12 @@ from numpy.typing import NDArray
 from bigmodel.device_map.demand import Costs, UnitCost
 from bigmodel.device_map.machine import Machine
 
-__all__ = ["DISK", "RING_SLOTS", "Choice", "Floats", "Ints", "Tables", "size_classes"]
+__all__ = ["DISK", "Choice", "Floats", "Ints", "Tables", "size_classes"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 DISK = "disk"
-# Host buffers through which units go from disk to accelerators.
-RING_SLOTS = 3
 # What handing the hidden state to another device takes beside its bytes: two queues and an event.
 _HOP_S = 30e-6
 # A row that is looked up in a map of a file: one page from the disk (measured on NVMe: 80-120 us), several at a time.

@@ -7,6 +7,7 @@ import copy
 import functools
 import gc
 import inspect
+import math
 import random
 import sys
 import threading
@@ -19,9 +20,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from bigmodel.device_map.counter import Counter, NotTriedError, holes_factor, storages_in, tensors_in
+from bigmodel.device_map.counter import KEPT_HOLES, Counter, NotTriedError, holes_factor, storages_in, tensors_in
 from bigmodel.device_map.rates import Work
-from bigmodel.device_map.tally import Experts, Tally
+from bigmodel.device_map.tally import LARGE_BYTES, Experts, Tally
 from bigmodel.device_map.twin import SMALL_BUFFER_BYTES, twin_of
 
 __all__ = ["Call", "NotTriedError", "PassWork", "Trial", "Tried", "like"]
@@ -158,6 +159,9 @@ class Trial:
                     for key, nbytes in held.items():
                         made[counter.maker(key)] = made.get(counter.maker(key), 0) + nbytes
                     kv = {name: made[own] for name, own in names.items() if own in made}
+                    in_heap = {counter.maker(key) for key, nbytes in held.items() if nbytes < LARGE_BYTES}
+                    holes = sum(made[own] for own in names.values() if own in in_heap)
+                    holes_bytes = math.ceil(KEPT_HOLES * holes)
                     first, experts = _pass_work(tally, names), dict(tally.experts)
                     then_bytes, then_work, then_reason = 0, PassWork(), ""
                     if then is not None and cache:
@@ -176,9 +180,9 @@ class Trial:
         except Exception as error:  # a model's forward may do anything that fake tensors cannot follow
             raise NotTriedError(_told(error)) from error
         return Tried(
-            peak_bytes=peak_bytes,
+            peak_bytes=peak_bytes + holes_bytes,
             kv_bytes=sum(kv.values()),
-            then_bytes=then_bytes,
+            then_bytes=then_bytes + (holes_bytes if then_bytes else 0),
             device_bytes=device_bytes,
             kv=kv,
             first=first,

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from bigmodel.checkpoint.spec import Source
-from bigmodel.device_map.cost import ModelCosts, UnitWork, measure, work_of_units
-from bigmodel.device_map.demand import Costs, Demand, UnitCost
+from bigmodel.device_map.cost import ModelCosts
+from bigmodel.device_map.demand import Costs
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.maps import divide_by_home, resolve_map
 from bigmodel.device_map.named import NAMED, homes_of
 from bigmodel.device_map.plan import Plan, Workload
 from bigmodel.device_map.planner import MAX_SLOTS, advise, decide, refuse_accelerators, timeline
-from bigmodel.device_map.rates import NOTHING, Work
 from bigmodel.device_map.simulation import Step
-from bigmodel.device_map.trial import Trial
-from bigmodel.device_map.unit import Unit, find_units
+from bigmodel.device_map.unit import Unit
 from bigmodel.errors import DeviceMapError, DoesNotFitError
-from bigmodel.loading.assembly import layout_of
+from bigmodel.loading.divisions import Divisions
 from bigmodel.loading.pass_limit import PassLimit
-from bigmodel.models import Skeleton, example_inputs
-from bigmodel.offload.arena import ALIGN_BYTES
-from bigmodel.offload.resident import NUM_READERS
+from bigmodel.models import Skeleton
 from bigmodel.progress import Report
 
 __all__ = ["Decider", "Decision", "DeviceMap", "refuse_unknown"]
@@ -42,6 +36,8 @@ _BATCH_GAIN, _MOST_SEQUENCES = 1.03, 4096
 # A map that has a name is filled again with smaller limits so many times, where what it left did not suffice.
 _NAMED_ATTEMPTS = 6
 _GUESSED = "activations and KV cache are estimates, because no pass could be tried ({reason})"
+
+_STEP_GUESSED = "the time per token is an estimate, because no step could be tried ({reason})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +54,18 @@ class _Problem:
 
     def __init__(
         self,
-        decider: Decider,
+        divisions: Divisions,
+        progress: Report | None,
         limits: Mapping[str, int],
         workload: Workload,
         machine: Machine,
         allow_cpu_compute: bool,
         is_loaded: bool,
     ) -> None:
-        self._decider = decider
+        self._divisions, self._progress = divisions, progress
         self._limits, self._workload, self._machine = limits, workload, machine
         self._allow_cpu_compute, self._is_loaded = allow_cpu_compute, is_loaded
-        self.measured: ModelCosts = decider.measure(workload)
+        self.measured: ModelCosts = divisions.measure(workload)
         self.tiers = {"cpu", "disk", *(each.device for each in machine.accelerators if each.device in limits)}
         self._costs: dict[tuple[str, ...], Costs] = {}
 
@@ -76,7 +73,7 @@ class _Problem:
         """Of a division of the model."""
         key = tuple(unit.name for unit in units)
         if key not in self._costs:
-            self._costs[key] = self._decider.costs_of(
+            self._costs[key] = self._divisions.costs_of(
                 units, set(key) if whole_units is None else whole_units, self.measured, self._workload
             )
         return self._costs[key]
@@ -85,7 +82,7 @@ class _Problem:
         """A plan by a user's map; a map may divide units."""
         whole_units = {unit.name for unit in units}
         if isinstance(device_map, Mapping):
-            by_parameter = resolve_map(device_map, units, self._decider.known_names(), self._machine)
+            by_parameter = resolve_map(device_map, units, self._divisions.known_names(), self._machine)
             self._refuse_left_out(by_parameter)
             units, homes = divide_by_home(units, by_parameter)
             is_on_host = set(homes.values()) == {"cpu"}
@@ -185,8 +182,8 @@ class _Problem:
             machine,
             limits,
             allow_cpu_compute=self._allow_cpu_compute,
-            fingerprint=self._decider.fingerprint,
-            progress=self._decider.progress,
+            fingerprint=self._divisions.fingerprint,
+            progress=self._progress,
             **choices,
         )
 
@@ -211,14 +208,8 @@ class Decider:
         baseline_bytes: int,
         progress: Report | None = None,
     ) -> None:
-        self._trial = Trial(skeleton.model)
-        # Its twin's shape is what is decided about, also when the model has its weights, its hooks and its adapters.
-        self._skeleton = replace(skeleton, model=self._trial.twin)
-        self._fingerprint = fingerprint
-        self._no_split = frozenset(no_split)
-        self._baseline_bytes = baseline_bytes
-        self.progress = progress
-        self._parameters = dict(self._skeleton.model.named_parameters())
+        self._divisions = Divisions(skeleton, fingerprint=fingerprint, no_split=no_split, baseline_bytes=baseline_bytes)
+        self._progress = progress
 
     def __call__(
         self,
@@ -249,7 +240,7 @@ class Decider:
         refuse_unknown(device_map, machine)
         if workload.batch_size == "auto":
             workload = self._best_batch(device_map, limits, workload, machine, allow_cpu_compute)
-        problem = _Problem(self, limits, workload, machine, allow_cpu_compute, is_loaded)
+        problem = _Problem(self._divisions, self._progress, limits, workload, machine, allow_cpu_compute, is_loaded)
 
         def settled(plan: Plan, units: tuple[Unit, ...]) -> Decision:
             if with_advice and device_map == "auto":
@@ -257,12 +248,15 @@ class Decider:
             measured = problem.measured
             if not measured.is_measured:
                 plan = replace(plan, notes=(*plan.notes, _GUESSED.format(reason=measured.reason)))
-            return Decision(plan, units, PassLimit(measured, plan, self._trial, self._planned_shapes(workload)))
+            elif measured.reason:
+                plan = replace(plan, notes=(*plan.notes, _STEP_GUESSED.format(reason=measured.reason)))
+            shapes = self._divisions.planned_shapes(workload)
+            return Decision(plan, units, PassLimit(measured, plan, self._divisions.trial, shapes))
 
         if isinstance(device_map, Plan):
             return settled(*self._follow(device_map, problem))
         error: DoesNotFitError | None = None
-        divisions = self._divisions()
+        divisions = iter(self._divisions)
         for units in divisions:
             try:
                 plan, settled_units = problem.decide(device_map, units)
@@ -318,18 +312,18 @@ class Decider:
     def timeline(self, plan: Plan, machine: Machine) -> list[Step]:
         """When each unit of a plan would be read, copied and computed."""
         with torch.inference_mode(False):
-            problem = _Problem(self, plan.limits, plan.workload, machine, False, False)
-            units, whole = self._units_of(plan)
+            problem = _Problem(self._divisions, self._progress, plan.limits, plan.workload, machine, False, False)
+            units, whole = self._divisions.of_plan(plan)
             return timeline(plan, problem.costs_of(units, whole), machine)
 
     def _follow(self, plan: Plan, problem: _Problem) -> tuple[Plan, tuple[Unit, ...]]:
         """A plan that was made before: refused where it is another checkpoint's, or does not fit here and now."""
-        if plan.fingerprint and plan.fingerprint != (self._fingerprint or ""):
+        if plan.fingerprint and plan.fingerprint != self._divisions.fingerprint:
             raise DeviceMapError(
                 f"The plan was made for another checkpoint (fingerprint {plan.fingerprint[:12]}, this one has "
-                f"{(self._fingerprint or '')[:12]}). Make one with bigmodel.make_plan(path)."
+                f"{self._divisions.fingerprint[:12]}). Make one with bigmodel.make_plan(path)."
             )
-        units, whole = self._units_of(plan)
+        units, whole = self._divisions.of_plan(plan)
         homes = {placement.unit: placement.home for placement in plan.placements}
         runs = {placement.unit: placement.run_on for placement in plan.placements}
         missing = sorted({*homes.values(), *runs.values()} - {*problem.tiers})
@@ -346,158 +340,6 @@ class Decider:
             note = f"it was made for {plan.machine} (rates: {plan.rates_from}); the times here are for this machine"
             followed = replace(followed, notes=(*followed.notes, note))
         return followed, units
-
-    def _units_of(self, plan: Plan) -> tuple[tuple[Unit, ...], set[str]]:
-        """The division that a plan was made for, and the names of the units that are whole in it."""
-        homes_of_units = {placement.unit: placement.home for placement in plan.placements}
-        # A part's name says which tier the map gave it, also where it had to stay elsewhere.
-        parts = {
-            name: placement.unit.rpartition(" (")[2].removesuffix(")")
-            for placement in plan.placements
-            for name in placement.parameters
-        }
-        for whole in self._divisions():
-            by_parameter = {
-                name: parts.get(name) or homes_of_units.get(unit.name, "") for unit in whole for name in unit.parameters
-            }
-            units, _ = divide_by_home(whole, by_parameter)
-            if {unit.name for unit in units} == homes_of_units.keys():
-                return units, {unit.name for unit in whole}
-        raise DeviceMapError(
-            f"The plan names {len(homes_of_units)} units that this model is not divided into. Make it again with make_plan."
-        )
-
-    def _divisions(self) -> Iterator[tuple[Unit, ...]]:
-        """The model's units; then finer and finer ones, as far as there are any."""
-        model = self._skeleton.model
-        sizes = {name: parameter.nbytes for name, parameter in self._parameters.items()}
-        units = find_units(model, sizes=sizes, no_split=self._no_split)
-        yield units
-        while True:
-            largest = max(
-                (sum(sizes.get(name, 0) for name in unit.parameters) for unit in units if not unit.encloses), default=0
-            )
-            finer = find_units(model, sizes=sizes, max_unit_bytes=max(1, largest // 2), no_split=self._no_split)
-            if len(finer) <= len(units) or largest <= 1:
-                return
-            units = finer
-            yield units
-
-    def cost_of(self, unit: Unit, whole_units: Collection[str]) -> UnitCost:
-        """What a unit takes in memory."""
-        weight_bytes = sum(self._parameters[name].nbytes for name in unit.parameters)
-        is_part = unit.name not in whole_units
-        if self._fingerprint is None:
-            return UnitCost(
-                unit=unit,
-                weight_bytes=weight_bytes,
-                resident_bytes=weight_bytes,
-                slot_bytes=weight_bytes,
-                can_gather=unit.gathers,
-                must_stay=unit.encloses,
-                is_part=is_part,
-            )
-        sources = [self._skeleton.sources[name] for name in unit.parameters if name in self._skeleton.sources]
-        layout = layout_of(sources)
-        # What the checkpoint does not have was initialised, and stays.
-        initialised_bytes = sum(
-            self._parameters[name].nbytes for name in unit.parameters if name not in self._skeleton.sources
-        )
-        converted = [source for source in sources if source.conversion is not None]
-        # Converted weights stream from a cache file, where each begins within a page of where the last one ends.
-        converted_bytes = sum(source.nbytes + ALIGN_BYTES for source in converted)
-        return UnitCost(
-            unit=unit,
-            weight_bytes=weight_bytes,
-            # All that stays is read as one, where a run of reads may begin in the gap before it.
-            resident_bytes=layout.nbytes + 2 * ALIGN_BYTES * layout.num_runs + converted_bytes + initialised_bytes,
-            slot_bytes=layout.nbytes + converted_bytes + ALIGN_BYTES * bool(converted),
-            read_bytes=layout.read_bytes + converted_bytes,
-            staging_bytes=layout.staging_bytes,
-            conversion_bytes=max((_conversion_bytes(source) for source in converted), default=0),
-            converted_bytes=converted_bytes,
-            can_gather=unit.gathers
-            and all(source.is_view for source in sources)
-            and len(sources) == len(unit.parameters),
-            must_stay=unit.encloses or len(sources) < len(unit.parameters) or not sources,
-            is_part=is_part,
-        )
-
-    def measure(self, workload: Workload) -> ModelCosts:
-        """Memory and work of the workload's passes."""
-        return measure(self._trial, self._skeleton.model, self._example_inputs, workload)
-
-    def costs_of(
-        self, units: Sequence[Unit], whole_units: Collection[str], measured: ModelCosts, workload: Workload
-    ) -> Costs:
-        """What is to be placed: the units of a division, and what is beside them."""
-        model = self._skeleton.model
-        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        # Parts of a unit that a map divides run together: the first one's work is all of it.
-        at_sites = {unit.sites: unit for unit in reversed(units)}
-        works, beside = work_of_units(measured, list(at_sites.values()), names)
-        work_at = dict(zip(at_sites, works, strict=True))
-        nothing = UnitWork(NOTHING, NOTHING, 0)
-        costs = []
-        for unit in units:
-            work = work_at[unit.sites]
-            if at_sites[unit.sites] is not unit:
-                work = UnitWork(work.prefill and nothing.prefill, work.decode and nothing.decode, 0)
-            experts = [
-                measured.experts[name] for name in names if name in measured.experts and _is_in(name, unit.sites)
-            ]
-            costs.append(
-                replace(
-                    self.cost_of(unit, whole_units),
-                    prefill=work.prefill,
-                    decode=work.decode,
-                    kv_bytes=work.kv_bytes,
-                    experts=(experts[0].num_experts, experts[0].num_routed, round(experts[0].expert_bytes))
-                    if experts
-                    else None,
-                )
-            )
-        prompt_kv_bytes = measured.kv_bytes(workload.num_sequences, workload.prompt_tokens)
-        demand = Demand(
-            kv_bytes=measured.kv_bytes(workload.num_sequences, workload.total_tokens),
-            activation_bytes=measured.workload_activation_bytes,
-            buffer_bytes=sum(0 if buffer.is_meta else buffer.nbytes for buffer in model.buffers()),
-            baseline_bytes=self._baseline_bytes,
-            device_activation_bytes=measured.device_bytes,
-            prompt_kv_bytes=prompt_kv_bytes,
-            prefill_activation_bytes=measured.prefill_bytes,
-            decode_activation_bytes=measured.decode_bytes,
-        )
-        return Costs(
-            units=tuple(costs),
-            demand=demand,
-            workload=workload,
-            # In the first pass all that it holds is touched for the first time.
-            prefill=(beside.prefill or NOTHING).plus(Work(fresh_bytes=demand.activation_bytes + prompt_kv_bytes)),
-            decode=beside.decode or NOTHING,
-            hidden_bytes=_hidden_bytes(model),
-            num_readers=NUM_READERS,
-        )
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the checkpoint; empty for a module alone."""
-        return self._fingerprint or ""
-
-    def known_names(self) -> list[str]:
-        model = self._skeleton.model
-        names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-        names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        return names + [name for name, _ in model.named_buffers(remove_duplicate=False)]
-
-    def _example_inputs(self, batch_size: int, num_tokens: int) -> dict[str, torch.Tensor] | None:
-        return example_inputs(self._skeleton.model, batch_size, num_tokens)
-
-    def _planned_shapes(self, workload: Workload) -> dict[str, tuple[int, ...]]:
-        """The shapes of the inputs that the workload's passes were tried with."""
-        with torch.device("meta"):
-            inputs = self._example_inputs(workload.num_sequences, workload.prompt_tokens) or {}
-        return {name: tuple(tensor.shape) for name, tensor in inputs.items()}
 
 
 def refuse_unknown(device_map: DeviceMap, machine: Machine) -> None:
@@ -526,19 +368,3 @@ def _seconds(plan: Plan) -> float:
     """Of the plan's workload."""
     estimate = plan.estimate
     return (estimate.ttft_s or 0.0) + plan.workload.new_tokens * (estimate.time_per_token_s or 0.0)
-
-
-def _hidden_bytes(model: nn.Module) -> int:
-    """Of what one token hands from layer to layer: as wide as its embedding, where there is one."""
-    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    return tables[0].shape[1] * tables[0].element_size() if tables else 0
-
-
-def _is_in(name: str, sites: Collection[str]) -> bool:
-    return any(name == site or name.startswith(f"{site}.") for site in sites)
-
-
-def _conversion_bytes(source: Source) -> int:
-    """What goes in, what comes out, and a copy of that, while a conversion runs."""
-    assert source.conversion is not None
-    return sum(spec.nbytes for spec in source.conversion.inputs) + 2 * len(source.conversion.outputs) * source.nbytes

@@ -16,6 +16,7 @@ from bigmodel.device_map.counter import NotTriedError, tensors_in
 from bigmodel.device_map.plan import Plan
 from bigmodel.device_map.trial import Trial, like
 from bigmodel.errors import DoesNotFitError
+from bigmodel.offload.spill import trim_heap
 from bigmodel.units import format_bytes
 
 __all__ = ["PassLimit"]
@@ -73,6 +74,8 @@ class PassLimit:
             self._refuse_beyond(needed, f"A pass with {said} needs {format_bytes(needed)}", "Make its inputs smaller")
             return
         batch_size, num_tokens, past_tokens, total = shape
+        if not past_tokens:
+            trim_heap()  # a new sequence: what the last one's cache left in the heap is given back before this one's comes
         if (
             batch_size <= workload.num_sequences
             and total <= workload.total_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,20 @@ from bigmodel.models import Skeleton
 from bigmodel.progress import progress_bar
 
 __all__ = ["make_plan", "make_plan_and_timeline", "workload_of"]
+
+# How a checkpoint is read, where nothing is said.
+_READING: dict[str, Any] = {
+    "dtype": "auto",
+    "offload_folder": None,
+    "model": None,
+    "no_split_module_classes": None,
+    "revision": None,
+    "subfolder": None,
+    "variant": None,
+    "key_mapping": None,
+    "strict": True,
+    "trust_remote_code": False,
+}
 
 
 def make_plan(
@@ -80,64 +95,32 @@ def make_plan(
 
 def make_plan_and_timeline(
     path_or_model: str | os.PathLike[str] | nn.Module,
-    machine: Machine | None = None,
-    workload: Workload | None = None,
-    max_memory: Mapping[int | str, int | str] | None = None,
-    device_map: DeviceMap = "auto",
-    allow_cpu_compute: bool = False,
-    *,
-    dtype: str | torch.dtype = "auto",
-    offload_folder: str | os.PathLike[str] | None = None,
-    model: nn.Module | Callable[[], nn.Module] | None = None,
-    no_split_module_classes: Collection[str] | None = None,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    variant: str | None = None,
-    key_mapping: Mapping[str, str] | None = None,
-    strict: bool = True,
-    trust_remote_code: bool = False,
+    machine: Machine | None,
+    workload: Workload | None,
+    max_memory: Mapping[int | str, int | str] | None,
+    device_map: DeviceMap,
+    allow_cpu_compute: bool,
+    **reading: Any,
 ) -> tuple[Plan, Callable[[], list[Step]]]:
-    """`make_plan`, and what gives the predicted timeline of the plan, for a picture of it."""
+    """`make_plan`, whose keyword arguments `reading` are, and what gives the predicted timeline of the plan."""
+    reading = _READING | reading
     with torch.inference_mode(False), torch.device("cpu"), progress_bar() as report:
-        here = Here.of(max_memory, device_map, offload_folder, report, machine, allow_cpu_compute=allow_cpu_compute)
+        folder, no_split = reading["offload_folder"], reading["no_split_module_classes"]
+        here = Here.of(max_memory, device_map, folder, report, machine, allow_cpu_compute=allow_cpu_compute)
         workload = workload or workload_of(device_map) or Workload()
         if not isinstance(path_or_model, nn.Module):
-            prepared = Prepared.of(
-                path_or_model,
-                here,
-                model=model,
-                dtype=dtype,
-                key_mapping=key_mapping,
-                strict=strict,
-                trust_remote_code=trust_remote_code,
-                revision=revision,
-                subfolder=subfolder,
-                variant=variant,
-                no_split=no_split_module_classes,
-                without_weights=True,
-            )
+            own = {name: reading[name] for name in reading if name not in ("offload_folder", "no_split_module_classes")}
+            prepared = Prepared.of(path_or_model, here, **own, no_split=no_split, without_weights=True)
             here, decide = prepared.here, prepared.decide
         else:
-            reading = {
-                "dtype": dtype != "auto",
-                "offload_folder": offload_folder is not None,
-                "model": model is not None,
-                "revision": revision is not None,
-                "subfolder": subfolder is not None,
-                "variant": variant is not None,
-                "key_mapping": key_mapping is not None,
-                "strict": not strict,
-                "trust_remote_code": trust_remote_code,
-            }
-            if any(reading.values()):
-                given = ", ".join(name for name, is_given in reading.items() if is_given)
+            given = [name for name in reading if name != "no_split_module_classes" and reading[name] != _READING[name]]
+            if given:
                 raise InvalidArgumentError(
-                    f"{given} say how to read a checkpoint, and a module was given. Leave them out, or give a path."
+                    f"{', '.join(given)} say how to read a checkpoint, and a module was given. Leave them out, or give a path."
                 )
-            own = frozenset(getattr(path_or_model, "_no_split_modules", None) or ())
-            skeleton = Skeleton(model=path_or_model, sources={}, initialised=(), unexpected=(), no_split=own)
-            no_split = own | frozenset(no_split_module_classes or ())
-            decide = Decider(skeleton, fingerprint=None, no_split=no_split, baseline_bytes=0, progress=report)
+            named = frozenset(getattr(path_or_model, "_no_split_modules", None) or ()) | frozenset(no_split or ())
+            skeleton = Skeleton(model=path_or_model, sources={}, initialised=(), unexpected=(), no_split=named)
+            decide = Decider(skeleton, fingerprint=None, no_split=named, baseline_bytes=0, progress=report)
         plan = decide(
             device_map,
             here.limits,

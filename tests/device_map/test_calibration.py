@@ -8,7 +8,7 @@ import torch
 
 from bigmodel.device_map import calibration
 from bigmodel.device_map.machine import DEFAULT_RATES, Machine
-from bigmodel.device_map.measuring import _PASSES
+from bigmodel.device_map.processors import _PASSES
 from bigmodel.errors import InvalidArgumentError
 
 

@@ -121,6 +121,8 @@ def test_the_first_pass_waits_for_what_the_steps_do_not():
     read_s = GB / HOST.disk_read_bytes_per_s
     assert plan.estimate.ttft_s >= 4 * read_s
     assert plan.estimate.time_per_token_s == pytest.approx(4 * read_s, rel=0.1)
+    # Nothing is read ahead of it, and the first unit's bytes come before anything runs.
+    assert plan.estimate.ttft_s > plan.estimate.time_per_token_s
 
 
 def test_the_timeline_is_what_the_estimate_says():
