@@ -13,13 +13,16 @@ from bigmodel.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from bigmodel.device_map.machine import Machine
 
-__all__ = ["RING_SLOTS", "Alternative", "Estimate", "Placement", "Plan", "SlotGroup", "Workload"]
+__all__ = ["MAX_SLOTS", "RING_SLOTS", "Alternative", "Estimate", "Placement", "Plan", "SlotGroup", "Workload"]
 
 _VERSION = 2
 
 
 RING_SLOTS = 3
 """Host buffers through which units go from disk to accelerators."""
+
+MAX_SLOTS = 3
+"""Of a lane: one is computed with, one is ready, one is being filled."""
 
 
 @dataclass(frozen=True, kw_only=True)

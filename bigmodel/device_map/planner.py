@@ -10,18 +10,17 @@ import numpy as np
 from bigmodel.device_map.demand import RESERVE_BYTES, Costs, UnitCost
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.memory import PHASES, Memory
-from bigmodel.device_map.plan import Alternative, Estimate, Placement, Plan, SlotGroup
-from bigmodel.device_map.search import EVERY, Found, Search
+from bigmodel.device_map.named import NAMED
+from bigmodel.device_map.plan import MAX_SLOTS, Alternative, Estimate, Placement, Plan, SlotGroup
+from bigmodel.device_map.search import Found, Search
 from bigmodel.device_map.simulation import COMPUTATION, Step, simulate
 from bigmodel.device_map.tables import DISK, Choice, Ints, Tables
 from bigmodel.errors import DeviceMapError, DoesNotFitError
 from bigmodel.progress import Report
 from bigmodel.units import format_bytes
 
-__all__ = ["MAX_SLOTS", "advise", "decide", "predict", "refuse_accelerators", "timeline"]
+__all__ = ["advise", "decide", "predict", "refuse_accelerators", "timeline"]
 
-# Slots per lane: one is computed with, one is ready, one is being filled.
-MAX_SLOTS = 3
 _MORE_BYTES = 10**9
 _ALTERNATIVES, _TOLD_APART = 4, 1e-3
 
@@ -250,8 +249,8 @@ def _alternatives(tables: Tables, found: Found, others: Sequence[Found]) -> tupl
     for each in others:
         if each.seconds > found.seconds * (1 + _TOLD_APART):
             slots = "1 slot" if each.num_slots == 1 else f"{each.num_slots} slots"
-            what = _described(tables, each) if each.what == EVERY else each.what
-            told.setdefault(f"{what}, {slots}", each.seconds)
+            name = f" ({each.what})" if each.what in NAMED else ""
+            told.setdefault(f"{_described(tables, each)}, {slots}{name}", each.seconds)
     return tuple(Alternative(what=what, seconds=seconds) for what, seconds in list(told.items())[:_ALTERNATIVES])
 
 

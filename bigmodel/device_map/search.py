@@ -11,20 +11,17 @@ import numpy as np
 
 from bigmodel.device_map.beginnings import Beginnings, single_changes
 from bigmodel.device_map.memory import Memory
+from bigmodel.device_map.plan import MAX_SLOTS
 from bigmodel.device_map.simulation import simulate
 from bigmodel.device_map.tables import Floats, Ints, Tables
 from bigmodel.progress import PLANNING, Report
 
-__all__ = ["EVERY", "Found", "Search"]
-
-EVERY = "all maps"
-"""How a search that looked at all of them began."""
+__all__ = ["Found", "Search"]
 
 # So many maps are all looked at. Beyond, as many unit-passes as this are simulated (1e6 take about 0.4 s).
 _ALL_BELOW = 150_000
 _MOST_UNIT_PASSES = 8_000_000
 _CHUNK_ELEMENTS = 100_000
-_MAX_SLOTS = 3
 _FROM_BEST = 3
 _SWAPS = 1_024
 _MOST_FAILURES = 3
@@ -65,7 +62,7 @@ class Search:
         tables: Tables,
         limits: Mapping[str, int],
         *,
-        max_slots: int = _MAX_SLOTS,
+        max_slots: int = MAX_SLOTS,
         progress: Report | None = None,
     ) -> None:
         self._tables = tables
@@ -178,7 +175,7 @@ class Search:
                     numbers, seconds = np.array([n for n, _ in results]), np.array([s for _, s in results])
                     at = self._ranked(maps[numbers], np.full(len(numbers), slots), seconds)[0]
                     choices = tuple(int(c) for c in maps[numbers[at]])
-                    best.append(Found(choices, slots, float(seconds[at]), EVERY))
+                    best.append(Found(choices, slots, float(seconds[at]), "all maps"))
         return self._sorted(best)
 
     def _fitting(self, maps: Ints, slots: Ints) -> Iterator[tuple[int, float]]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigmodel.device_map.plan import RING_SLOTS
+from bigmodel.device_map.plan import MAX_SLOTS, RING_SLOTS
 from bigmodel.device_map.tables import Floats, Ints, Tables
 
 __all__ = ["COMPUTATION", "Outcome", "Step", "simulate"]
@@ -29,7 +29,6 @@ COMPUTATION = "computation on "
 _NUM_STEPS = 3
 _PHASES = ("prefill", "decode")
 _NEVER = -(1 << 60)
-_SLOTS_TOUCHED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +137,7 @@ class _Passes:
         self._hop = [self._hops(phase) for phase in (0, 1)]
         # The host's slots are mapped page by page when they are first read into. Fewer slots are not chosen for that: as many
         # are counted as there may be.
-        share = np.where(
-            self._fetched & (self._run == 0), np.minimum(members, _SLOTS_TOUCHED) / np.maximum(members, 1), 0.0
-        )
+        share = np.where(self._fetched & (self._run == 0), np.minimum(members, MAX_SLOTS) / np.maximum(members, 1), 0.0)
         slot_bytes = np.array([unit.slot_bytes for unit in tables.costs.units], float)
         self._touching_s = slot_bytes @ share / tables.machine.host_rates.fresh_bytes_per_s
         self._size = self._num_units * self._num_maps

@@ -14,14 +14,13 @@ from bigmodel.device_map.demand import Costs
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.maps import divide_by_home, resolve_map
 from bigmodel.device_map.named import NAMED, homes_of
-from bigmodel.device_map.plan import Plan, Workload
-from bigmodel.device_map.planner import MAX_SLOTS, advise, decide, refuse_accelerators, timeline
+from bigmodel.device_map.plan import MAX_SLOTS, Plan, Workload
+from bigmodel.device_map.planner import advise, decide, refuse_accelerators, timeline
 from bigmodel.device_map.simulation import Step
 from bigmodel.device_map.unit import Unit
 from bigmodel.errors import DeviceMapError, DoesNotFitError
 from bigmodel.loading.divisions import Divisions
 from bigmodel.loading.pass_limit import PassLimit
-from bigmodel.models import Skeleton
 from bigmodel.progress import Report
 
 __all__ = ["Decider", "Decision", "DeviceMap", "refuse_unknown"]
@@ -36,7 +35,6 @@ _BATCH_GAIN, _MOST_SEQUENCES = 1.03, 4096
 # A map that has a name is filled again with smaller limits so many times, where what it left did not suffice.
 _NAMED_ATTEMPTS = 6
 _GUESSED = "activations and KV cache are estimates, because no pass could be tried ({reason})"
-
 _STEP_GUESSED = "the time per token is an estimate, because no step could be tried ({reason})"
 
 
@@ -192,23 +190,12 @@ class Decider:
     """Makes decisions about one model.
 
     Args:
-        skeleton: the model, and where its bytes are.
-        fingerprint: of the checkpoint; None where a module is planned for by itself, and its parameters' sizes count.
-        no_split: class names of modules that are never divided.
-        baseline_bytes: what the interpreter holds, outside the budget.
+        divisions: of the model, and what they take.
         progress: called with (phase, steps done, steps at most) while a plan is looked for.
     """
 
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        *,
-        fingerprint: str | None,
-        no_split: Collection[str],
-        baseline_bytes: int,
-        progress: Report | None = None,
-    ) -> None:
-        self._divisions = Divisions(skeleton, fingerprint=fingerprint, no_split=no_split, baseline_bytes=baseline_bytes)
+    def __init__(self, divisions: Divisions, progress: Report | None = None) -> None:
+        self._divisions = divisions
         self._progress = progress
 
     def __call__(

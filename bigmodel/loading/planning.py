@@ -14,6 +14,7 @@ from bigmodel.device_map.plan import Plan, Workload
 from bigmodel.device_map.simulation import Step
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.loading.decision import Decider, DeviceMap
+from bigmodel.loading.divisions import Divisions
 from bigmodel.loading.prepared import Here, Prepared
 from bigmodel.models import Skeleton
 from bigmodel.progress import progress_bar
@@ -120,7 +121,7 @@ def make_plan_and_timeline(
                 )
             named = frozenset(getattr(path_or_model, "_no_split_modules", None) or ()) | frozenset(no_split or ())
             skeleton = Skeleton(model=path_or_model, sources={}, initialised=(), unexpected=(), no_split=named)
-            decide = Decider(skeleton, fingerprint=None, no_split=named, baseline_bytes=0, progress=report)
+            decide = Decider(Divisions(skeleton, fingerprint=None, no_split=named, baseline_bytes=0), report)
         plan = decide(
             device_map,
             here.limits,

@@ -22,6 +22,7 @@ from bigmodel.errors import InvalidArgumentError, join_some
 from bigmodel.footprint import bound_product_cache, footprint_bytes
 from bigmodel.loading.assembly import Assembly
 from bigmodel.loading.decision import Decider, DeviceMap, refuse_unknown
+from bigmodel.loading.divisions import Divisions
 from bigmodel.models import (
     Skeleton,
     build_skeleton,
@@ -180,11 +181,13 @@ class Prepared:
             skeleton=skeleton,
             checkpoint=checkpoint,
             decide=Decider(
-                skeleton,
-                fingerprint=checkpoint.fingerprint or None,
-                no_split=skeleton.no_split | frozenset(no_split or ()),
-                baseline_bytes=baseline_bytes,
-                progress=here.progress,
+                Divisions(
+                    skeleton,
+                    fingerprint=checkpoint.fingerprint or None,
+                    no_split=skeleton.no_split | frozenset(no_split or ()),
+                    baseline_bytes=baseline_bytes,
+                ),
+                here.progress,
             ),
             here=here,
             trust_remote_code=trust_remote_code,

@@ -1,6 +1,7 @@
 """The simulation against what can be worked out by hand, and against figures that others published."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -153,3 +154,13 @@ def test_a_unit_that_does_not_run_in_a_step_is_not_fetched_for_it():
     plan = plan_for([*encoder, *decoder], 3 * GB, homes=homes, max_slots=2)
     assert plan.estimate.time_per_token_s == pytest.approx(3 * read_s, rel=0.1)
     assert plan.estimate.ttft_s >= 6 * read_s
+
+
+def test_the_first_pass_touches_the_hosts_slots_for_the_first_time():
+    fresh = replace(HOST, host_rates=replace(HOST.host_rates, fresh_bytes_per_s=GB / 2))
+    for num_units, num_touched in ((1, 1), (2, 2), (7, 3)):
+        units = [cost(f"u.{n}", GB) for n in range(num_units)]
+        homes = {f"u.{n}": "disk" for n in range(num_units)}
+        without, touching = (plan_for(units, 9 * GB, homes=homes, machine=each).estimate for each in (HOST, fresh))
+        assert touching.ttft_s - without.ttft_s == pytest.approx(2 * num_touched)
+        assert touching.time_per_token_s == pytest.approx(without.time_per_token_s)
