@@ -15,7 +15,7 @@ BUDGET ?= 192MiB
 export PROMPT BUDGET
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-gpu check format
+.PHONY: help setup browser demo test test-fast test-gpu check format
 .ONESHELL:
 .SHELLFLAGS := -euc
 
@@ -62,7 +62,17 @@ demo: $(INSTALLED)
 	@folder=$$($(BIN)/python examples/make_smollm2.py)
 	$(BIN)/bigmodel run "$$folder" --chat --prompt "$$PROMPT" --max-memory "cpu=$$BUDGET"
 
-test: $(INSTALLED)
+# Pages are looked at in a real browser; where there is none and none can be installed, those tests are skipped.
+browser:
+	@for name in chromium chromium-browser google-chrome; do
+		! command -v $$name >/dev/null || exit 0
+	done
+	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || exit 0
+	echo "bigmodel: installing chromium, in which the tests look at pages"
+	{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } ||
+		echo "bigmodel: chromium could not be installed; the tests that need a browser will be skipped" >&2
+
+test: $(INSTALLED) browser
 	@$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 test-fast: $(INSTALLED)

@@ -115,6 +115,7 @@ def compare_maps(shape: str, machine: str) -> dict[str, Any]:
         What -> {``step_s``, ``ttft_s``}; None where it does not fit.
     """
     import bigmodel
+    from bigmodel.errors import DoesNotFitError
 
     found = bigmodel.Machine.load(machine)
     workload = bigmodel.Workload(new_tokens=NEW_TOKENS)
@@ -127,7 +128,7 @@ def compare_maps(shape: str, machine: str) -> dict[str, Any]:
         def predicted(device_map: Any) -> dict[str, float | None] | None:
             try:
                 plan = bigmodel.make_plan(folder, found, workload, device_map=device_map)
-            except bigmodel.DoesNotFitError:
+            except DoesNotFitError:
                 return None
             return {"step_s": plan.estimate.time_per_token_s, "ttft_s": plan.estimate.ttft_s}
 

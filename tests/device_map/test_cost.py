@@ -7,8 +7,9 @@ import torch
 from families import make_checkpoint, resident
 from torch import nn
 
+from bigmodel.device_map import trial
 from bigmodel.device_map.cost import measure, work_of_units
-from bigmodel.device_map.counter import NotTriedError, tensors_in
+from bigmodel.device_map.counter import KEPT_HOLES, NotTriedError, tensors_in
 from bigmodel.device_map.plan import Workload
 from bigmodel.device_map.trial import Trial, like
 from bigmodel.device_map.unit import find_units
@@ -55,6 +56,16 @@ def test_activations_cover_what_torch_allocates(tmp_path):
         live += event.self_cpu_memory_usage
         peak = max(peak, live)
     assert costs.prefill_bytes + costs.kv_bytes(2, 24) >= peak > 0
+
+
+def test_holes_that_an_earlier_sequence_leaves_between_the_cache_s_blocks_count(tmp_path, monkeypatch):
+    model = resident(make_checkpoint("llama", tmp_path))
+    with_holes = costs_of(model)
+    monkeypatch.setattr(trial, "KEPT_HOLES", 0.0)
+    without = costs_of(model)
+    assert with_holes.kv_bytes(2, 24) == without.kv_bytes(2, 24) > 0
+    expected = KEPT_HOLES * with_holes.kv_bytes(2, 24)
+    assert with_holes.prefill_bytes - without.prefill_bytes == pytest.approx(expected, rel=0.02)
 
 
 def test_alike_layers_are_measured_once_and_count_for_all(tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 
 import bigmodel
 from bigmodel.errors import DoesNotFitError, WeightNotResidentError
+from bigmodel.loading import pass_limit
 
 SMALL = bigmodel.Workload(batch_size=1, prompt_tokens=8, new_tokens=4)
 MIB = 1 << 20
@@ -54,6 +55,16 @@ def test_images_beyond_the_workload_are_held_to_the_limit(tmp_path):
     with pytest.raises(DoesNotFitError, match=r"pixel_values \[\d+, 3, 16, 16\].* needs .* is left beside the weights"):
         model(pixel_values=many)
     assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_the_heap_is_trimmed_before_a_new_sequence_and_not_before_each_token(tmp_path, monkeypatch):
+    folder = make_checkpoint("llama", tmp_path)
+    model = load(folder, max_memory=tight(folder))
+    trimmed = []
+    monkeypatch.setattr(pass_limit, "trim_heap", lambda: trimmed.append(1))
+    for number in (1, 2):
+        model.generate(torch.ones(1, 8, dtype=torch.int64), max_new_tokens=4, do_sample=False)
+        assert len(trimmed) == number
 
 
 class Wide(nn.Module):
