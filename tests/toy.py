@@ -99,6 +99,6 @@ def streamed_stack(num_blocks: int = 5, num_slots: int = 2, delay_s: float = 0.0
         units.append(StreamedUnit(name, bindings, places, 0))
         sites[number] = [(name, block)]
     store = MemoryStore(content, delay_s)
-    streamer = Streamer(units, [(num_slots, UNIT_BYTES)], store)
+    streamer = Streamer(units, [[Arena(UNIT_BYTES) for _ in range(num_slots)]], store)
     attachment = Attachment(model, streamer, sites, {}, check_pass, StreamStats(), refuses_moves=True)
     return model, reference, attachment, store

@@ -41,7 +41,8 @@ class ModelCosts:
     Attributes:
         workload: what was tried.
         prefill_bytes: activations of the first pass.
-        half_prefill_bytes: of a pass of half as many tokens.
+        tried_bytes: of passes of half as many tokens, and of as many, which give the logits of all of them.
+        kept_bytes: the same, of passes that give the last token's logits alone.
         decode_bytes: of a pass of one token at the workload's last token.
         kv_fixed_bytes: per sequence, whatever its length (states, sliding windows).
         kv_bytes_per_token: per sequence and token.
@@ -56,7 +57,8 @@ class ModelCosts:
 
     workload: Workload
     prefill_bytes: int
-    half_prefill_bytes: int
+    tried_bytes: tuple[int, int]
+    kept_bytes: tuple[int, int]
     decode_bytes: int
     kv_fixed_bytes: int
     kv_bytes_per_token: int
@@ -81,18 +83,22 @@ class ModelCosts:
     def activation_bytes(self, batch_size: int, num_tokens: int, past_tokens: int) -> int:
         """Bytes of activations of a pass of `num_tokens` a sequence after `past_tokens`; an upper estimate.
 
-        Between what was tried it follows a parabola in the tokens (attention may hold scores of every pair); what a token
-        needs grows with what it looks back on.
+        Between what was tried it follows a parabola in the tokens (attention may hold scores of every pair), and where the
+        last token's logits alone are kept a line, because a head that is copied for that takes the same for any number; what a
+        token needs grows with what it looks back on.
         """
         share = batch_size / self.workload.num_sequences
         tried = self.workload.prompt_tokens
         half = max(1, tried // 2)
         square = 0.0
         if tried > half:
-            square = (self.prefill_bytes / tried - self.half_prefill_bytes / half) / (tried - half)
+            square = (self.tried_bytes[1] / tried - self.tried_bytes[0] / half) / (tried - half)
         square = max(0.0, square)
-        linear = max(self.prefill_bytes / tried - square * tried, self.half_prefill_bytes / half - square * half, 0.0)
+        linear = max(self.tried_bytes[1] / tried - square * tried, self.tried_bytes[0] / half - square * half, 0.0)
         fitted = linear * num_tokens + square * num_tokens * (num_tokens + past_tokens)
+        if num_tokens > 1:  # of one token, all logits are the last one's
+            fixed, per_token = _line(half, self.kept_bytes[0], tried, self.kept_bytes[1])
+            fitted = max(fitted, fixed + per_token * num_tokens)
         if self.repeats:
             return math.ceil(share * fitted)
         looking_back = self.decode_bytes * max(1.0, (past_tokens + num_tokens) / self.workload.total_tokens)
@@ -202,11 +208,13 @@ def _tried(
         second = max(2, min(last, _SECOND_TOKENS))
         tried[second] = try_pass(second)
     prefill_bytes = whole.peak_bytes
-    kept = None
+    kept, kept_half_bytes = None, 0
     if _accepts(model, "logits_to_keep"):
         # As generate calls it: smaller logits, and at times a larger workspace.
         kept = trial(call(prompt, logits_to_keep=1))
         prefill_bytes = max(prefill_bytes, kept.peak_bytes)
+        if prompt > 1:
+            kept_half_bytes = trial(call(prompt // 2, logits_to_keep=1)).peak_bytes
     grows = len({each.kv_bytes for each in tried.values()}) > 1
     if grows and last > max(_FAR * prompt, *tried):
         tried[last] = try_pass(last)
@@ -232,7 +240,8 @@ def _tried(
     return ModelCosts(
         workload=workload,
         prefill_bytes=prefill_bytes,
-        half_prefill_bytes=half.peak_bytes,
+        tried_bytes=(half.peak_bytes, whole.peak_bytes),
+        kept_bytes=(kept_half_bytes, kept.peak_bytes) if kept is not None else (0, 0),
         decode_bytes=decode_bytes,
         kv_fixed_bytes=math.ceil(fixed),
         kv_bytes_per_token=math.ceil(per_token),
@@ -331,7 +340,8 @@ def _guessed(model: nn.Module, workload: Workload, reason: str) -> ModelCosts:
     return ModelCosts(
         workload=workload,
         prefill_bytes=activations,
-        half_prefill_bytes=activations // 2,
+        tried_bytes=(activations // 2, activations),
+        kept_bytes=(0, 0),
         decode_bytes=activations if repeats else activations // workload.prompt_tokens,
         kv_fixed_bytes=0,
         kv_bytes_per_token=2 * typical * num_blocks,

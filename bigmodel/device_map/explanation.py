@@ -61,8 +61,6 @@ def _tier(plan: Plan, tier: str) -> list[str]:
 
 def holdings(plan: Plan, tier: str) -> list[tuple[str, int]]:
     """What a tier holds at its peak: (what, bytes), which add up to it."""
-    from bigmodel.device_map.plan import RING_SLOTS  # plans are told with this
-
     peak = plan.estimate.peak_bytes[tier]
     if tier == "disk":
         return [("converted weights", peak)]
@@ -78,9 +76,7 @@ def holdings(plan: Plan, tier: str) -> list[tuple[str, int]]:
     # Cache and activations are where units run, of which the host may run all, some or none: they are what is left.
     known = plan.resident_bytes + slots[1] + plan.staging_bytes + plan.buffer_bytes + plan.reserve_bytes
     rest = max(0, peak - known)
-    from_disk = {place.unit for place in plan.placements if place.home == "disk"}
-    passed_on = (group for group in plan.slots if group.device != "cpu" and not from_disk.isdisjoint(group.units))
-    ring = min(rest, RING_SLOTS * max((group.slot_bytes for group in passed_on), default=0))
+    ring = min(rest, plan.ring_bytes)
     activations = min(rest - ring, plan.activation_bytes)
     workload = plan.workload
     return [
@@ -110,10 +106,14 @@ def _times(plan: Plan) -> list[str]:
     if estimate.binds:
         bound = "; ".join(f"{phase}: {resource}" for phase, resource in estimate.binds.items())
         lines.append(f"what binds: {bound}")
-    whole = estimate.ttft_s + plan.workload.new_tokens * estimate.time_per_token_s
+    whole = estimate.ttft_s + plan.workload.num_steps * estimate.time_per_token_s
+    tiers_of: dict[float, list[str]] = {}  # what gains the same is told once
     for tier, gain in plan.gains_s.items():
+        tiers_of.setdefault(gain, []).append(tier)
+    for gain, tiers in tiers_of.items():
         share = gain / whole if whole else 0.0
-        lines.append(f"one more GB of {tier}: {format_seconds(gain)} less of {format_seconds(whole)} ({share:.1%})")
+        less = f"{format_seconds(gain)} less of {format_seconds(whole)} ({share:.1%})" if gain else "gains nothing"
+        lines.append(f"one more GB of {' or '.join(tiers)}: {less}")
     for other in plan.alternatives:
         slower = other.seconds / whole - 1 if whole else 0.0
         lines.append(f"runner-up: {other.what}: {format_seconds(other.seconds)} (+{slower:.1%})")

@@ -43,6 +43,15 @@ SHIPPED = Path(__file__).parent / "machines"
 """Machine files of hardware that one may not own; `Machine.load` takes their names without the suffix too."""
 
 
+# What a machine file may say.
+_RATE_KEYS = {"memory_bytes_per_s", "flops_per_s", "products", "op_s", "fresh_bytes_per_s"}
+_KEYS = {"name", "rates_from", "accelerators", "host", "disk", "h2d_bytes_per_s_all", "d2d_bytes_per_s", "processes"}
+_KEYS |= {"source", "sources", "notes", "comment"}
+_HOST_KEYS = {"memory", "processors", "source"} | _RATE_KEYS
+_DISK_KEYS = {"free", "read_bytes_per_s", "measured", "source"}
+_CARD_KEYS = {"name", "device", "memory", "unified", "h2d_bytes_per_s", "source"} | _RATE_KEYS
+
+
 @dataclass(frozen=True, kw_only=True)
 class Accelerator:
     """One accelerator.
@@ -137,7 +146,7 @@ class Machine:
     ) -> Machine:
         """Measure this machine's rates, and keep them in the user's cache folder, where `probe` finds them.
 
-        Takes about half a minute and 0.5 GiB of memory; the machine should be idle.
+        Takes about a minute and 0.5 GiB of memory; the machine should be idle.
 
         Args:
             folder: that holds checkpoints: its disk is what is measured; the user's cache folder if None.
@@ -173,7 +182,10 @@ class Machine:
         if not place.exists() and (SHIPPED / f"{file}.json").exists():
             place = SHIPPED / f"{file}.json"
         try:
+            if not place.exists():
+                raise FileNotFoundError("there is no such file")
             described = json.loads(place.read_text())
+            _refuse_unknown_keys(described)
             host, disk, together = described["host"], described.get("disk", {}), described.get("h2d_bytes_per_s_all")
             accelerators = tuple(
                 Accelerator(
@@ -204,8 +216,9 @@ class Machine:
             if isinstance(error, InvalidArgumentError):
                 raise InvalidArgumentError(f"{os.fspath(file)}: {error}") from error
             names = ", ".join(sorted(each.stem for each in SHIPPED.glob("*.json")))
+            told = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
             raise InvalidArgumentError(
-                f"{os.fspath(file)} does not describe a machine ({type(error).__name__}: {error}). It needs at least "
+                f"{os.fspath(file)} does not describe a machine ({told}). It needs at least "
                 f'{{"host": {{"memory": "64GiB"}}}}; machines that come with bigmodel are {names}.'
             ) from error
 
@@ -291,6 +304,22 @@ class Machine:
             d2d_bytes_per_s=known.d2d_bytes_per_s or _D2D_BYTES_PER_S,
             rates_from=f"measured {known.date[:10]}",
         )
+
+
+def _refuse_unknown_keys(described: Any) -> None:
+    """A misspelt rate would silently be a default."""
+    parts = [
+        ("", described, _KEYS),
+        ("host.", described["host"], _HOST_KEYS),
+        ("disk.", described.get("disk", {}), _DISK_KEYS),
+    ]
+    parts += [(f"accelerators[{n}].", each, _CARD_KEYS) for n, each in enumerate(described.get("accelerators", ()))]
+    unknown = [f"{where}{key}" for where, part, known in parts for key in part if key not in known]
+    if unknown:
+        raise ValueError(f"unknown {', '.join(unknown)}")
+    for where, part, key in [("host.", described["host"], "memory"), *((w, p, "memory") for w, p, _ in parts[3:])]:
+        if key not in part:
+            raise ValueError(f"{where}{key} is missing")
 
 
 def _is_accelerator(device: str) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from bigmodel.device_map.demand import CONTEXT_BYTES, RESERVE_BYTES, Demand
-from bigmodel.device_map.plan import RING_SLOTS
 from bigmodel.device_map.tables import DISK, Floats, Ints, Tables
 
 __all__ = ["PHASES", "Memory"]
@@ -99,9 +99,14 @@ class Memory:
             if self._kv_beside:  # what no unit makes is made where the model begins
                 first = is_used[:, 1:] & (np.cumsum(is_used[:, 1:], axis=1) == 1)
                 peaks[:, 1:-1] += np.where(first, kv_share * self._kv_beside, 0.0)
-            through_ring = tables.is_from_disk[columns, maps] & (tables.copied_bytes[columns, maps] > 0)
-            peaks[:, 0] += RING_SLOTS * (self._slot_bytes * through_ring).max(axis=1, initial=0.0)
+            peaks[:, 0] += np.where(self.has_ring(maps), tables.costs.ring_bytes, 0.0)
         return peaks
+
+    def has_ring(self, maps: Ints) -> Any:
+        """[candidates] whether weights go from files to an accelerator: what rests there does, while it is loaded."""
+        tables, columns = self._tables, self._columns
+        fed = tables.is_from_disk[columns, maps] & (tables.copied_bytes[columns, maps] > 0)
+        return (fed | (tables.home[columns, maps] > 0)).any(axis=1)
 
     def excess(self, maps: Ints, num_slots: Ints) -> Floats:
         """Bytes beyond the limits: [candidates]; 0 for a map that fits."""

@@ -13,13 +13,10 @@ from bigmodel.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from bigmodel.device_map.machine import Machine
 
-__all__ = ["MAX_SLOTS", "RING_SLOTS", "Alternative", "Estimate", "Placement", "Plan", "SlotGroup", "Workload"]
+__all__ = ["MAX_SLOTS", "Alternative", "Estimate", "Placement", "Plan", "SlotGroup", "Workload"]
 
 _VERSION = 2
 
-
-RING_SLOTS = 3
-"""Host buffers through which units go from disk to accelerators."""
 
 MAX_SLOTS = 3
 """Of a lane: one is computed with, one is ready, one is being filled."""
@@ -58,6 +55,11 @@ class Workload:
         if isinstance(self.batch_size, str):
             raise InvalidArgumentError("The batch size is 'auto'; bigmodel.make_plan chooses one. Give a number here.")
         return self.batch_size
+
+    @property
+    def num_steps(self) -> int:
+        """Passes after the first one, which gives a token too."""
+        return max(0, self.new_tokens - 1)
 
     @property
     def total_tokens(self) -> int:
@@ -163,6 +165,7 @@ class Plan:
         notes: what a reader should know, such as units that stay although the map sends them to disk.
         alternatives: the next best maps.
         gains_s: tier -> seconds that the workload would take less with one more GB of it.
+        ring_bytes: of the host's buffers between files and accelerators.
     """
 
     placements: tuple[Placement, ...]
@@ -182,6 +185,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     gains_s: Mapping[str, float] = field(default_factory=dict)
+    ring_bytes: int = 0
 
     @property
     def streamed_bytes(self) -> int:

@@ -19,7 +19,7 @@ from bigmodel.errors import DeviceMapError, DoesNotFitError
 from bigmodel.progress import Report
 from bigmodel.units import format_bytes
 
-__all__ = ["advise", "decide", "predict", "refuse_accelerators", "timeline"]
+__all__ = ["advise", "decide", "predict", "timeline"]
 
 _MORE_BYTES = 10**9
 _ALTERNATIVES, _TOLD_APART = 4, 1e-3
@@ -149,15 +149,6 @@ def _cpu_gain(plan: Plan, costs: Costs, machine: Machine, before: float) -> tupl
     return (f"{told}; it rounds differently",)
 
 
-def refuse_accelerators(homes: Mapping[str, str]) -> None:
-    """This version computes on the CPU."""
-    named = sorted({home for home in homes.values() if home not in ("cpu", DISK)})
-    if named:
-        raise DeviceMapError(
-            f"device_map names {', '.join(named)}, and this version runs on the CPU. Use 'cpu' and 'disk'."
-        )
-
-
 def _choices(
     units: Sequence[UnitCost],
     machine: Machine,
@@ -224,6 +215,7 @@ def _plan(
         kv_bytes=demand.kv_bytes,
         activation_bytes=demand.activation_bytes,
         reserve_bytes=RESERVE_BYTES,
+        ring_bytes=costs.ring_bytes if search.memory.has_ring(maps)[0] else 0,
         estimate=_estimate(tables, search, maps, slots),
         machine=tables.machine.name,
         rates_from=tables.machine.rates_from,
@@ -345,7 +337,7 @@ def _workload_s(plan: Plan) -> float | None:
     estimate = plan.estimate
     if estimate.ttft_s is None or estimate.time_per_token_s is None:
         return None
-    return estimate.ttft_s + plan.workload.new_tokens * estimate.time_per_token_s
+    return estimate.ttft_s + plan.workload.num_steps * estimate.time_per_token_s
 
 
 def _too_large(
@@ -384,8 +376,9 @@ def _too_large(
     )
     parts = [f"{format_bytes(stays)} of weights that stay"]
     if here:
-        largest = max(here, key=lambda group: group.slot_bytes)
-        unit = f"the largest unit, {largest.units[0]}, needs {format_bytes(largest.slot_bytes)}"
+        fetched = {name for group in here for name in group.units}
+        largest = max((cost for cost in costs.units if cost.unit.name in fetched), key=lambda cost: cost.slot_bytes)
+        unit = f"the largest unit, {largest.unit.name}, needs {format_bytes(largest.slot_bytes)}"
         size = sum(group.num_slots * group.slot_bytes for group in here)
         parts.append(f"{format_bytes(size)} of slots ({unit})")
     rest = needed - stays - sum(group.num_slots * group.slot_bytes for group in here)

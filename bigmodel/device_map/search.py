@@ -22,7 +22,7 @@ __all__ = ["Found", "Search"]
 _ALL_BELOW = 150_000
 _MOST_UNIT_PASSES = 8_000_000
 _CHUNK_ELEMENTS = 100_000
-_FROM_BEST = 3
+_FROM_BEST = 4
 _SWAPS = 1_024
 _MOST_FAILURES = 3
 
@@ -34,7 +34,7 @@ class Found:
     Attributes:
         choices: number of each unit's choice.
         num_slots: of each lane.
-        seconds: of the workload: its first pass, and a step for each new token.
+        seconds: of the workload: its first pass, and a step for each token after the first.
         what: how the search began that led to it.
     """
 
@@ -88,7 +88,7 @@ class Search:
         """Of the workload, whether the map fits or not: [candidates]."""
         outcome = simulate(self._tables, maps, num_slots)
         self._spent += maps.size * 4
-        total: Floats = outcome.ttft_s + self._tables.costs.workload.new_tokens * outcome.step_s
+        total: Floats = outcome.ttft_s + self._tables.costs.workload.num_steps * outcome.step_s
         return total
 
     def fetched_bytes(self, maps: Ints) -> Floats:
@@ -111,10 +111,12 @@ class Search:
     def go_on(self, current: Sequence[int], num_slots: int) -> Found:
         """Where a map that fits leads to, with a tenth of a whole search's work."""
         self._most = _MOST_UNIT_PASSES // 10
-        maps = np.array([current, self._beginnings.refilled(np.array(current, np.int64), num_slots)], np.int64)
-        slots = np.full(2, num_slots)
+        own = np.array(current, np.int64)
+        counts = range(1, self._max_slots + 1)
+        maps = np.array([own, *(self._beginnings.refilled(own, count) for count in counts)], np.int64)
+        slots = np.array([num_slots, *counts])
         found = [
-            Found(tuple(int(c) for c in maps[number]), num_slots, seconds, "from another map")
+            Found(tuple(int(c) for c in maps[number]), int(slots[number]), seconds, "from another map")
             for number, seconds in self._fitting(maps, slots)
         ]
         return self._improve(self._sorted(found)[0])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigmodel.device_map.plan import MAX_SLOTS, RING_SLOTS
+from bigmodel.device_map.plan import MAX_SLOTS
 from bigmodel.device_map.tables import Floats, Ints, Tables
 
 __all__ = ["COMPUTATION", "Outcome", "Step", "simulate"]
@@ -94,8 +94,7 @@ class _Fetches:
     Attributes:
         reads, copies: [units, maps] from disk, over a link.
         any_read, all_read, any_copy: [units] whether that is so in some map, or in every one.
-        gate: [units, maps] place of the time before which a unit's read cannot begin (see `_Passes`).
-        slot: the same for what is written to its slot.
+        slot: [units, maps] place of the time before which nothing is written to a unit's slot (see `_Passes`).
         link: the same for its link.
     """
 
@@ -104,7 +103,6 @@ class _Fetches:
     any_read: list[bool]
     all_read: list[bool]
     any_copy: list[bool]
-    gate: Ints
     slot: Ints
     link: Ints | None
 
@@ -160,7 +158,7 @@ class _Passes:
         for place, u in enumerate(self._order[phase]):
             ready = begin_read = end_read = begin_copy = None
             if fetches.any_read[u]:
-                begin_read = np.maximum(disk_free, ends.take(fetches.gate[u]))
+                begin_read = np.maximum(disk_free, ends.take(fetches.slot[u]))
                 end_read = begin_read + self._read_s[u]
                 if fetches.all_read[u]:
                     disk_free = end_read
@@ -170,9 +168,13 @@ class _Passes:
                 ready = end_read
             if fetches.any_copy[u] and fetches.link is not None:
                 begin_copy = np.maximum(ends.take(fetches.link[u]), ends.take(fetches.slot[u]))
-                if end_read is not None:
-                    begin_copy = np.maximum(begin_copy, end_read)
-                end_copy = (begin_copy + self._copy_s[u]) * fetches.copies[u]
+                if begin_read is not None and end_read is not None:
+                    # Through small buffers: a copy begins with the read and ends after it, and a read waits for its copy.
+                    begin_copy = np.maximum(begin_copy, begin_read * fetches.reads[u])
+                    end_copy = np.maximum(begin_copy + self._copy_s[u], end_read) * fetches.copies[u]
+                    disk_free = np.where(fetches.reads[u], np.maximum(disk_free, end_copy), disk_free)
+                else:
+                    end_copy = (begin_copy + self._copy_s[u]) * fetches.copies[u]
                 copied[u] = end_copy
                 ready = end_copy if ready is None else np.maximum(ready, end_copy)
             begin = now + hop[place] if hop is not None else now
@@ -231,7 +233,7 @@ class _Passes:
     def _fetches(self, number: int) -> _Fetches:
         wanted = self._wanted(number)
         reads, copies = wanted & self._is_from_disk, wanted & self._is_over_link
-        slot, link, ring = (
+        slot, link = (
             None if each is None else np.maximum(each + (1 + number) * self._size, 0) for each in self._waits(number)
         )
         assert slot is not None
@@ -241,7 +243,6 @@ class _Passes:
             _each(reads.any(axis=1)),
             _each(reads.all(axis=1)),
             _each(copies.any(axis=1)),
-            slot if ring is None else np.where(reads & copies, ring, slot),
             slot,
             link,
         )
@@ -256,22 +257,19 @@ class _Passes:
         return wanted
 
     def _waits(self, number: int) -> list[Ints | None]:
-        """Places of the ends that a unit's slot, link and buffer of the ring wait for, relative to the pass."""
+        """Places of the ends that a unit's slot and link wait for, relative to the pass."""
         wanted = self._wanted(number)
         earlier = self._wanted(number - 1) if number else wanted
         for known, known_earlier, places in self._known:
             if (known == wanted).all() and (known_earlier == earlier).all():
                 return places
         copies, copied = wanted & self._is_over_link, earlier & self._is_over_link
-        both, both_earlier = copies & self._is_from_disk, copied & self._is_from_disk
         slot = self._before(self._lanes, self._num_lanes, wanted, earlier, self._back)
-        link = ring = None
+        link = None
         if copies.any():
             link = self._copies_at + self._before(self._run, len(self._tables.devices), copies, copied, 1)
-        if both.any():
-            ring = self._copies_at + self._before(np.zeros_like(self._run), 1, both, both_earlier, RING_SLOTS)
-        self._known.append((wanted, earlier, [slot, link, ring]))
-        return [slot, link, ring]
+        self._known.append((wanted, earlier, [slot, link]))
+        return [slot, link]
 
     def _before(self, group: Ints, num_groups: int, is_member: Bools, was_member: Bools, back: Any) -> Ints:
         """Where the end of the member of its group stands that came so many places before a unit, in this pass or an earlier."""

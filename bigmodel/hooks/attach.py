@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from bigmodel.errors import ForkedError, GradientRefusedError, MoveRefusedError, StreamingError
+from bigmodel.hooks.hops import Hops, Route, SiteHops, first_device, moved
 from bigmodel.hooks.stats import StreamStats
 from bigmodel.hooks.streamer import Streamer
 
@@ -45,6 +46,7 @@ class Attachment:
         check_pass: called before each pass.
         sizes: resident and mapped bytes, for the statistics.
         refuses_moves: whether weights rest elsewhere than where they run, so that the model cannot be moved or cast in place.
+        route: the devices of a pass; None where all of it runs on the CPU.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Attachment:
         sizes: StreamStats,
         *,
         refuses_moves: bool,
+        route: Route | None = None,
     ) -> None:
         self._model = weakref.ref(model)
         self._streamer = streamer
@@ -69,12 +72,19 @@ class Attachment:
         self._pass_started_s = 0.0
         self._num_passes = 0
         self._pass_s = 0.0
+        self._main = route.main if route is not None else None
+        self._hops = Hops()
+        self._came_from: torch.device | None = None  # the inputs of the pass under way
         self._handles: list[RemovableHandle] = []
         for number, modules in sites.items():
             for name, module in modules:
                 hook = _UnitHook(self, number, name)
                 self._handles.append(module.register_forward_pre_hook(hook.enter, prepend=True, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(hook.leave, always_call=True))
+        for module, device, after in route.sites.values() if route is not None else ():
+            hops = SiteHops(self._hops, device, after)
+            self._handles.append(module.register_forward_pre_hook(hops.enter, prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(hops.leave))
         # After the units' own hooks, so that a root that is a unit begins its pass first and ends it last.
         for name, module in {**entries, "": model}.items():
             begin = functools.partial(self._begin_pass, name)
@@ -121,15 +131,17 @@ class Attachment:
     def __reduce__(self) -> str:
         raise StreamingError(PICKLE_REFUSED)
 
-    def _begin_pass(self, entry: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin_pass(
+        self, entry: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
         self._refuse_fork()
         if self._opener is not None and self._lock.is_mine():
             num_calls = _num_calls(self._opener)
             if module is not self._opener and num_calls > 0:
-                return  # a part of the pass under way
+                return None  # a part of the pass under way
             if module is self._opener and num_calls > 1:
                 self._num_inside += 1
-                return
+                return None
             # An interrupt (Ctrl-C) ended a pass where no hook saw it: what it left is put to rest now.
         self._lock.acquire()
         self._lock.depth = 1
@@ -144,17 +156,25 @@ class Attachment:
             raise
         self._opener, self._num_inside = module, 0
         self._pass_started_s = time.perf_counter()
+        if self._main is None:
+            return None
+        self._came_from = first_device((args, kwargs))
+        return self._hops.into_pass(args, self._main), self._hops.into_pass(kwargs, self._main)
 
-    def _end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if module is not self._opener or not self._lock.is_mine():
-            return
+            return None
         if self._num_inside:
             self._num_inside -= 1
-            return
+            return None
         self._pass_s += time.perf_counter() - self._pass_started_s
         self._num_passes += output is not None
         self._opener = None
-        self._lock.release()
+        try:
+            self._hops.forget()
+            return moved(output, self._came_from) if self._main is not None and self._came_from is not None else None
+        finally:
+            self._lock.release()
 
     def _refuse_fork(self) -> None:
         if os.getpid() != self._pid and self._streamer is not None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from bigmodel.hooks.streams import Event
 from bigmodel.offload.arena import Arena
 from bigmodel.offload.file_map import is_written
+from bigmodel.offload.link import DeviceMemory
 from bigmodel.offload.reader import Ticket
 
 __all__ = ["Binding", "DataBinding", "EntryBinding", "Slot", "SlotState", "view_in", "views_of"]
@@ -27,22 +27,32 @@ class SlotState(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """One buffer of a lane. What is in flight travels with it: the ticket that fills it, the event that frees it.
+    """One buffer of a lane. What is in flight travels with it: the ticket that fills it, the event after which it is filled.
 
     Attributes:
-        arena: the memory.
+        memory: of the host, or of an accelerator; that one knows after which event nothing reads it any more.
         unit: number of the unit whose weights it holds or is getting.
         ticket: the filling under way.
-        freed: after this event nothing reads the slot any more.
+        filled: on an accelerator, the end of the copies; work that reads the slot waits for it there.
         views: unit number -> its parameters' views of this slot.
     """
 
-    arena: Arena
+    memory: Arena | DeviceMemory
     state: SlotState = SlotState.EMPTY
     unit: int | None = None
     ticket: Ticket | None = None
-    freed: Event | None = None
+    filled: torch.Event | None = None
     views: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    def wait_until_filled(self) -> None:
+        """Let the device's work from now on come after the copies. The host does not wait."""
+        if self.filled is not None and isinstance(self.memory, DeviceMemory):
+            self.memory.link.wait(self.filled)
+
+    def mark_free(self) -> None:
+        """Let the next copy come after the device's work up to now. On the host, work is done when its call returns."""
+        if isinstance(self.memory, DeviceMemory):
+            self.memory.after = self.memory.link.mark_computed()
 
 
 class DataBinding:
@@ -139,13 +149,15 @@ class EntryBinding:
 Binding = DataBinding | EntryBinding
 
 
-def views_of(bindings: Sequence[Binding], places: dict[str, int], arena: Arena) -> list[torch.Tensor]:
-    """A tensor per binding that shows its parameter in `arena`; made once, outside inference mode (see design of slots)."""
+def views_of(
+    bindings: Sequence[Binding], places: Mapping[str, int], memory: Arena | DeviceMemory
+) -> list[torch.Tensor]:
+    """A tensor per binding that shows its parameter in `memory`; made once, outside inference mode (see design of slots)."""
     views = []
     with torch.inference_mode(False), torch.no_grad():
         for binding in bindings:
             shape, dtype = binding.shape_dtype
-            views.append(view_in(arena.tensor, places[binding.name], shape, dtype))
+            views.append(view_in(memory.tensor, places[binding.name], shape, dtype))
     return views
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.profiler import record_function
@@ -13,8 +13,8 @@ from bigmodel.errors import StreamingError
 from bigmodel.hooks.schedule import Schedule
 from bigmodel.hooks.slots import Binding, Slot, SlotState, views_of
 from bigmodel.hooks.stats import StreamStats
-from bigmodel.hooks.streams import HostStreams, Streams
 from bigmodel.offload.arena import Arena
+from bigmodel.offload.link import DeviceMemory
 from bigmodel.offload.store import Store
 
 __all__ = ["StreamedUnit", "Streamer"]
@@ -35,7 +35,7 @@ class StreamedUnit:
 
     name: str
     bindings: Sequence[Binding]
-    places: dict[str, int]
+    places: Mapping[str, int]
     lane: int
     slot: Slot | None = None
     depth: int = 0
@@ -47,30 +47,27 @@ class Streamer:
 
     Args:
         units: in order of definition; their numbers are their positions.
-        lanes: per lane, number of slots and bytes of each.
+        lanes: per lane, the memory of each of its slots.
         store: fills slots.
-        streams: orders a slot's reuse after the work that reads it.
     """
 
     def __init__(
         self,
         units: Sequence[StreamedUnit],
-        lanes: Sequence[tuple[int, int]],
+        lanes: Sequence[Sequence[Arena | DeviceMemory]],
         store: Store,
-        streams: Streams | None = None,
     ) -> None:
         self._units = units
-        self._lanes = [[Slot(Arena(slot_bytes)) for _ in range(num_slots)] for num_slots, slot_bytes in lanes]
+        self._lanes = [[Slot(memory) for memory in lane] for lane in lanes]
         self._store = store
-        self._streams = streams or HostStreams()
         self._schedule = Schedule(len(units))
         self._is_closed = False
         self.stall_s = 0.0
         self.num_reads = self.read_bytes = self.num_hits = self.num_misses = 0
-        self.slot_bytes = sum(slot.arena.nbytes for lane in self._lanes for slot in lane)
+        self.slot_bytes = sum(slot.memory.nbytes for lane in self._lanes for slot in lane)
         for number, unit in enumerate(units):
             for slot in self._lanes[unit.lane]:
-                slot.views[number] = views_of(unit.bindings, unit.places, slot.arena)
+                slot.views[number] = views_of(unit.bindings, unit.places, slot.memory)
 
     def enter(self, number: int) -> None:
         """Make a unit's weights be there: wait for them, bind them, and issue what comes next.
@@ -109,6 +106,7 @@ class Streamer:
         self.prefetch()
         if slot.ticket is not None:
             self._wait(unit, slot)
+        slot.wait_until_filled()
         slot.state = SlotState.IN_USE
         self._check_unchanged(unit, slot)
         unit.is_bound = True
@@ -199,7 +197,7 @@ class Streamer:
             if ticket.error is not None:
                 self._empty(slot)
             raise
-        slot.ticket = None
+        slot.filled, slot.ticket = ticket.filled, None
 
     def _settle(self) -> None:
         """Note which fillings have ended: a unit that was expected and did not come must not keep its slot."""
@@ -213,7 +211,7 @@ class Streamer:
                 if ticket.error is not None:
                     self._empty(slot)  # it is read again when it is needed, and says then what is wrong
                 elif slot.unit is not None:
-                    slot.state, slot.ticket = SlotState.READY, None
+                    slot.state, slot.filled, slot.ticket = SlotState.READY, ticket.filled, None
 
     def _check_unchanged(self, unit: StreamedUnit, slot: Slot) -> None:
         changed = [binding.name for binding in unit.bindings if not binding.is_unchanged()]
@@ -262,13 +260,10 @@ class Streamer:
 
     def _fill(self, number: int, slot: Slot, *, is_urgent: bool) -> None:
         self._empty(slot)
-        if slot.freed is not None:
-            slot.freed.synchronize()
-            slot.freed = None
         unit = self._units[number]
         # In this order an interrupt leaves a slot that nobody takes for empty, or for filled: `reset` recovers it.
         slot.state = SlotState.FILLING
-        slot.ticket = self._store.fetch(unit.name, slot.arena, is_urgent=is_urgent)
+        slot.ticket = self._store.fetch(unit.name, slot.memory, is_urgent=is_urgent)
         slot.unit, unit.slot = number, slot
         self.num_reads += 1
         self.read_bytes += self._store.read_bytes(unit.name)
@@ -289,16 +284,16 @@ class Streamer:
             slot.ticket.done.wait()
         else:
             # A reader may still write into its memory: that goes when the reader is done, and the slot gets another.
-            slot.arena = Arena(slot.arena.nbytes)
+            slot.memory = slot.memory.fresh()
             for number in slot.views:
                 unit = self._units[number]
-                slot.views[number] = views_of(unit.bindings, unit.places, slot.arena)
+                slot.views[number] = views_of(unit.bindings, unit.places, slot.memory)
         self._empty(slot)
 
     def _empty(self, slot: Slot) -> None:
         if slot.unit is not None:
             self._units[slot.unit].slot = None
-        slot.state, slot.unit, slot.ticket = SlotState.EMPTY, None, None
+        slot.state, slot.unit, slot.ticket, slot.filled = SlotState.EMPTY, None, None, None
 
     def _release(self, unit: StreamedUnit) -> None:
         slot = unit.slot
@@ -307,5 +302,5 @@ class Streamer:
                 binding.release()
             unit.is_bound = False
         if slot is not None and slot.state is SlotState.IN_USE:
-            slot.freed = self._streams.mark()
+            slot.mark_free()
             slot.state = SlotState.READY

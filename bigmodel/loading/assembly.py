@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,21 @@ from bigmodel.hooks.attach import Attachment, PassCheck
 from bigmodel.hooks.slots import Binding, DataBinding, EntryBinding
 from bigmodel.hooks.stats import StreamStats
 from bigmodel.hooks.streamer import StreamedUnit, Streamer
+from bigmodel.loading.route import move_buffers, route_of, run_devices
+from bigmodel.offload.arena import Arena
 from bigmodel.offload.converted import cached_conversions
+from bigmodel.offload.crossing import Crossing, Traveller
 from bigmodel.offload.direct import DirectReads
 from bigmodel.offload.disk import DiskStore
 from bigmodel.offload.file_map import FileMap
+from bigmodel.offload.link import DeviceMemory, Link, Ring
 from bigmodel.offload.ranges import Layout, lay_out
 from bigmodel.offload.reader import BLOCK_BYTES, GAP_BYTES, Reader
 from bigmodel.offload.resident import NUM_READERS, ResidentLoad
 from bigmodel.offload.resting import resting_parameter
+from bigmodel.offload.slabs import SlabStore
 from bigmodel.offload.spill import Spill
+from bigmodel.offload.store import Store, Tiers
 from bigmodel.progress import Report
 
 __all__ = [
@@ -95,10 +101,10 @@ def forget(model: nn.Module) -> None:
     _ASSEMBLED.pop(model, None)
 
 
-def layout_of(sources: Sequence[Source]) -> Layout:
+def layout_of(sources: Sequence[Source], *, for_accelerator: bool = False) -> Layout:
     """The layout of parameters in a slot or an arena; those that need a conversion are left out."""
     plain = [source for source in sources if source.conversion is None]
-    return lay_out(plain, block_bytes=BLOCK_BYTES, gap_bytes=GAP_BYTES)
+    return lay_out(plain, block_bytes=BLOCK_BYTES, gap_bytes=GAP_BYTES, for_accelerator=for_accelerator)
 
 
 class Assembly:
@@ -141,7 +147,13 @@ class Assembly:
         _ASSEMBLED[self._model] = Assembled(make_plan=make_plan, stamps=self._stamps, sizes=_sizes(load))
 
     def carry_out(
-        self, plan: Plan, units: Sequence[Unit], check_pass: PassCheck | None, early: ResidentLoad | None = None
+        self,
+        plan: Plan,
+        units: Sequence[Unit],
+        check_pass: PassCheck | None,
+        early: ResidentLoad | None = None,
+        *,
+        unified: Collection[str] = (),
     ) -> None:
         """Put every weight where the plan says. On any error nothing is left running, and the module is not usable.
 
@@ -149,24 +161,71 @@ class Assembly:
             plan, units: what to do.
             check_pass: looks at passes before they begin.
             early: a load under way that can give every weight, where the plan keeps all of them.
+            unified: accelerators that share the host's memory: what rests on the host rests with them.
         """
-        resident = _resident_names(plan, units)
+        runs = run_devices(plan)
+        homes = {placement.unit: placement.home for placement in plan.placements}
+        crossing_units = [unit for unit in units if homes[unit.name] != "disk" and runs[unit.name].type != "cpu"]
+        at = {name: unit.name for unit in units for name in unit.parameters}
+        crossing = {name for unit in crossing_units for name in unit.parameters}
+        away_names = [name for name in self._names if name in self._sources and homes[at[name]] == "disk"]
         # Buffers that the checkpoint holds stay whatever the plan says.
-        staying = [source for name, source in self._sources.items() if name in resident or name not in self._names]
+        staying = [source for name, source in self._sources.items() if name not in crossing and name not in away_names]
+        links = {device: Link(device) for device in sorted({*runs.values()}, key=str) if device.type != "cpu"}
+        reader: Reader | None = None
         load = early or ResidentLoad(staying, stamps=self._stamps, may_map=False, progress=self._progress)
         try:
-            away = {name: self._sources[name] for name in self._names if name not in resident and name in self._sources}
+            away = {name: self._sources[name] for name in away_names}
             away |= self._cache_converted(away)
             room = _RoomAtRest(plan)
             bindings = self._rest(away, room, gathered=_gathered_names(plan, units))
+            layouts = self._layouts(plan, units, away)
+            travellers = [
+                Traveller(
+                    unit.name,
+                    [self._sources[name] for name in unit.parameters if name in self._sources],
+                    links[runs[unit.name]],
+                    stays_on_host=homes[unit.name] == "cpu" and str(runs[unit.name]) not in unified,
+                )
+                for unit in crossing_units
+            ]
+            if layouts or travellers:
+                reader = self._reader(travellers, layouts.values(), links)
+            slabs: Mapping[str, torch.Tensor] = {}
+            places: dict[str, Mapping[str, int]] = {
+                name: layout.places if runs[name].type == "cpu" else layout.device_places
+                for name, layout in layouts.items()
+            }
+            if reader is not None and travellers:
+                across = Crossing(travellers, reader=reader, direct=DirectReads(self._stamps), progress=self._progress)
+                bindings |= self._put_across(across, travellers)
+                slabs = across.slabs
+                places |= across.places
+            for unit in crossing_units:
+                self._move_initialised(unit.parameters, runs[unit.name])
             self._place(load.finish() if early is None else load.give(staying))
+            route = route_of(self._model, plan, units)
+            if route is not None:
+                move_buffers(self._model, units, runs, route.main)
+            streamer = self._streamer(plan, units, layouts, slabs, places, bindings, links, reader)
+            if reader is not None and not layouts:
+                reader.close()  # all that it was for is read
+        except BaseException:
+            if reader is not None:
+                reader.close()
+            raise
         finally:
             load.close()
-        streamer, sites = self._streamer(plan, units, away, bindings)
         sizes = _sizes(load)
+        modules = dict(self._model.named_modules(remove_duplicate=False))
+        sites = {
+            number: [(unit.name, modules[site]) for site in unit.sites]
+            for number, unit in enumerate(_streamed(plan, units))
+        }
+        moves = bool(away) or bool(slabs) or len({*runs.values()}) > 1
         try:
             attachment = None
-            if streamer is not None or check_pass is not None or away:
+            if streamer is not None or check_pass is not None or moves or route is not None:
                 attachment = Attachment(
                     self._model,
                     streamer,
@@ -174,7 +233,8 @@ class Assembly:
                     _entries(self._model, units),
                     check_pass,
                     sizes,
-                    refuses_moves=bool(away),
+                    refuses_moves=moves,
+                    route=route,
                 )
                 room.attachment = weakref.ref(attachment)
         except BaseException:
@@ -189,8 +249,47 @@ class Assembly:
             stamps=self._stamps,
             sizes=sizes,
         )
-        if away:
-            state.compile_before = _mark_streamed(self._model, units)
+        if moves:
+            state.compile_before = _mark_streamed(
+                self._model, units, runs, is_streamed=streamer is not None or bool(away)
+            )
+
+    def _layouts(self, plan: Plan, units: Sequence[Unit], away: Mapping[str, Source]) -> dict[str, Layout]:
+        """Unit name -> its layout in a slot, for those that stream from files."""
+        runs = run_devices(plan)
+        found = {}
+        for unit in _streamed(plan, units):
+            sources = [away[name] for name in unit.parameters if name in away]
+            if sources:
+                found[unit.name] = layout_of(sources, for_accelerator=runs[unit.name].type != "cpu")
+        return found
+
+    def _reader(
+        self, travellers: Sequence[Traveller], layouts: Iterable[Layout], links: Mapping[torch.device, Link]
+    ) -> Reader:
+        """The threads that fill slots and what accelerators keep."""
+        staging = [layout.staging_bytes for layout in layouts]
+        staging += [layout_of(unit.sources, for_accelerator=True).staging_bytes for unit in travellers]
+        ring = Ring(next(iter(links))) if links else None
+        return Reader(num_threads=NUM_READERS, stamps=self._stamps, bounce_bytes=max(staging, default=0), ring=ring)
+
+    def _put_across(self, across: Crossing, travellers: Sequence[Traveller]) -> dict[str, Binding]:
+        """Give parameters the tensors that accelerators run with, and bind those that rest on the host."""
+        tensors = across.finish()
+        bindings: dict[str, Binding] = {}
+        for unit in travellers:
+            for source in unit.sources:
+                parameter = nn.Parameter(tensors[source.name], requires_grad=False)
+                self._replace(source.name, parameter)
+                if unit.stays_on_host:
+                    bindings[source.name] = DataBinding(source.name, parameter, tensors[source.name])
+        return bindings
+
+    def _move_initialised(self, names: Iterable[str], device: torch.device) -> None:
+        """Parameters that are in no file go where their unit runs."""
+        for name in names:
+            if name not in self._sources:
+                self._replace(name, nn.Parameter(self._names[name].detach().to(device), requires_grad=False))
 
     def _place(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -239,35 +338,40 @@ class Assembly:
         return bindings
 
     def _streamer(
-        self, plan: Plan, all_units: Sequence[Unit], away: Mapping[str, Source], bindings: Mapping[str, Binding]
-    ) -> tuple[Streamer | None, dict[int, list[tuple[str, nn.Module]]]]:
+        self,
+        plan: Plan,
+        all_units: Sequence[Unit],
+        layouts: Mapping[str, Layout],
+        slabs: Mapping[str, torch.Tensor],
+        places: Mapping[str, Mapping[str, int]],
+        bindings: Mapping[str, Binding],
+        links: Mapping[torch.device, Link],
+        reader: Reader | None,
+    ) -> Streamer | None:
         lane_of = {name: number for number, group in enumerate(plan.slots) for name in group.units}
-        units = [unit for unit in all_units if unit.name in lane_of]
+        units = _streamed(plan, all_units)
         if not units:
-            return None, {}
-        layouts = {unit.name: layout_of([away[name] for name in unit.parameters if name in away]) for unit in units}
-        modules = dict(self._model.named_modules(remove_duplicate=False))
-        sites = {number: [(unit.name, modules[site]) for site in unit.sites] for number, unit in enumerate(units)}
-        lanes = []
+            return None
+        stores: dict[str, Store] = dict.fromkeys(slabs, SlabStore(slabs))
+        if reader is not None:
+            stores |= dict.fromkeys(layouts, DiskStore(reader, layouts))
+        lanes: list[list[Arena | DeviceMemory]] = []
         for group in plan.slots:
-            slot_bytes = max(layouts[name].nbytes for name in group.units)
-            lanes.append((group.num_slots, slot_bytes))
-        bounce_bytes = max(layout.staging_bytes for layout in layouts.values())
-        reader = Reader(num_threads=NUM_READERS, stamps=self._stamps, bounce_bytes=bounce_bytes)
-        try:
-            streamed = [
-                StreamedUnit(
-                    unit.name,
-                    [bindings[name] for name in unit.parameters if name in away],
-                    layouts[unit.name].places,
-                    lane_of[unit.name],
+            device = torch.device(group.device)
+            if device.type == "cpu":
+                nbytes = max(layouts[name].nbytes for name in group.units)
+                lanes.append([Arena(nbytes) for _ in range(group.num_slots)])
+            else:
+                nbytes = max(
+                    slabs[name].numel() if name in slabs else layouts[name].device_bytes for name in group.units
                 )
-                for unit in units
-            ]
-            return Streamer(streamed, lanes, DiskStore(reader, layouts)), sites
-        except BaseException:
-            reader.close()
-            raise
+                lanes.append([DeviceMemory(nbytes, links[device]) for _ in range(group.num_slots)])
+        streamed = []
+        for unit in units:
+            names = [name for name in unit.parameters if name in bindings]
+            own = [bindings[name] for name in names]
+            streamed.append(StreamedUnit(unit.name, own, places[unit.name], lane_of[unit.name]))
+        return Streamer(streamed, lanes, Tiers(stores))
 
     def _replace(self, name: str, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
         """Put a parameter at every place that held the one on meta, with its attributes."""
@@ -291,10 +395,10 @@ def _sizes(load: ResidentLoad) -> StreamStats:
     return StreamStats(resident_bytes=load.private_bytes + load.mapped_bytes, mapped_bytes=load.mapped_bytes)
 
 
-def _resident_names(plan: Plan, units: Sequence[Unit]) -> set[str]:
-    """Parameters whose unit rests in host memory by the plan."""
-    homes = {placement.unit: placement.home for placement in plan.placements}
-    return {name for unit in units for name in unit.parameters if homes[unit.name] == "cpu"}
+def _streamed(plan: Plan, units: Sequence[Unit]) -> list[Unit]:
+    """Those that take turns in slots, in order of definition."""
+    names = {name for group in plan.slots for name in group.units}
+    return [unit for unit in units if unit.name in names]
 
 
 def _entries(model: nn.Module, units: Sequence[Unit]) -> dict[str, nn.Module]:
@@ -329,13 +433,15 @@ class _IoHook:
     io_same_device = False
 
 
-def _mark_streamed(model: nn.Module, units: Sequence[Unit]) -> tuple[bool | None] | None:
+def _mark_streamed(
+    model: nn.Module, units: Sequence[Unit], runs: Mapping[str, torch.device], *, is_streamed: bool
+) -> tuple[bool | None] | None:
     """Tell transformers and PEFT what they ask of a model that was dispatched; returns what was set before."""
-    model.hf_device_map = {site: torch.device("cpu") for unit in units for site in unit.sites}  # type: ignore[assignment]
+    model.hf_device_map = {site: runs[unit.name] for unit in units for site in unit.sites}  # type: ignore[assignment]
     if _is_encoder_decoder(model):
         model.get_encoder()._hf_hook = _IoHook()  # type: ignore[operator]
     settings: Any = getattr(model, "generation_config", None)
-    if settings is None:
+    if settings is None or not is_streamed:
         return None
     # A compiled graph would keep the slot's bytes of the pass in which it was made.
     before: bool | None = settings.disable_compile

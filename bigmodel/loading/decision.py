@@ -15,10 +15,10 @@ from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.maps import divide_by_home, resolve_map
 from bigmodel.device_map.named import NAMED, homes_of
 from bigmodel.device_map.plan import MAX_SLOTS, Plan, Workload
-from bigmodel.device_map.planner import advise, decide, refuse_accelerators, timeline
+from bigmodel.device_map.planner import advise, decide, timeline
 from bigmodel.device_map.simulation import Step
 from bigmodel.device_map.unit import Unit
-from bigmodel.errors import DeviceMapError, DoesNotFitError
+from bigmodel.errors import DeviceMapError, DoesNotFitError, join_some
 from bigmodel.loading.divisions import Divisions
 from bigmodel.loading.pass_limit import PassLimit
 from bigmodel.progress import Report
@@ -117,14 +117,16 @@ class _Problem:
         return plan, units
 
     def _refuse_left_out(self, by_parameter: Mapping[str, str]) -> None:
-        strange = {home: home for home in by_parameter.values() if home not in self.tiers}
-        left_out = sorted(strange.keys() & {each.device for each in self._machine.accelerators})
+        strange = {home for home in by_parameter.values() if home not in self.tiers}
+        left_out = sorted(strange & {each.device for each in self._machine.accelerators})
         if left_out:
             raise DeviceMapError(
                 f"device_map names {', '.join(left_out)}, which max_memory leaves out. State limits there, or leave it out."
             )
         if strange:
-            refuse_accelerators(strange)
+            raise DeviceMapError(
+                f"device_map names {join_some(sorted(strange))}, and here there is {', '.join(sorted(self.tiers))}."
+            )
 
     def _limits_of(self, homes: Mapping[str, str]) -> dict[str, int]:
         """Where a map names accelerators, those and no others are used."""
@@ -340,8 +342,7 @@ def refuse_unknown(device_map: DeviceMap, machine: Machine) -> None:
         )
     if device_map == "cuda" and not machine.accelerators:
         raise DeviceMapError(
-            "device_map='cuda' wants everything on an accelerator. There is none to plan with, and this version runs on the "
-            "CPU. Use 'auto' or 'cpu'."
+            "device_map='cuda' wants everything on an accelerator, and there is none here. Use 'auto' or 'cpu'."
         )
 
 
@@ -354,4 +355,4 @@ def _slots_share(plan: Plan) -> float:
 def _seconds(plan: Plan) -> float:
     """Of the plan's workload."""
     estimate = plan.estimate
-    return (estimate.ttft_s or 0.0) + plan.workload.new_tokens * (estimate.time_per_token_s or 0.0)
+    return (estimate.ttft_s or 0.0) + plan.workload.num_steps * (estimate.time_per_token_s or 0.0)

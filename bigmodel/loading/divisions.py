@@ -20,6 +20,7 @@ from bigmodel.errors import DeviceMapError
 from bigmodel.loading.assembly import layout_of
 from bigmodel.models import Skeleton, example_inputs
 from bigmodel.offload.arena import ALIGN_BYTES
+from bigmodel.offload.link import RING_BYTES
 from bigmodel.offload.resident import NUM_READERS
 
 __all__ = ["Divisions"]
@@ -102,7 +103,7 @@ class Divisions:
                 is_part=is_part,
             )
         sources = [self._skeleton.sources[name] for name in unit.parameters if name in self._skeleton.sources]
-        layout = layout_of(sources)
+        layout, across = layout_of(sources), layout_of(sources, for_accelerator=True)
         # What the checkpoint does not have was initialised, and stays.
         initialised_bytes = sum(
             self._parameters[name].nbytes for name in unit.parameters if name not in self._skeleton.sources
@@ -115,7 +116,10 @@ class Divisions:
             weight_bytes=weight_bytes,
             # All that stays is read as one, where a run of reads may begin in the gap before it.
             resident_bytes=layout.nbytes + 2 * ALIGN_BYTES * layout.num_runs + converted_bytes + initialised_bytes,
-            slot_bytes=layout.nbytes + converted_bytes + ALIGN_BYTES * bool(converted) + initialised_bytes,
+            slot_bytes=max(layout.nbytes, across.nbytes)
+            + converted_bytes
+            + ALIGN_BYTES * bool(converted)
+            + initialised_bytes,
             read_bytes=layout.read_bytes + converted_bytes,
             staging_bytes=layout.staging_bytes,
             conversion_bytes=max((_conversion_bytes(source) for source in converted), default=0),
@@ -181,6 +185,7 @@ class Divisions:
             decode=beside.decode or NOTHING,
             hidden_bytes=_hidden_bytes(model),
             num_readers=NUM_READERS,
+            ring_bytes=RING_BYTES,
         )
 
     def known_names(self) -> list[str]:

@@ -38,7 +38,7 @@ _READING: dict[str, Any] = {
 
 def make_plan(
     path_or_model: str | os.PathLike[str] | nn.Module,
-    machine: Machine | None = None,
+    machine: Machine | str | os.PathLike[str] | None = None,
     workload: Workload | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
     device_map: DeviceMap = "auto",
@@ -60,8 +60,8 @@ def make_plan(
     Args:
         path_or_model: as in `load_sharded`; a Hub repo id, of which only the headers are fetched; a folder with nothing but
             config.json; or a module, on meta or real.
-        machine: the machine to plan for, such as ``Machine.load("desktop-24gb")``; this one if None. This version runs plans on
-            the CPU alone, and plans for this machine leave its accelerators out.
+        machine: the machine to plan for: a Machine, a machine file or the name of one, such as ``"desktop-24gb"``; this one if
+            None.
         workload, max_memory, device_map: as in `load_sharded`.
         allow_cpu_compute: beside accelerators, whether units may run on the CPU.
         dtype, offload_folder, model, no_split_module_classes, revision, subfolder, variant, key_mapping, strict,
@@ -96,7 +96,7 @@ def make_plan(
 
 def make_plan_and_timeline(
     path_or_model: str | os.PathLike[str] | nn.Module,
-    machine: Machine | None,
+    machine: Machine | str | os.PathLike[str] | None,
     workload: Workload | None,
     max_memory: Mapping[int | str, int | str] | None,
     device_map: DeviceMap,
@@ -107,6 +107,12 @@ def make_plan_and_timeline(
     reading = _READING | reading
     with torch.inference_mode(False), torch.device("cpu"), progress_bar() as report:
         folder, no_split = reading["offload_folder"], reading["no_split_module_classes"]
+        if isinstance(machine, (str, os.PathLike)):
+            machine = Machine.load(machine)
+        if machine is not None and not isinstance(machine, Machine):
+            raise InvalidArgumentError(
+                f"machine is a {type(machine).__name__}. Give a Machine, a machine file or the name of one."
+            )
         here = Here.of(max_memory, device_map, folder, report, machine, allow_cpu_compute=allow_cpu_compute)
         workload = workload or workload_of(device_map) or Workload()
         if not isinstance(path_or_model, nn.Module):

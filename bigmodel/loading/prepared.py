@@ -82,22 +82,15 @@ class Here:
         cache_folder = Path(offload_folder) if offload_folder is not None else default_cache_folder()
         if cache_folder.exists() and not cache_folder.is_dir():
             raise InvalidArgumentError(f"offload_folder is {cache_folder}, which is a file. Give a folder.")
-        is_here = machine is None
         machine = machine or Machine.probe(cache_folder)
         if max_memory is None and isinstance(device_map, Plan):
-            # Its own limits count, as far as so much is free; of this machine, the accelerators are not used.
+            # Its own limits count, as far as so much is free.
             free = {"cpu": machine.host_bytes, "disk": machine.disk_bytes}
-            if not is_here:
-                free |= {each.device: each.memory_bytes for each in machine.accelerators}
+            free |= {each.device: each.memory_bytes for each in machine.accelerators}
             max_memory = {
                 tier: min(device_map.limits[tier], size) for tier, size in free.items() if tier in device_map.limits
             }
         limits = resolve_limits(max_memory, machine)
-        if machine.accelerators and is_here:
-            names = ", ".join(each.device for each in machine.accelerators)
-            logger.warning("this version computes on the CPU; %s is not used", names)
-            machine = replace(machine, accelerators=())
-            limits = {tier: limits[tier] for tier in ("cpu", "disk")}
         return cls(
             machine=machine,
             limits=limits,
@@ -227,9 +220,14 @@ class Prepared:
                 allow_cpu_compute=here.allow_cpu_compute,
             )
             trim_heap()  # what planning took is given back before the weights come
-            stays = all(placement.home == "cpu" for placement in decision.plan.placements)
-            check = decision.check_pass if decision.plan.slots or here.states_host_limit else None
-            assembly.carry_out(decision.plan, decision.units, check, early if can_stay and stays else None)
+            places = decision.plan.placements
+            stays = all(placement.home == placement.run_on == "cpu" for placement in places)
+            on_host = all(placement.run_on == "cpu" for placement in places)
+            check = decision.check_pass if decision.plan.slots or here.states_host_limit or not on_host else None
+            unified = {each.device for each in here.machine.accelerators if each.is_unified}
+            assembly.carry_out(
+                decision.plan, decision.units, check, early if can_stay and stays else None, unified=unified
+            )
             return model
         finally:
             if early is not None:
@@ -249,6 +247,8 @@ def begin_early(
     refuse_unknown(device_map, here.machine)
     specs = checkpoint.tensors.values()
     if not isinstance(device_map, str) or not _is_as_stored(checkpoint, dtype):
+        return None
+    if device_map != "cpu" and any(here.limits.get(each.device, 0) > 0 for each in here.machine.accelerators):
         return None
     if _PLENTY * sum(spec.nbytes for spec in specs) + _PLENTY_BYTES > here.limits["cpu"]:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Callable
 
 import torch
 
@@ -34,13 +35,13 @@ class Arena:
         memory: the same bytes as a writable memoryview, for `os.preadv`.
     """
 
-    __slots__ = ("memory", "nbytes", "tensor")
+    __slots__ = ("_mapping", "memory", "nbytes", "tensor")
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         is_huge = nbytes >= _HUGE_FROM_BYTES
         slack = _HUGE_PAGE_BYTES if is_huge else 0
-        mapping = _map(max(nbytes, 1) + slack)
+        self._mapping = mapping = _map(max(nbytes, 1) + slack)
         start = 0
         if is_huge:
             address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
@@ -55,10 +56,26 @@ class Arena:
                 torch.frombuffer(self.memory, dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
             )
 
+    def fresh(self) -> Arena:
+        """Another one, as large."""
+        return Arena(self.nbytes)
 
-def _map(nbytes: int) -> mmap.mmap:
+    def before_release(self, run: Callable[[], object]) -> None:
+        """Call `run` when the last tensor that views the memory is gone, before the memory goes."""
+        self._mapping.before_release = run
+
+
+class _Mapping(mmap.mmap):
+    before_release: Callable[[], object] | None = None
+
+    def __del__(self) -> None:
+        if self.before_release is not None:
+            self.before_release()
+
+
+def _map(nbytes: int) -> _Mapping:
     try:
-        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return _Mapping(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:  # a limit on address space, or a system that does not overcommit
         raise DoesNotFitError(
             f"{format_bytes(nbytes)} of host memory could not be mapped: {error.strerror}. State a smaller "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bigmodel.offload.arena import Arena
+from bigmodel.offload.link import DeviceMemory
 from bigmodel.offload.ranges import Layout
 from bigmodel.offload.reader import Reader, Ticket
 
@@ -23,7 +24,7 @@ class DiskStore:
         self._reader = reader
         self._layouts = layouts
 
-    def fetch(self, unit: str, slot: Arena, *, is_urgent: bool) -> Ticket:
+    def fetch(self, unit: str, slot: Arena | DeviceMemory, *, is_urgent: bool) -> Ticket:
         return self._reader.submit(unit, self._layouts[unit], slot, is_urgent=is_urgent)
 
     def read_bytes(self, unit: str) -> int:

@@ -4,6 +4,8 @@ A slab is a piece of host memory that holds a group of parameters: one unit (in 
 Parameters whose bytes stand in a file as they are keep the file's alignment: neighbours are read together, in one long
 aligned range, so that a direct read can put them straight where they belong, and a parameter has the same address modulo
 ALIGN_BYTES in every slab and in a map of the file (on some CPUs the last bits of a matrix product depend on it).
+For an accelerator every parameter begins at a multiple of PACKED_ALIGN_BYTES of its slot, as where its allocator had made it
+(which kernel a product takes depends on it); its slab in host memory is the same bytes behind a `lead`, so that one copy does.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ class Layout:
         read_bytes: bytes that one filling reads from files.
         staging_bytes: size of the bounce buffer that the largest indirect read needs, 0 if all go straight in.
         num_runs: ranges of files that are read straight into place.
+        lead: bytes of the slab before the first parameter, which an accelerator's slot leaves out.
     """
 
     nbytes: int
@@ -65,15 +68,27 @@ class Layout:
     read_bytes: int
     staging_bytes: int
     num_runs: int
+    lead: int = 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Size of an accelerator's slot that holds it."""
+        return self.nbytes - self.lead
+
+    @property
+    def device_places(self) -> dict[str, int]:
+        """Parameter name -> first byte in an accelerator's slot."""
+        return {name: max(0, place - self.lead) for name, place in self.places.items()}
 
 
-def lay_out(sources: Iterable[Source], *, block_bytes: int, gap_bytes: int) -> Layout:
+def lay_out(sources: Iterable[Source], *, block_bytes: int, gap_bytes: int, for_accelerator: bool = False) -> Layout:
     """Lay out parameters in one slab.
 
     Args:
         sources: parameters without a conversion.
         block_bytes: longest single read; a multiple of ALIGN_BYTES.
         gap_bytes: two ranges of a file at most this far apart are read as one (the gap is read too and wasted).
+        for_accelerator: whether the slab is copied to an accelerator, with alignment of its own.
 
     Returns:
         The layout. Ranges that several parameters share are read once.
@@ -90,10 +105,17 @@ def lay_out(sources: Iterable[Source], *, block_bytes: int, gap_bytes: int) -> L
             (in_place if source.is_view else packed).append(source)
 
     blocks: list[Block] = []
-    end = 0
-    runs = _runs(in_place, gap_bytes)
+    end = lead = 0
+    runs = _runs(in_place, gap_bytes, step=PACKED_ALIGN_BYTES if for_accelerator else 1)
+    if for_accelerator and runs:
+        lead = runs[0][0].extents[0].offset % ALIGN_BYTES
+        # Ranges that begin elsewhere between two multiples are put where they belong through a buffer.
+        packed += [
+            source for run in runs for source in run if _begin(run) % PACKED_ALIGN_BYTES != lead % PACKED_ALIGN_BYTES
+        ]
+        runs = [run for run in runs if _begin(run) % PACKED_ALIGN_BYTES == lead % PACKED_ALIGN_BYTES]
     for run in runs:
-        first = run[0].extents[0].offset
+        first = _begin(run)
         start = first - first % ALIGN_BYTES
         last = max(source.extents[0].offset + source.nbytes for source in run)
         for source in run:
@@ -109,7 +131,7 @@ def lay_out(sources: Iterable[Source], *, block_bytes: int, gap_bytes: int) -> L
 
     indirect: list[Block] = []
     for source in packed:
-        end = _round_up(end, PACKED_ALIGN_BYTES)
+        end = _round_up(max(end - lead, 0), PACKED_ALIGN_BYTES) + lead
         places[source.name] = end
         indirect += _packed_blocks(source, end, block_bytes)
         end += source.nbytes
@@ -124,6 +146,7 @@ def lay_out(sources: Iterable[Source], *, block_bytes: int, gap_bytes: int) -> L
         read_bytes=sum(block.nbytes for block in blocks),
         staging_bytes=staging + 2 * ALIGN_BYTES if staging else 0,
         num_runs=len(runs),
+        lead=lead,
     )
 
 
@@ -133,8 +156,12 @@ def _packed_blocks(source: Source, start: int, block_bytes: int) -> list[Block]:
     cast_from, cast_to = (stored, dtype) if stored != dtype else (None, None)
     blocks = []
     for extent in source.extents:
-        for done in range(0, extent.nbytes, block_bytes):
-            nbytes = min(block_bytes, extent.nbytes - done)
+        # Cast, a block is at most twice as large.
+        step = (
+            min(block_bytes, max(1, 2 * block_bytes // dtype.itemsize) * stored.itemsize) if cast_from else block_bytes
+        )
+        for done in range(0, extent.nbytes, step):
+            nbytes = min(step, extent.nbytes - done)
             into = (extent.into + done) // stored.itemsize * dtype.itemsize if cast_from else extent.into + done
             blocks.append(
                 Block(extent.file, extent.offset + done, nbytes, nbytes, start + into, False, cast_from, cast_to)
@@ -142,13 +169,18 @@ def _packed_blocks(source: Source, start: int, block_bytes: int) -> list[Block]:
     return blocks
 
 
-def _runs(sources: Sequence[Source], gap_bytes: int) -> list[list[Source]]:
-    """Groups of parameters that are read together, in file order."""
+def _begin(run: Sequence[Source]) -> int:
+    return run[0].extents[0].offset
+
+
+def _runs(sources: Sequence[Source], gap_bytes: int, *, step: int) -> list[list[Source]]:
+    """Groups of parameters that are read together, in file order; those of a group are multiples of `step` apart."""
     runs: list[list[Source]] = []
     end = -math.inf
     for source in sorted(sources, key=lambda s: (s.extents[0].file, s.extents[0].offset, s.nbytes)):
         extent = source.extents[0]
-        if runs and runs[-1][0].extents[0].file == extent.file and extent.offset - end <= gap_bytes:
+        is_near = bool(runs) and runs[-1][0].extents[0].file == extent.file and extent.offset - end <= gap_bytes
+        if is_near and (extent.offset - _begin(runs[-1])) % step == 0:
             runs[-1].append(source)
             end = max(end, extent.offset + extent.nbytes)
         else:

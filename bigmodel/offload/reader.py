@@ -20,6 +20,7 @@ from bigmodel.checkpoint.stamp import FileStamp
 from bigmodel.errors import ReadError, StreamingError
 from bigmodel.offload import page_cache
 from bigmodel.offload.arena import ALIGN_BYTES, Arena
+from bigmodel.offload.link import DeviceMemory, Ring
 from bigmodel.offload.ranges import Block, Layout
 
 __all__ = ["BLOCK_BYTES", "GAP_BYTES", "Reader", "Ticket", "check_stamp", "read_fully"]
@@ -37,13 +38,18 @@ _STOP = None
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One filling under way. `wait` returns when every block is in place, or raises what went wrong."""
+    """One filling under way. `wait` returns when every block is in place, or raises what went wrong.
+
+    Attributes:
+        filled: for an accelerator's memory: the copies are queued when `wait` returns, and done after this event.
+    """
 
     name: str
     num_left: int
     done: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
     is_cancelled: bool = False
+    filled: torch.Event | None = None
 
     def wait(self) -> None:
         """Block until the slab is filled.
@@ -70,10 +76,19 @@ class Reader:
         num_threads: reads in flight.
         stamps: path -> FileStamp of the files as they were when their headers were checked.
         bounce_bytes: size of each thread's buffer for blocks that cannot be read straight into place; 0 where none exist.
+        ring: through which accelerators' memory is filled; None where none is.
     """
 
-    def __init__(self, *, num_threads: int, stamps: Mapping[str, FileStamp], bounce_bytes: int = 0) -> None:
-        self._queue: deque[tuple[Ticket, Block, memoryview, torch.Tensor] | None] = deque()
+    def __init__(
+        self,
+        *,
+        num_threads: int,
+        stamps: Mapping[str, FileStamp],
+        bounce_bytes: int = 0,
+        ring: Ring | None = None,
+    ) -> None:
+        self._queue: deque[tuple[Ticket, Block, _Slab | _Across] | None] = deque()
+        self._ring = ring
         self._ready = threading.Condition(threading.Lock())
         self._stamps = stamps
         self._bounce_bytes = bounce_bytes
@@ -93,23 +108,30 @@ class Reader:
                 "(ulimit -u, ulimit -v, pids.max), or end other threads."
             ) from error
 
-    def submit(self, name: str, layout: Layout, slab: Arena, *, is_urgent: bool = False, at_byte: int = 0) -> Ticket:
-        """Begin to fill a slab.
+    def submit(
+        self, name: str, layout: Layout, slab: Arena | DeviceMemory, *, is_urgent: bool = False, at_byte: int = 0
+    ) -> Ticket:
+        """Begin to fill a slab, or an accelerator's memory.
 
         Args:
             name: the unit, for errors.
             layout: what to read where.
-            slab: destination, at least `at_byte + layout.nbytes` long; it must not be touched until the ticket is done.
+            slab: destination, at least `at_byte + layout.nbytes` long (`layout.device_bytes` on an accelerator); it must not be
+                touched until the ticket is done.
             is_urgent: goes before everything that waits.
-            at_byte: where in the slab the layout begins; a multiple of ALIGN_BYTES.
+            at_byte: where in the slab the layout begins; a multiple of ALIGN_BYTES, and 0 on an accelerator.
         """
         ticket = Ticket(name, len(layout.blocks))
         if not layout.blocks:
             ticket.done.set()
             return ticket
-        memory = slab.memory[at_byte : at_byte + layout.nbytes]
-        tensor = slab.tensor[at_byte : at_byte + layout.nbytes]
-        items = [(ticket, block, memory, tensor) for block in layout.blocks]
+        target: _Slab | _Across
+        if isinstance(slab, DeviceMemory):
+            target = _Across(slab, layout.lead)
+        else:
+            end = at_byte + layout.nbytes
+            target = _Slab(slab.memory[at_byte:end], slab.tensor[at_byte:end])
+        items = [(ticket, block, target) for block in layout.blocks]
         with self._ready:
             if is_urgent:
                 self._queue.extendleft(reversed(items))
@@ -142,16 +164,16 @@ class Reader:
                 item = self._queue.popleft()
             if item is _STOP:
                 return
-            ticket, block, memory, tensor = item
+            ticket, block, target = item
             # Held by no local name while the thread sleeps: a slab whose model is gone must be freed.
             del item
             try:
                 if ticket.is_cancelled and ticket.error is None:
                     ticket.error = ReadError(f"The read of {ticket.name} was given up for another unit.")
                 if ticket.error is None:
-                    if not block.is_aligned and bounce is None:
+                    if bounce is None and target.needs_bounce(block):
                         bounce = Arena(self._bounce_bytes)
-                    self._read(block, memory, tensor, bounce)
+                    self._read(block, target, bounce)
             except BaseException as error:  # a thread's error belongs to whoever waits for its ticket
                 ticket.error = error
             finally:
@@ -159,10 +181,10 @@ class Reader:
                     ticket.num_left -= 1
                     is_last = ticket.num_left == 0
                 if is_last:
-                    ticket.done.set()
-                del ticket, block, memory, tensor
+                    _finish(ticket, target)
+                del ticket, block, target
 
-    def _read(self, block: Block, memory: memoryview, tensor: torch.Tensor, bounce: Arena | None) -> None:
+    def _read(self, block: Block, target: _Slab | _Across, bounce: Arena | None) -> None:
         fd = os.open(block.file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             check_stamp(fd, block.file, self._stamps)
@@ -177,13 +199,80 @@ class Reader:
                 else:
                     os.close(fd)
                     fd = direct_fd
-            if block.is_aligned:
-                read_fully(fd, memory[block.into : block.into + block.nbytes], block.offset, block.needed, block.file)
+            if isinstance(target, _Across):
+                assert self._ring is not None
+                target.read(fd, block, bounce, self._ring, is_direct=is_direct)
             else:
-                assert bounce is not None
-                _read_indirect(fd, block, tensor, bounce, is_direct=is_direct)
+                target.read(fd, block, bounce, is_direct=is_direct)
         finally:
             os.close(fd)
+
+
+def _finish(ticket: Ticket, target: _Slab | _Across) -> None:
+    try:
+        ticket.filled = target.mark_filled()
+    except BaseException as error:
+        ticket.error = ticket.error or error
+    ticket.done.set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Slab:
+    """Host memory that is filled."""
+
+    memory: memoryview
+    tensor: torch.Tensor
+
+    def needs_bounce(self, block: Block) -> bool:
+        return not block.is_aligned
+
+    def read(self, fd: int, block: Block, bounce: Arena | None, *, is_direct: bool) -> None:
+        if block.is_aligned:
+            read_fully(fd, self.memory[block.into : block.into + block.nbytes], block.offset, block.needed, block.file)
+            return
+        assert bounce is not None
+        raw = _read_around(fd, block, bounce.memory, bounce.tensor, is_direct=is_direct)
+        if block.cast_from is None or block.cast_to is None:
+            _copy_serially(self.tensor[block.into : block.into + block.needed], raw)
+        else:
+            _cast(block, raw, self.tensor[block.into : block.into + _cast_bytes(block)])
+
+    def mark_filled(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Across:
+    """An accelerator's memory that is filled through the ring.
+
+    Attributes:
+        memory: of the accelerator.
+        lead: where in the layout it begins.
+    """
+
+    memory: DeviceMemory
+    lead: int
+
+    def needs_bounce(self, block: Block) -> bool:
+        return block.cast_to is not None
+
+    def read(self, fd: int, block: Block, bounce: Arena | None, ring: Ring, *, is_direct: bool) -> None:
+        memory = self.memory
+        with ring.chunk() as chunk:
+            if block.cast_to is not None:
+                assert bounce is not None
+                raw = _read_around(fd, block, bounce.memory, bounce.tensor, is_direct=is_direct)
+                values = chunk.tensor[: _cast_bytes(block)]
+                _cast(block, raw, values)
+            else:
+                values = _read_around(fd, block, chunk.memory, chunk.tensor, is_direct=is_direct)
+            into = block.into - self.lead
+            values, into = values[max(0, -into) :], max(0, into)
+            memory.link.copy(values, memory.tensor[into : into + values.numel()], memory.after)
+            chunk.copied = memory.link.mark_copied()
+
+    def mark_filled(self) -> torch.Event:
+        return self.memory.link.mark_copied()
 
 
 def read_fully(fd: int, memory: memoryview, offset: int, needed: int, file: str) -> None:
@@ -198,21 +287,27 @@ def read_fully(fd: int, memory: memoryview, offset: int, needed: int, file: str)
         done += count
 
 
-def _read_indirect(fd: int, block: Block, tensor: torch.Tensor, bounce: Arena, *, is_direct: bool) -> None:
-    """Through the thread's buffer: the bytes belong where no direct read can put them, or become another dtype."""
+def _read_around(fd: int, block: Block, memory: memoryview, tensor: torch.Tensor, *, is_direct: bool) -> torch.Tensor:
+    """Read a block into a buffer, with what a direct read needs around it: the block's bytes, as they are in the file."""
     start = block.offset - block.offset % ALIGN_BYTES if is_direct else block.offset
     head = block.offset - start
     wanted = head + block.needed
     length = -(-wanted // ALIGN_BYTES) * ALIGN_BYTES if is_direct else wanted
-    read_fully(fd, bounce.memory[:length], start, wanted, block.file)
-    raw = bounce.tensor[head : head + block.needed]
-    if block.cast_from is None or block.cast_to is None:
-        _copy_serially(tensor[block.into : block.into + block.needed], raw)
-        return
-    num_elements = block.needed // block.cast_from.itemsize
-    if head % block.cast_from.itemsize:
+    read_fully(fd, memory[:length], start, wanted, block.file)
+    return tensor[head : head + block.needed]
+
+
+def _cast_bytes(block: Block) -> int:
+    assert block.cast_from is not None
+    assert block.cast_to is not None
+    return block.needed // block.cast_from.itemsize * block.cast_to.itemsize
+
+
+def _cast(block: Block, raw: torch.Tensor, into: torch.Tensor) -> None:
+    assert block.cast_from is not None
+    assert block.cast_to is not None
+    if raw.storage_offset() % block.cast_from.itemsize:
         raw = raw.clone()
-    into = tensor[block.into : block.into + num_elements * block.cast_to.itemsize]
     _copy_serially(into.view(block.cast_to), raw.view(block.cast_from))
 
 

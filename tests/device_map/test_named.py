@@ -304,7 +304,7 @@ def test_what_the_cpu_would_gain_is_said(llama):
 
 
 def test_of_several_tiers_that_are_short_all_are_to_be_raised(llama):
-    limits = {0: "1GB", "cpu": "1GB"}
+    limits = {0: "1GB", "cpu": "100MB"}
     with pytest.raises(DoesNotFitError) as caught:
         bigmodel.make_plan(llama, machine(1), SMALL, max_memory=limits)
     raised = dict(re.findall(r"max_memory\['([^']+)'\] to (\w+)", str(caught.value)))

@@ -14,6 +14,8 @@ from bigmodel.device_map.planner import decide
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.units import GIB, MIB
 
+RING_BYTES = 1 << 20
+
 
 def example() -> Plan:
     costs = [
@@ -71,7 +73,7 @@ def on_accelerators(count: int, *, on_disk: bool = False, room: int = 2_000_000,
     limits = {"cpu": GIB, "disk": DISK, **{each.device: room_on(room, demand) for each in devices}}
     if on_disk:
         options["homes"] = {each.unit.name: "disk" for each in costs}
-    return decide(problem(costs, demand), replace(HOST, accelerators=devices), limits, **options)
+    return decide(problem(costs, demand, ring_bytes=RING_BYTES), replace(HOST, accelerators=devices), limits, **options)
 
 
 def halves() -> dict[str, str]:
@@ -108,8 +110,7 @@ def test_where_an_accelerator_computes_the_host_holds_buffers_of_reads_and_no_ca
     rows = {what: size for what, size in holdings(plan, "cpu") if size}
     assert not [what for what in rows if what.startswith(("KV", "activations"))]
     (ring,) = (size for what, size in rows.items() if what.startswith("host buffers"))
-    fetched = {name for group in plan.slots for name in group.units}
-    assert ring == 3 * max(place.weight_bytes for place in plan.placements if place.unit in fetched)
+    assert ring == RING_BYTES == plan.ring_bytes
     both = on_accelerators(1, room=8_000_000, runs=halves(), on_disk=True)
     rows = {what.partition(" (")[0]: size for what, size in holdings(both, "cpu")}
     assert rows["activations"] == DEMAND.activation_bytes

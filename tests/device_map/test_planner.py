@@ -25,7 +25,7 @@ def decide(costs, demand, limits, workload, *, num_readers=1, **options):
 
 
 def workload_s(plan):
-    return plan.estimate.ttft_s + plan.workload.new_tokens * plan.estimate.time_per_token_s
+    return plan.estimate.ttft_s + plan.workload.num_steps * plan.estimate.time_per_token_s
 
 
 def unit_cost(number, size, *, flops=0.0, **options):
@@ -206,7 +206,7 @@ def test_peaks_are_sums_that_can_be_written_down():
         decode_activation_bytes=400,
     )
     units = [cost(f"u.{n}", 1000 + n, kv_bytes=70, staging_bytes=16) for n in range(5)]
-    problem_ = problem(units, demand, num_readers=4)
+    problem_ = problem(units, demand, num_readers=4, ring_bytes=64)
     machine = replace(HOST, accelerators=(accelerator(0),))
     homes = {"u.0": "cuda:0", "u.1": "cuda:0", "u.2": "disk", "u.3": "disk", "u.4": "cpu"}
     limits = {"cuda:0": 1 << 50, "cpu": 1 << 50, "disk": 0}
@@ -214,7 +214,7 @@ def test_peaks_are_sums_that_can_be_written_down():
     (group,) = plan.slots
     slots = group.num_slots * 1004
     device = CONTEXT_BYTES + 90 + 1000 + 1001 + slots
-    host = RESERVE_BYTES + 90 + 1004 + 3 * 1003 + 4 * 16  # what rests there, the ring, read buffers
+    host = RESERVE_BYTES + 90 + 1004 + 64 + 4 * 16  # what rests there, the ring, read buffers
     assert plan.estimate.peak_bytes == {"cuda:0": device + 2_000 + 361, "cpu": host, "disk": 0}
     assert plan.estimate.phase_peak_bytes == {
         "load": {"cuda:0": device, "cpu": host},

@@ -61,7 +61,7 @@ def random_problem(draw, num_units, num_accelerators=2):
 
 
 def seconds(plan):
-    return plan.estimate.ttft_s + plan.workload.new_tokens * plan.estimate.time_per_token_s
+    return plan.estimate.ttft_s + plan.workload.num_steps * plan.estimate.time_per_token_s
 
 
 def plan_of(costs, limits, choices, num_slots):
@@ -118,7 +118,7 @@ def brute_force(costs, machine, limits, allow_cpu_compute):
         for start in range(0, len(fits), 8192):
             part = fits[start : start + 8192]
             outcome = simulate(tables, every[part], slots[part])
-            times = outcome.ttft_s + costs.workload.new_tokens * outcome.step_s
+            times = outcome.ttft_s + costs.workload.num_steps * outcome.step_s
             at = int(times.argmin())
             if best is None or times[at] < best[0]:
                 best = float(times[at]), [choices[u][c] for u, c in enumerate(every[part[at]])], num_slots
@@ -140,7 +140,7 @@ def check_against_brute_force(seed):
     # Asked one at a time, the plan and the best map take what the batch said.
     assert predict(found, costs, machine) == found.estimate
     by_hand = predict(plan_of(costs, limits, best[1], best[2]), costs, machine)
-    assert by_hand.ttft_s + costs.workload.new_tokens * by_hand.time_per_token_s == pytest.approx(best[0], rel=1e-9)
+    assert by_hand.ttft_s + costs.workload.num_steps * by_hand.time_per_token_s == pytest.approx(best[0], rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(30))

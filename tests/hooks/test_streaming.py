@@ -116,7 +116,7 @@ def test_a_read_that_was_given_up_is_never_taken_for_done():
         slot = streamer._lanes[0][0]
         if slot.unit is not None:
             streamer._units[slot.unit].slot = None
-        slot.ticket = store.fetch("blocks.3", slot.arena, is_urgent=False)
+        slot.ticket = store.fetch("blocks.3", slot.memory, is_urgent=False)
         slot.state, slot.unit = type(slot.state).FILLING, None
         if forget_ticket:
             slot.ticket = None
@@ -263,7 +263,7 @@ def test_detaching_leaves_a_plain_module():
 def test_a_model_that_nobody_holds_goes_at_once_with_its_slots():
     model, _, attachment, store = streamed_stack(num_slots=2)
     model(X)
-    slots = [weakref.ref(slot.arena.tensor) for lane in attachment._streamer._lanes for slot in lane]
+    slots = [weakref.ref(slot.memory.tensor) for lane in attachment._streamer._lanes for slot in lane]
     gone = weakref.ref(model)
     gc.collect()
     gc.disable()

@@ -148,7 +148,7 @@ def test_a_map_may_go_down_to_a_single_parameter(llama):
         ({"": 0}, "this machine has 0"),
         ({"": 1.5}, "is no tier"),
         ("sideways", "Give 'auto'"),
-        ("cuda", "runs on the CPU"),
+        ("cuda", "there is none here"),
         (7, "Give a string, a dict or a Plan"),
     ],
 )

@@ -1,0 +1,157 @@
+"""The way to an accelerator: its memory, copies on a stream of their own, and the events that order them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bigmodel.offload.arena import ALIGN_BYTES, Arena
+from bigmodel.units import format_bytes
+
+__all__ = ["RING_BYTES", "Chunk", "DeviceMemory", "Link", "Ring", "page_lock"]
+
+logger = logging.getLogger("bigmodel.offload")
+
+# Two buffers for each of four readers: while one is copied the next one is read. Each holds a block, cast to twice its size at
+# most, and what a direct read needs around it.
+_NUM_CHUNKS, _CHUNK_BYTES = 8, (16 << 20) + 2 * ALIGN_BYTES
+RING_BYTES = _NUM_CHUNKS * _CHUNK_BYTES
+# cudaHostRegisterPortable: for all devices, not only for the current one.
+_PORTABLE = 1
+
+
+class Link:
+    """Copies from host memory to one accelerator; the host waits for none of them.
+
+    Args:
+        device: the accelerator.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.Stream(device)
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, after: torch.Event | None) -> None:
+        """Queue a copy.
+
+        Args:
+            source: uint8, on the host; not written to until what `mark_copied` gives afterwards has happened.
+            target: uint8, as long, on the device.
+            after: what the copy waits for: the end of the work that still reads the target.
+        """
+        with torch.no_grad(), self._stream:
+            if after is not None:
+                self._stream.wait_event(after)
+            target.copy_(source, non_blocking=True)
+
+    def mark_copied(self) -> torch.Event:
+        """An event after all copies so far."""
+        return self._stream.record_event()
+
+    def mark_computed(self) -> torch.Event:
+        """An event after all work that was given to the device's current stream so far."""
+        return torch.accelerator.current_stream(self.device).record_event()
+
+    def wait(self, event: torch.Event) -> None:
+        """Work that is given to the device's current stream from now on begins after the event."""
+        torch.accelerator.current_stream(self.device).wait_event(event)
+
+
+class DeviceMemory:
+    """Memory of an accelerator that weights are copied into; what `Arena` is on the host.
+
+    Raises:
+        torch.OutOfMemoryError: the accelerator has less.
+
+    Attributes:
+        nbytes: usable bytes.
+        tensor: uint8 tensor of shape (nbytes,), where the device's allocator aligned it (512 bytes on CUDA).
+        link: over which it is filled.
+        after: what a copy into it has to wait for.
+    """
+
+    __slots__ = ("after", "link", "nbytes", "tensor")
+
+    def __init__(self, nbytes: int, link: Link) -> None:
+        self.nbytes = nbytes
+        self.link = link
+        self.after: torch.Event | None = None
+        with torch.inference_mode(False):
+            self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=link.device)
+
+    def fresh(self) -> DeviceMemory:
+        """Another one, as large."""
+        return DeviceMemory(self.nbytes, self.link)
+
+
+@dataclass(eq=False, slots=True)
+class Chunk:
+    """A buffer of the ring: its bytes, and the end of the copy that still reads them."""
+
+    memory: memoryview
+    tensor: torch.Tensor
+    copied: torch.Event | None = None
+
+
+class Ring:
+    """Buffers between files and accelerators, used in turn: while some are copied the next ones are read.
+
+    Args:
+        device: one of the accelerators.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        arena = Arena(RING_BYTES)
+        page_lock(arena, device)
+        self._chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+        for start in range(0, RING_BYTES, _CHUNK_BYTES):
+            end = start + _CHUNK_BYTES
+            self._chunks.put(Chunk(arena.memory[start:end], arena.tensor[start:end]))
+
+    @contextlib.contextmanager
+    def chunk(self) -> Iterator[Chunk]:
+        """The buffer that was used the longest time ago, when nothing reads it any more."""
+        chunk = self._chunks.get()
+        try:
+            if chunk.copied is not None:
+                chunk.copied.synchronize()
+                chunk.copied = None
+            yield chunk
+        finally:
+            self._chunks.put(chunk)
+
+
+def page_lock(arena: Arena, device: torch.device) -> bool:
+    """Make host memory known to CUDA's driver, so that copies from it run at the link's rate and beside the computation.
+
+    In place: torch's own pinned tensors are rounded up to powers of two.
+
+    Args:
+        arena: the memory, released by the driver just before it goes.
+        device: an accelerator; nothing is done for other kinds than CUDA's.
+
+    Returns:
+        Whether it is page-locked. Where the system refuses, copies are slower, and wait for each other.
+    """
+    if arena.nbytes == 0 or device.type != "cuda":
+        return False
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = arena.tensor.data_ptr()
+    status = int(runtime.cudaHostRegister(address, arena.nbytes, _PORTABLE))
+    if status:
+        logger.warning(
+            "%s of host memory could not be page-locked (CUDA error %d): copies to %s will be slower. Raise the limit on locked "
+            "memory (ulimit -l), or state less max_memory['cpu'].",
+            format_bytes(arena.nbytes),
+            status,
+            device,
+        )
+        return False
+    arena.before_release(lambda: runtime.cudaHostUnregister(address))
+    return True

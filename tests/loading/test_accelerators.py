@@ -1,0 +1,292 @@
+"""On accelerators: simulated ones here, and the same tests on a real one where there is one (`-m gpu`)."""
+
+import contextlib
+import itertools
+import threading
+
+import pytest
+import torch
+from families import inputs_for, make_checkpoint, resident
+from simulated import COMPILER, counts, simulated
+
+import bigmodel
+from bigmodel.device_map.demand import CONTEXT_BYTES
+from bigmodel.errors import DoesNotFitError, ReadError
+
+SMALL = bigmodel.Workload(batch_size=2, prompt_tokens=16, new_tokens=8)
+ROOM = CONTEXT_BYTES + (64 << 20)
+KINDS = ["on the device", "in host memory", "on disk", "everywhere", "with little room"]
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="simulated accelerators need a C++ compiler")
+REAL = pytest.param("real", marks=pytest.mark.gpu)
+SIMULATED = [pytest.param(number, marks=needs_compiler) for number in (1, 2, 4)]
+
+
+@pytest.fixture(params=[*SIMULATED, REAL])
+def devices(request):
+    """Names of the accelerators that there are."""
+    if request.param == "real":
+        if not torch.accelerator.is_available():
+            pytest.skip("no accelerator here")
+        kind = torch.accelerator.current_accelerator().type
+        yield [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
+        return
+    with simulated(request.param):
+        yield [f"sim:{index}" for index in range(request.param)]
+
+
+@pytest.fixture(params=[pytest.param(1, marks=needs_compiler), REAL])
+def device(request):
+    """One accelerator."""
+    if request.param == "real":
+        if not torch.accelerator.is_available():
+            pytest.skip("no accelerator here")
+        yield f"{torch.accelerator.current_accelerator().type}:0"
+        return
+    with simulated(1):
+        yield "sim:0"
+
+
+def on(value, device):
+    return {name: tensor.to(device) for name, tensor in value.items()}
+
+
+def expected_of(folder, family, device):
+    """The whole model's output on that kind of device."""
+    with torch.no_grad():
+        return resident(folder).to(device)(**on(inputs_for(family), device))
+
+
+def units_of(folder):
+    return [place.unit for place in bigmodel.make_plan(folder, device_map={"": "disk"}, workload=SMALL).placements]
+
+
+def arguments(kind, folder, devices):
+    """Of load_sharded, for one way of resting."""
+    limits = dict.fromkeys(devices, ROOM) | {"cpu": "4GiB"}
+    if kind == "on the device":
+        return {"max_memory": limits}
+    if kind == "with little room":
+        # As much as the map takes that sends everything to disk, and a little more.
+        plan = bigmodel.make_plan(folder, device_map={"": "disk"}, workload=SMALL, max_memory=limits)
+        peaks = {name: plan.estimate.peak_bytes.get(name, 0) for name in devices}
+        return {
+            "max_memory": {name: size + (20 << 10) if size else 0 for name, size in peaks.items()} | {"cpu": "4GiB"}
+        }
+    if kind == "on disk":
+        return {"max_memory": limits, "device_map": {"": "disk"}}
+    names = units_of(folder)
+    if kind == "in host memory":
+        return {"max_memory": limits, "device_map": {name: "cpu" if n else devices[0] for n, name in enumerate(names)}}
+    tiers = itertools.cycle([*devices, "cpu", "disk"])
+    return {"max_memory": limits, "device_map": {name: next(tiers) for name in names}}
+
+
+def load(folder, **options):
+    return bigmodel.load_sharded(folder, **{"workload": SMALL, "progress": False} | options)
+
+
+def logits_of(output):
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma3", "bloom", "t5", "gpt2", "deepseek_v3"])
+@torch.no_grad()
+def test_every_way_of_resting_gives_the_bits_of_the_whole_model(family, kind, devices, tmp_path):
+    folder = make_checkpoint(family, tmp_path)
+    expected = logits_of(expected_of(folder, family, devices[0])).cpu()
+    model = load(folder, **arguments(kind, folder, devices))
+    plan = bigmodel.plan_of(model)
+    assert {place.run_on for place in plan.placements} <= {*devices, "cpu"}
+    assert bool(plan.slots) == (kind not in ("on the device",))
+    for _ in range(3):
+        found = logits_of(model(**inputs_for(family)))
+        assert found.device.type == "cpu"  # as the inputs
+        assert torch.equal(found, expected)
+    assert logits_of(model(**on(inputs_for(family), devices[-1]))).device == torch.device(devices[-1])
+
+
+@pytest.mark.parametrize("kind", ["on disk", "everywhere"])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@torch.no_grad()
+def test_generate_gives_the_tokens_of_the_whole_model(family, kind, devices, tmp_path):
+    folder = make_checkpoint(family, tmp_path)
+    ids = inputs_for(family)["input_ids"]
+    whole = resident(folder).to(devices[0])
+    model = load(folder, **arguments(kind, folder, devices))
+    for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}, {"do_sample": True}):
+        torch.manual_seed(7)
+        expected = whole.generate(ids.to(devices[0]), max_new_tokens=6, **options).cpu()
+        torch.manual_seed(7)
+        found = model.generate(ids, max_new_tokens=6, **options)
+        if options["do_sample"] and devices[0].startswith("cuda"):
+            continue  # drawn on another device
+        assert torch.equal(found.cpu(), expected)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_nothing_is_read_or_overwritten_before_its_event(tmp_path):
+    """Under the virtual clock, where links and computation take about as long as each other."""
+    folder = make_checkpoint("llama", tmp_path)
+    expected = resident(folder)(**inputs_for("llama")).logits
+    for num_devices in (1, 2):
+        for link_bytes_per_s in (1e6, 1e8, 1e10):
+            with simulated(num_devices, link_bytes_per_s=link_bytes_per_s, operator_s=1e-5, with_virtual_clock=True):
+                devices = [f"sim:{index}" for index in range(num_devices)]
+                for kind in ("in host memory", "everywhere"):
+                    model = load(folder, **arguments(kind, folder, devices))
+                    for _ in range(3):
+                        assert torch.equal(model(**inputs_for("llama")).logits, expected)
+                    del model
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_steady_step_synchronises_allocates_and_flushes_nothing(tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    with simulated(1):
+        model = load(folder, **arguments("in host memory", folder, ["sim:0"]))
+        ids = inputs_for("llama")["input_ids"].to("sim:0")
+        whole = resident(folder).to("sim:0")
+        steps = {}
+        for name, each in (("whole", whole), ("streamed", model)):
+            cache = each(input_ids=ids, use_cache=True).past_key_values
+            for _ in range(3):
+                before = counts(0)
+                output = each(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                after = counts(0)
+                steps[name] = [getattr(after, what) - getattr(before, what) for what in ("allocations", "flushes")]
+                # What is asked of the host while nothing is copied back.
+                steps[name].append(after.synchronizations - before.synchronizations)
+        assert steps["streamed"] == steps["whole"]
+        assert steps["streamed"][1:] == [0, 0]
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_device_never_holds_more_than_the_plan_says(tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    for kind in KINDS:
+        with simulated(2):
+            chosen = arguments(kind, folder, ["sim:0", "sim:1"])
+            plan = bigmodel.make_plan(folder, workload=SMALL, **chosen)
+        # No context here: what remains of the stated peak is all that there is.
+        peaks = [max(0, plan.estimate.peak_bytes.get(name, 0) - CONTEXT_BYTES) for name in ("sim:0", "sim:1")]
+        with simulated(2, memory_bytes=[size + CONTEXT_BYTES for size in peaks]):
+            held = torch.empty(CONTEXT_BYTES, dtype=torch.uint8, device="sim:0")
+            other = torch.empty(CONTEXT_BYTES, dtype=torch.uint8, device="sim:1")
+            model = load(folder, device_map=plan, max_memory=chosen["max_memory"])
+            ids = torch.ones(2, 16, dtype=torch.int64)
+            model.generate(ids, max_new_tokens=8, do_sample=False)
+            del model, held, other
+
+
+@needs_compiler
+@torch.no_grad()
+def test_out_of_memory_in_the_middle_of_a_pass_leaves_the_model_usable(tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    expected = resident(folder)(**inputs_for("llama")).logits
+    with simulated(1):
+        model = load(folder, **arguments("in host memory", folder, ["sim:0"]))
+        assert torch.equal(model(**inputs_for("llama")).logits, expected)
+        used = counts(0).used_bytes
+        layer = next(module for name, module in model.named_modules() if name.endswith("layers.2"))
+
+        def exhaust(*_):
+            raise torch.OutOfMemoryError("sim:0 out of memory")
+
+        handle = layer.mlp.register_forward_pre_hook(exhaust)
+        for _ in range(3):
+            with pytest.raises(torch.OutOfMemoryError):
+                model(**inputs_for("llama"))
+        handle.remove()
+        assert counts(0).used_bytes == used
+        assert torch.equal(model(**inputs_for("llama")).logits, expected)
+
+
+@torch.no_grad()
+def test_a_file_that_goes_away_is_an_error_with_the_unit_s_name(device, tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    expected = expected_of(folder, "llama", device).logits.cpu()
+    model = load(folder, **arguments("on disk", folder, [device]))
+    assert torch.equal(model(**inputs_for("llama")).logits, expected)
+    files = sorted(folder.glob("*.safetensors"))
+    hidden = [file.rename(file.with_suffix(".away")) for file in files]
+    with contextlib.suppress(ReadError):  # what was read ahead may do for one pass
+        model(**inputs_for("llama"))
+    with pytest.raises(ReadError, match="layers"):
+        model(**inputs_for("llama"))
+    for file, away in zip(files, hidden, strict=True):
+        away.rename(file)
+    with contextlib.suppress(ReadError):  # renaming changed the files' time stamps
+        assert torch.equal(model(**inputs_for("llama")).logits, expected)
+
+
+@torch.no_grad()
+def test_two_models_in_two_threads_are_both_exact(device, tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    expected = expected_of(folder, "llama", device).logits.cpu()
+    models = [load(folder, **arguments(kind, folder, [device])) for kind in ("on disk", "in host memory")]
+    wrong = []
+
+    def run(model):
+        with torch.no_grad():
+            for _ in range(5):
+                if not torch.equal(model(**inputs_for("llama")).logits, expected):
+                    wrong.append(model)
+
+    threads = [threading.Thread(target=run, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@torch.no_grad()
+def test_a_pass_beyond_the_budget_is_refused_before_it_allocates(device, tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    model = load(folder, **arguments("with little room", folder, [device]))
+    with pytest.raises(DoesNotFitError, match="workload="):
+        model(input_ids=torch.ones(2, 3000, dtype=torch.int64))
+    expected = expected_of(folder, "llama", device).logits.cpu()
+    assert torch.equal(model(**inputs_for("llama")).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["in host memory", "everywhere", "on disk"])
+@torch.no_grad()
+def test_a_model_can_be_saved_and_made_plain_again(kind, device, tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    whole = resident(folder)
+    model = load(folder, **arguments(kind, folder, [device]))
+    model(**inputs_for("llama"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.cpu(), whole.state_dict()[name])
+    bigmodel.save(model, tmp_path / "saved")
+    expected = whole(**inputs_for("llama")).logits
+    assert torch.equal(resident(tmp_path / "saved")(**inputs_for("llama")).logits, expected)
+    for target in ("cpu", device):
+        plain = bigmodel.materialize(load(folder, **arguments(kind, folder, [device])), target)
+        assert {parameter.device for parameter in plain.parameters()} == {torch.device(target)}
+        found = plain(**on(inputs_for("llama"), target)).logits.cpu()
+        assert torch.equal(found, expected_of(folder, "llama", target).logits.cpu())
+
+
+def test_hf_device_map_says_where_modules_run(device, tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    model = load(folder, **arguments("everywhere", folder, [device]))
+    assert set(model.hf_device_map.values()) == {torch.device(device)}
+
+
+def test_nothing_is_left_of_a_model_that_nobody_holds(device, tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    before = torch.accelerator.memory_allocated(device)
+    model = load(folder, **arguments("everywhere", folder, [device]))
+    with torch.no_grad():
+        model(**inputs_for("llama"))
+    assert torch.accelerator.memory_allocated(device) > before
+    del model
+    assert torch.accelerator.memory_allocated(device) == before
