@@ -1,6 +1,6 @@
 """Streaming to several accelerators over all of their links: simulated ones, whose links take the time that they are told to.
 
-``python -m benchmarks.links``; benchmarks/README.md says what is held equal.
+``python -m benchmarks.links --checkpoint many``; benchmarks/README.md says what is held equal.
 """
 
 from __future__ import annotations

@@ -351,7 +351,8 @@ def test_units_that_the_plan_computes_on_the_cpu_run_there_with_their_cache(tmp_
         plan = bigmodel.make_plan(folder, workload=SMALL, **chosen)
         on_cpu = {"model.layers.1", "model.layers.2"}
         placements = tuple(
-            replace(place, run_on="cpu", prefill_on="cpu") if place.unit in on_cpu else place for place in plan.placements
+            replace(place, run_on="cpu", prefill_on="cpu") if place.unit in on_cpu else place
+            for place in plan.placements
         )
         model = load(folder, device_map=replace(plan, placements=placements), max_memory=chosen["max_memory"])
         assert {place.unit for place in bigmodel.plan_of(model).placements if place.run_on == "cpu"} == on_cpu
