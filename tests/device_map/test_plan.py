@@ -11,7 +11,7 @@ from bigmodel.device_map.explanation import holdings
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.plan import Plan, Workload
 from bigmodel.device_map.planner import decide
-from bigmodel.errors import InvalidArgumentError
+from bigmodel.errors import CheckpointError, InvalidArgumentError
 from bigmodel.units import GIB, MIB
 
 RING_BYTES = 1 << 20
@@ -199,3 +199,30 @@ def test_workloads_that_mean_nothing(fields):
 def test_a_workload_fills_its_cache_to_the_end():
     assert Workload(prompt_tokens=10, new_tokens=5).total_tokens == 15
     assert Workload(new_tokens=0).total_tokens == 512
+
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256, "dtype": "bfloat16"} | {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("num_hidden_layers", value) for value in (0, -1, 10**9, "2", float("nan"))),
+        *(("hidden_size", value) for value in (0, -64, 10**18, 10**30)),
+        *(("head_dim", value) for value in (0, -2, 10**10)),  # the last one's buffers would take 37 GiB
+        *(("vocab_size", value) for value in (0, 10**17)),
+        ("intermediate_size", 10**16),
+        ("num_attention_heads", 0),
+        ("architectures", 3),
+        ("auto_map", 3),
+    ],
+)
+def test_a_config_of_a_model_that_cannot_be_is_told_in_a_line(tmp_path, name, value):
+    stated = {name: value} | ({} if value == 3 else LLAMA | {name: value})
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(CheckpointError, match=r"config\.json") as told:
+        bigmodel.make_plan(tmp_path, Machine.load("server-141gb"))
+    assert "\n" not in str(told.value)
+    assert len(str(told.value)) < 700
