@@ -10,8 +10,6 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import torch
-
 from bigmodel.errors import InvalidArgumentError, join_some, shown
 
 __all__ = [
@@ -128,6 +126,8 @@ def record(fields: Mapping[str, Check], needed: Collection[str] = ()) -> Check:
 
 def own_device_name(value: Any) -> str | None:
     """An accelerator's one name, index included, such as ``"cuda:0"`` for ``"cuda"``; None for what names none."""
+    import torch  # here: a command line is refused before torch is there
+
     if not isinstance(value, str):
         return None
     try:

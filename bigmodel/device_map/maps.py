@@ -37,7 +37,7 @@ def tier_of(value: Any, machine: Machine, what: str) -> str:
         )
     try:
         device = torch.device(value)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise DeviceMapError(
             f"{what} is {shown(value)}, which is no tier. Give 'cpu', 'disk', or an accelerator's index or name."
         ) from error
@@ -94,7 +94,7 @@ def resolve_map(
     unknown = sorted((key for key in device_map if key != "" and key not in known), key=str)
     if unknown:
         raise DeviceMapError(
-            f"{len(unknown)} names in device_map are not in the model: {join_some(map(repr, unknown))}. "
+            f"{len(unknown)} names in device_map are not in the model: {join_some(map(shown, unknown))}. "
             f"The model has modules such as {join_some(repr(unit.name) for unit in units[:3])}."
         )
     tiers = {key: tier_of(value, machine, f"device_map[{key!r}]") for key, value in device_map.items()}
