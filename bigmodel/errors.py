@@ -47,7 +47,11 @@ __all__ = [
     "UnsupportedCheckpointError",
     "WeightNotResidentError",
     "join_some",
+    "shown",
 ]
+
+
+_SHOWN = 80  # characters of a value, in an error
 
 
 class BigModelError(Exception):
@@ -139,6 +143,15 @@ def join_some(items: Iterable[str], limit: int = 8, separator: str = ", ") -> st
     items = list(items)
     more = [f"and {len(items) - limit} more"] if len(items) > limit else []
     return separator.join([*items[:limit], *more])
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: cut where it is long, and described where it cannot be written at all."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits, or lists in lists in lists
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
 def _rebuild(message: str, tier: str, needed_bytes: int, available_bytes: int) -> DoesNotFitError:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 
-from bigmodel.errors import InvalidArgumentError
+from bigmodel.errors import InvalidArgumentError, shown
 
-__all__ = ["format_bytes", "parse_bytes"]
+__all__ = ["MOST", "format_bytes", "parse_bytes"]
+
+MOST = 2**62
+"""Of bytes, or of anything that is counted: what is larger is a mistake."""
+
+_LONGEST = 64  # characters of a size
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -30,16 +35,19 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
         Whole bytes, rounded down.
 
     Raises:
-        InvalidArgumentError: for floats, NaN, negatives, unknown units, and a lower-case b after an upper-case letter.
+        InvalidArgumentError: for floats, NaN, negatives, unknown units, a lower-case b after an upper-case letter, and what is
+            above `MOST` or longer than a size is written.
     """
     if isinstance(size, bool) or not isinstance(size, (int, str)):
         raise InvalidArgumentError(
-            f"{name} is {size!r}, a {type(size).__name__}. Give bytes as an int, or a string with a unit such as '20GiB'."
+            f"{name} is {shown(size)}, a {type(size).__name__}. Give bytes as an int, or a string with a unit such as '20GiB'."
         )
     if isinstance(size, int):
         if size < 0:
-            raise InvalidArgumentError(f"{name} is {size} bytes. A size cannot be negative.")
-        return size
+            raise InvalidArgumentError(f"{name} is {shown(size)} bytes. A size cannot be negative.")
+        return _not_huge(size, size, name)
+    if len(size) > _LONGEST:
+        raise InvalidArgumentError(f"{name} is {shown(size)}, which is no size. Give one such as '20GiB'.")
     match = _PATTERN.fullmatch(size)
     if match is None:
         raise InvalidArgumentError(
@@ -55,7 +63,15 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
         )
     whole, _, fraction = number.partition(".")
     # Ten to a power that is not written down may be a float, for a type checker.
-    return int(whole) * factor + int(fraction or 0) * factor // int("1" + "0" * len(fraction))
+    return _not_huge(int(whole) * factor + int(fraction or 0) * factor // int("1" + "0" * len(fraction)), size, name)
+
+
+def _not_huge(num_bytes: int, size: int | str, name: str) -> int:
+    if num_bytes > MOST:
+        raise InvalidArgumentError(
+            f"{name} is {shown(size)}, which is more than any machine has. Give a size such as '20GiB'."
+        )
+    return num_bytes
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigmodel.errors import InvalidArgumentError
+from bigmodel.checks import parse_json
+from bigmodel.errors import InvalidArgumentError, shown
 from bigmodel.units import parse_bytes
 
 if TYPE_CHECKING:
     from bigmodel.device_map.plan import Plan
 
 __all__ = ["check_sampling", "parse_batch_size", "parse_device_map", "parse_limits", "read_prompt", "write_page"]
+
+_MOST_DIGITS = 30
 
 
 def check_sampling(
@@ -48,8 +50,8 @@ def parse_batch_size(text: str) -> int | str:
     """A number, or ``auto``."""
     if text == "auto":
         return text
-    if not text.isdecimal() or int(text) < 1:
-        raise InvalidArgumentError(f"--batch-size is {text!r}. Give a number from 1 on, or auto.")
+    if not _is_count(text) or int(text) < 1:
+        raise InvalidArgumentError(f"--batch-size is {shown(text)}. Give a number from 1 on, or auto.")
     return int(text)
 
 
@@ -61,12 +63,19 @@ def parse_limits(text: str | None) -> dict[int | str, int] | None:
     for part in text.split(","):
         tier, equals, size = (piece.strip() for piece in part.partition("="))
         if not (tier and equals and size):
-            raise InvalidArgumentError(f"--max-memory has {part!r}. Give TIER=SIZE pairs, such as cpu=8GiB,disk=500GB.")
-        key = int(tier) if tier.isdecimal() else tier
+            raise InvalidArgumentError(
+                f"--max-memory has {shown(part)}. Give TIER=SIZE pairs, such as cpu=8GiB,disk=500GB."
+            )
+        key = int(tier) if _is_count(tier) else tier
         if key in limits:
-            raise InvalidArgumentError(f"--max-memory names {tier} twice. Give each tier once.")
-        limits[key] = parse_bytes(int(size) if size.isdecimal() else size, f"--max-memory {tier}")
+            raise InvalidArgumentError(f"--max-memory names {shown(tier)} twice. Give each tier once.")
+        limits[key] = parse_bytes(int(size) if _is_count(size) else size, f"--max-memory {tier[:40]}")
     return limits
+
+
+def _is_count(text: str) -> bool:
+    """Whether it is a number that has not thousands of digits, which Python would not read."""
+    return text.isdecimal() and len(text) <= _MOST_DIGITS
 
 
 def parse_device_map(text: str) -> str | dict[str, Any] | Plan:
@@ -80,10 +89,7 @@ def parse_device_map(text: str) -> str | dict[str, Any] | Plan:
             raise InvalidArgumentError(f"--device-map {text} cannot be read: {error}.") from error
     elif not text.lstrip().startswith("{"):
         return text
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InvalidArgumentError(f"--device-map is not JSON: {error}.") from error
+    value = parse_json(text, "--device-map")
     if not isinstance(value, dict):
         raise InvalidArgumentError(
             f"--device-map holds a JSON {type(value).__name__}. Give an object of names and tiers."

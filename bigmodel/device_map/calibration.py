@@ -8,12 +8,16 @@ takes its place.
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +25,17 @@ from typing import Any
 import torch
 
 from bigmodel.checkpoint.rewritten import default_cache_folder
-from bigmodel.device_map.rates import Rates
+from bigmodel.checks import Check, integer, mapped, number, parse_json, record, text
+from bigmodel.device_map.rates import PER_S, RATE_FIELDS, Rates
 from bigmodel.errors import InvalidArgumentError
 
-__all__ = ["Calibration", "Link", "devices_here", "file_system_of", "keep", "kept"]
+__all__ = ["Calibration", "Link", "devices_here", "file_system_of", "keep", "kept", "refuse_unwritable"]
+
+logger = logging.getLogger("bigmodel.device_map")
 
 _VERSION = 1
+_MOST_BYTES = 16 << 20  # of a file
+_LOCK = ".calibration.lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,28 +79,86 @@ def keep(calibration: Calibration, folder: Path | None = None) -> Path:
 
     Returns:
         The file.
+
+    Raises:
+        InvalidArgumentError: it cannot be written there.
     """
     file = _file(folder)
-    earlier = kept(folder)
-    if earlier is not None:
-        calibration = replace(calibration, disks={**earlier.disks, **calibration.disks})
-    text = json.dumps({"version": _VERSION} | _to_json(calibration), indent=1)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(stream.name, file)
+    with _told(file.parent), _locked(file.parent):
+        earlier = kept(folder)
+        if earlier is not None:
+            calibration = replace(calibration, disks={**earlier.disks, **calibration.disks})
+        _write(file, json.dumps({"version": _VERSION} | _to_json(calibration), indent=1))
     return file
 
 
 def kept(folder: Path | None = None) -> Calibration | None:
-    """What was measured on this machine before; None where nothing was, or what is kept cannot be read."""
+    """What was measured on this machine before; None where nothing was, or what is kept cannot be read, which is logged."""
+    file = _file(folder)
     try:
-        described = json.loads(_file(folder).read_text())
-        return _from_json(described) if described.pop("version") == _VERSION else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, InvalidArgumentError):
+        if not file.exists():
+            return None
+        if not file.is_file() or file.stat().st_size > _MOST_BYTES:  # a pipe would never end
+            raise InvalidArgumentError("it is no file of a calibration's size")
+        described = parse_json(file.read_text(), "it")
+        _check_file(described, "")
+        return _from_json(described)
+    except (OSError, ValueError) as error:
+        _warn_once(file, str(error).rstrip("."))
         return None
+
+
+def refuse_unwritable(folder: Path | None = None) -> None:
+    """InvalidArgumentError where `keep` could not write: told before a minute of measuring."""
+    file = _file(folder)
+    with _told(file.parent), _locked(file.parent):
+        if file.is_dir():
+            raise IsADirectoryError(f"{file.name} is a folder")
+        with tempfile.NamedTemporaryFile(dir=file.parent):
+            pass
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What goes wrong with the folder's files, as an error about it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"Rates are kept in {folder}, which cannot be written: {error}. Mend that, or set XDG_CACHE_HOME to the "
+            "full path of a folder that can."
+        ) from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Makes the folder, and one process of all that come here wait for the other: each reads what the one before wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write(file: Path, text: str) -> None:
+    """The file is there whole or as before."""
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as stream:
+        try:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+            os.replace(stream.name, file)
+        except BaseException:
+            os.unlink(stream.name)
+            raise
+
+
+@functools.cache
+def _warn_once(file: Path, reason: str) -> None:
+    logger.warning("The rates in %s are not used: %s. Run `bigmodel calibrate` to measure them again.", file, reason)
 
 
 def file_system_of(path: str | os.PathLike[str]) -> str:
@@ -140,17 +207,33 @@ def _to_json(calibration: Calibration) -> dict[str, Any]:
 def _from_json(described: Mapping[str, Any]) -> Calibration:
     nothing = Rates(memory_bytes_per_s=1.0, products={}, op_s=0.0)
     return Calibration(
-        date=str(described["date"]),
+        date=described["date"],
         versions=dict(described["versions"]),
         host=Rates.from_json(described["host"], nothing),
-        disks={str(name): float(rate) for name, rate in described["disks"].items()},
+        disks={name: float(rate) for name, rate in described["disks"].items()},
         accelerators={
-            str(device): Link(rates=Rates.from_json(each, nothing), h2d_bytes_per_s=float(each["h2d_bytes_per_s"]))
+            device: Link(rates=Rates.from_json(each, nothing), h2d_bytes_per_s=float(each["h2d_bytes_per_s"]))
             for device, each in described["accelerators"].items()
         },
         h2d_bytes_per_s_all=described["h2d_bytes_per_s_all"],
         d2d_bytes_per_s=described["d2d_bytes_per_s"],
     )
+
+
+_HOST_NEEDED = ("memory_bytes_per_s", "products", "op_s")
+_FIELDS: dict[str, Check] = {
+    "version": integer(_VERSION, _VERSION),
+    "date": text,
+    "versions": mapped(text),
+    "host": record(RATE_FIELDS, needed=_HOST_NEEDED),
+    "disks": mapped(PER_S),
+    "accelerators": mapped(
+        record({**RATE_FIELDS, "h2d_bytes_per_s": PER_S}, needed=(*_HOST_NEEDED, "h2d_bytes_per_s"))
+    ),
+    "h2d_bytes_per_s_all": number(1e3, 1e18, or_none=True),
+    "d2d_bytes_per_s": number(1e3, 1e18, or_none=True),
+}
+_check_file = record(_FIELDS, needed=_FIELDS)
 
 
 def _processor_name() -> str:

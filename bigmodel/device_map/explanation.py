@@ -137,7 +137,7 @@ def collapsed(names: Sequence[str]) -> str:
     """Names with runs of numbers folded: ``model.layers.[0-3,5].mlp``."""
     folded: dict[tuple[str, str], list[int]] = {}
     for name in names:
-        match = re.search(r"(?:(?<=\.)|^)\d+(?=\.|$| )", name)
+        match = re.search(r"(?:(?<=\.)|^)\d{1,9}(?=\.|$| )", name)
         before, number, after = (
             (name[: match.start()], int(match.group()), name[match.end() :]) if match else (name, -1, "")
         )

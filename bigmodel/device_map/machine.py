@@ -13,11 +13,24 @@ from typing import Any
 
 import torch
 
+from bigmodel.checks import (
+    anything,
+    flag,
+    integer,
+    listed,
+    mapped,
+    number,
+    own_device_name,
+    parse_json,
+    record,
+    satisfying,
+    text,
+)
 from bigmodel.device_map import calibration
 from bigmodel.device_map.control_groups import ControlGroups
 from bigmodel.device_map.measuring import measure
-from bigmodel.device_map.rates import Rates
-from bigmodel.errors import InvalidArgumentError
+from bigmodel.device_map.rates import PER_S, RATE_FIELDS, Rates
+from bigmodel.errors import InvalidArgumentError, shown
 from bigmodel.progress import Report, progress_bar
 from bigmodel.units import GIB, parse_bytes
 
@@ -43,13 +56,38 @@ SHIPPED = Path(__file__).parent / "machines"
 """Machine files of hardware that one may not own; `Machine.load` takes their names without the suffix too."""
 
 
-# What a machine file may say.
-_RATE_KEYS = {"memory_bytes_per_s", "flops_per_s", "products", "op_s", "fresh_bytes_per_s"}
-_KEYS = {"name", "rates_from", "accelerators", "host", "disk", "h2d_bytes_per_s_all", "d2d_bytes_per_s", "processes"}
-_KEYS |= {"source", "sources", "notes", "comment"}
-_HOST_KEYS = {"memory", "processors", "source"} | _RATE_KEYS
-_DISK_KEYS = {"free", "read_bytes_per_s", "measured", "source"}
-_CARD_KEYS = {"name", "device", "memory", "unified", "h2d_bytes_per_s", "source"} | _RATE_KEYS
+def _size(value: Any, name: str) -> None:
+    if parse_bytes(value, name) >= _MOST_BYTES:
+        raise InvalidArgumentError(f"{name} is {shown(value)}, more than any machine has. Give a size such as '64GiB'.")
+
+
+# What a machine file may say. A misspelt rate would silently be a default.
+_MOST_BYTES, _COUNT = 2**60, integer(1, 2**20)
+_DEVICE = satisfying("an accelerator such as 'cuda:0'", lambda value: own_device_name(value) is not None)
+_CARD = {
+    "name": text,
+    "device": _DEVICE,
+    "memory": _size,
+    "unified": flag,
+    "h2d_bytes_per_s": PER_S,
+    "source": anything,
+}
+_HOST = {"memory": _size, "processors": _COUNT, "source": anything}
+_DISK = {"free": _size, "read_bytes_per_s": PER_S, "measured": mapped(PER_S), "source": anything}
+_check_file = record(
+    {
+        "name": text,
+        "rates_from": text,
+        "accelerators": listed(record({**_CARD, **RATE_FIELDS}, needed=("memory",))),
+        "host": record({**_HOST, **RATE_FIELDS}, needed=("memory",)),
+        "disk": record(_DISK),
+        "h2d_bytes_per_s_all": number(1e3, 1e18, or_none=True),
+        "d2d_bytes_per_s": PER_S,
+        "processes": _COUNT,
+        **dict.fromkeys(("source", "sources", "notes", "comment"), anything),
+    },
+    needed=("host",),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +109,10 @@ class Accelerator:
     rates: Rates = _ACCELERATOR_RATES
     h2d_bytes_per_s: float = _H2D_BYTES_PER_S
     is_unified: bool = False
+
+    def __post_init__(self) -> None:
+        # torch has two names for the first of a kind: "cuda" is "cuda:0".
+        object.__setattr__(self, "device", own_device_name(self.device) or self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +154,7 @@ class Machine:
         if not all(rate > 0 for rate in rates):  # also for NaN
             raise InvalidArgumentError(f"A rate of machine {self.name!r} is not positive: {rates}.")
         devices = [each.device for each in self.accelerators]
-        if len(set(devices)) < len(devices) or not all(map(_is_accelerator, devices)):
+        if len(set(devices)) < len(devices) or not all(map(own_device_name, devices)):
             raise InvalidArgumentError(
                 f"Machine {self.name!r} has the accelerators {devices}. Give each a device of its own, such as 'cuda:0'."
             )
@@ -158,6 +200,7 @@ class Machine:
         Raises:
             InvalidArgumentError: the folder is not there, or cannot be read or written.
         """
+        calibration.refuse_unwritable()
         with progress_bar(progress) as report:
             measured = measure(folder, progress=report)
         calibration.keep(measured)
@@ -178,48 +221,47 @@ class Machine:
         Raises:
             InvalidArgumentError: it is not such a file.
         """
-        place = Path(file)
-        if not place.exists() and (SHIPPED / f"{file}.json").exists():
-            place = SHIPPED / f"{file}.json"
+        if not isinstance(file, (str, os.PathLike)):
+            raise InvalidArgumentError(f"file is {shown(file)}. Give a machine file, or the name of one: {_names()}.")
         try:
+            place = Path(file)
+            if not place.exists() and (SHIPPED / f"{file}.json").exists():
+                place = SHIPPED / f"{file}.json"
             if not place.exists():
                 raise FileNotFoundError("there is no such file")
-            described = json.loads(place.read_text())
-            _refuse_unknown_keys(described)
+            described = parse_json(place.read_text(), "the text")
+            _check_file(described, "")
             host, disk, together = described["host"], described.get("disk", {}), described.get("h2d_bytes_per_s_all")
             accelerators = tuple(
                 Accelerator(
-                    device=str(each.get("device", f"cuda:{index}")),
-                    name=str(each.get("name", "accelerator")),
-                    memory_bytes=parse_bytes(each["memory"], f"memory of accelerator {index}"),
+                    device=each.get("device", f"cuda:{index}"),
+                    name=each.get("name", "accelerator"),
+                    memory_bytes=parse_bytes(each["memory"]),
                     rates=Rates.from_json(each, _ACCELERATOR_RATES),
                     h2d_bytes_per_s=float(each.get("h2d_bytes_per_s", _H2D_BYTES_PER_S)),
-                    is_unified=bool(each.get("unified", False)),
+                    is_unified=each.get("unified", False),
                 )
                 for index, each in enumerate(described.get("accelerators", ()))
             )
             return cls(
-                name=str(described.get("name", place.stem)),
-                host_bytes=parse_bytes(host["memory"], "host.memory"),
-                num_processors=int(host.get("processors", 1)),
-                disk_bytes=parse_bytes(disk.get("free", 0), "disk.free"),
+                name=described.get("name", place.stem),
+                host_bytes=parse_bytes(host["memory"]),
+                num_processors=host.get("processors", 1),
+                disk_bytes=parse_bytes(disk.get("free", 0)),
                 accelerators=accelerators,
-                num_sharing=int(described.get("processes", 1)),
+                num_sharing=described.get("processes", 1),
                 host_rates=Rates.from_json(host, _HOST_RATES),
                 disk_read_bytes_per_s=float(disk.get("read_bytes_per_s", _DISK_BYTES_PER_S)),
-                disks={str(name): float(rate) for name, rate in disk.get("measured", {}).items()},
+                disks={name: float(rate) for name, rate in disk.get("measured", {}).items()},
                 h2d_bytes_per_s_all=math.inf if together is None else float(together),
                 d2d_bytes_per_s=float(described.get("d2d_bytes_per_s", _D2D_BYTES_PER_S)),
-                rates_from=str(described.get("rates_from", place.name)),
+                rates_from=described.get("rates_from", place.name),
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, InvalidArgumentError):
-                raise InvalidArgumentError(f"{os.fspath(file)}: {error}") from error
-            names = ", ".join(sorted(each.stem for each in SHIPPED.glob("*.json")))
-            told = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+        except (OSError, ValueError, TypeError) as error:
+            told = (isinstance(error, OSError) and error.strerror) or str(error).rstrip(".")
             raise InvalidArgumentError(
-                f"{os.fspath(file)} does not describe a machine ({told}). It needs at least "
-                f'{{"host": {{"memory": "64GiB"}}}}; machines that come with bigmodel are {names}.'
+                f"{_cut(os.fspath(file))}: {told}. A machine file needs at least "
+                f'{{"host": {{"memory": "64GiB"}}}}; machines that come with bigmodel are {_names()}.'
             ) from error
 
     def to_json(self) -> str:
@@ -306,27 +348,12 @@ class Machine:
         )
 
 
-def _refuse_unknown_keys(described: Any) -> None:
-    """A misspelt rate would silently be a default."""
-    parts = [
-        ("", described, _KEYS),
-        ("host.", described["host"], _HOST_KEYS),
-        ("disk.", described.get("disk", {}), _DISK_KEYS),
-    ]
-    parts += [(f"accelerators[{n}].", each, _CARD_KEYS) for n, each in enumerate(described.get("accelerators", ()))]
-    unknown = [f"{where}{key}" for where, part, known in parts for key in part if key not in known]
-    if unknown:
-        raise ValueError(f"unknown {', '.join(unknown)}")
-    for where, part, key in [("host.", described["host"], "memory"), *((w, p, "memory") for w, p, _ in parts[3:])]:
-        if key not in part:
-            raise ValueError(f"{where}{key} is missing")
+def _names() -> str:
+    return ", ".join(sorted(each.stem for each in SHIPPED.glob("*.json")))
 
 
-def _is_accelerator(device: str) -> bool:
-    try:
-        return torch.device(device).type not in ("cpu", "meta")
-    except RuntimeError:
-        return False
+def _cut(path: object, most: int = 300) -> str:
+    return str(path) if len(str(path)) <= most else f"{str(path)[:most]}..."
 
 
 def _num_local_processes() -> int:

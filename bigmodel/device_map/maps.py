@@ -9,7 +9,7 @@ import torch
 
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.unit import Unit
-from bigmodel.errors import DeviceMapError, InvalidArgumentError, join_some
+from bigmodel.errors import DeviceMapError, InvalidArgumentError, join_some, shown
 from bigmodel.units import parse_bytes
 
 __all__ = ["divide_by_home", "resolve_limits", "resolve_map", "tier_of"]
@@ -33,19 +33,21 @@ def tier_of(value: Any, machine: Machine, what: str) -> str:
         if 0 <= value < len(devices):
             return devices[value]
         raise DeviceMapError(
-            f"{what} is accelerator {value}, and this machine has {len(devices)}. Use 'cpu' or 'disk'."
+            f"{what} is accelerator {shown(value)}, and this machine has {len(devices)}. Use 'cpu' or 'disk'."
         )
     try:
         device = torch.device(value)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise DeviceMapError(
-            f"{what} is {value!r}, which is no tier. Give 'cpu', 'disk', or an accelerator's index or name."
+            f"{what} is {shown(value)}, which is no tier. Give 'cpu', 'disk', or an accelerator's index or name."
         ) from error
     if device.type == "cpu":
         return "cpu"
     name = f"{device.type}:{device.index or 0}"
     if name not in devices:
-        raise DeviceMapError(f"{what} is {value!r}, and this machine has {', '.join(devices) or 'no accelerator'}.")
+        raise DeviceMapError(
+            f"{what} is {shown(value)}, and this machine has {', '.join(devices) or 'no accelerator'}."
+        )
     return name
 
 
@@ -60,13 +62,13 @@ def resolve_limits(max_memory: Mapping[Any, Any] | None, machine: Machine) -> di
         InvalidArgumentError: an unknown tier, or a size that is none.
     """
     if max_memory is not None and not isinstance(max_memory, Mapping):
-        raise InvalidArgumentError(f"max_memory is {max_memory!r}. Give a dict such as {{'cpu': '8GiB'}}.")
+        raise InvalidArgumentError(f"max_memory is {shown(max_memory)}. Give a dict such as {{'cpu': '8GiB'}}.")
     stated: dict[str, int] = {}
     for key, size in (max_memory or {}).items():
-        tier = tier_of(key, machine, f"The key {key!r} of max_memory")
+        tier = tier_of(key, machine, f"The key {shown(key)} of max_memory")
         if tier in stated:
             raise InvalidArgumentError(f"max_memory states {tier} twice. Keep one of the two.")
-        stated[tier] = parse_bytes(size, f"max_memory[{key!r}]")
+        stated[tier] = parse_bytes(size, f"max_memory[{shown(key)}]")
     tiers = ["cpu", "disk"]
     if max_memory is None:
         tiers = [*(each.device for each in machine.accelerators), *tiers]
@@ -92,7 +94,7 @@ def resolve_map(
     unknown = sorted((key for key in device_map if key != "" and key not in known), key=str)
     if unknown:
         raise DeviceMapError(
-            f"{len(unknown)} names in device_map are not in the model: {join_some(map(repr, unknown))}. "
+            f"{len(unknown)} names in device_map are not in the model: {join_some(map(shown, unknown))}. "
             f"The model has modules such as {join_some(repr(unit.name) for unit in units[:3])}."
         )
     tiers = {key: tier_of(value, machine, f"device_map[{key!r}]") for key, value in device_map.items()}

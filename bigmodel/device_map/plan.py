@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from bigmodel.checks import parse_json
 from bigmodel.device_map.explanation import explain
-from bigmodel.errors import InvalidArgumentError
+from bigmodel.device_map.plan_fields import check_plan
+from bigmodel.errors import InvalidArgumentError, shown
+from bigmodel.units import MOST
 
 if TYPE_CHECKING:
     from bigmodel.device_map.machine import Machine
@@ -42,8 +45,8 @@ class Workload:
             if name == "batch_size" and value == "auto":
                 continue
             low = 0 if name == "new_tokens" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise InvalidArgumentError(f"Workload.{name} is {value!r}. Give an int >= {low}.")
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MOST:
+                raise InvalidArgumentError(f"Workload.{name} is {shown(value)}. Give an int from {low} to {MOST}.")
 
     @property
     def num_sequences(self) -> int:
@@ -247,42 +250,24 @@ class Plan:
         Raises:
             InvalidArgumentError: the text is no plan, or of another version.
         """
-        try:
-            fields: dict[str, Any] = json.loads(text)
-            version = fields.pop("version")
-            if version != _VERSION:
-                raise InvalidArgumentError(
-                    f"The plan has version {version}, and version {_VERSION} is read. Make it again."
-                )
-            fields["placements"] = tuple(
-                Placement(**each | {"parameters": tuple(each["parameters"])}) for each in fields["placements"]
-            )
-            fields["slots"] = tuple(SlotGroup(**each | {"units": tuple(each["units"])}) for each in fields["slots"])
-            fields["workload"] = Workload(**fields["workload"])
-            fields["estimate"] = Estimate(**fields["estimate"])
-            fields["notes"] = tuple(fields["notes"])
-            fields["alternatives"] = tuple(Alternative(**each) for each in fields["alternatives"])
-            plan = cls(**fields)
-            plan._refuse_nonsense()
-            return plan
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, InvalidArgumentError):
-                raise
+        fields: Any = parse_json(text, "The text of the plan")
+        version = fields.pop("version", None) if isinstance(fields, dict) else None
+        if version != _VERSION or isinstance(version, bool):
             raise InvalidArgumentError(
-                f"The text is not a plan ({type(error).__name__}: {error}). Write one with to_json()."
-            ) from error
-
-    def _refuse_nonsense(self) -> None:
-        """TypeError or ValueError where a text had the fields of a plan and not their meaning."""
-        if not isinstance(self.fingerprint, str):
-            raise TypeError(f"fingerprint is {self.fingerprint!r}")
-        names = [placement.unit for placement in self.placements]
-        for placement in self.placements:
-            texts = (placement.unit, placement.home, placement.run_on, placement.prefill_on, *placement.parameters)
-            if not all(isinstance(text, str) for text in texts):
-                raise TypeError(f"the placement of {placement.unit!r} has something that is no text")
-        if len(set(names)) < len(names):
-            raise ValueError("a unit is placed twice")
-        for tier, limit in self.limits.items():
-            if not isinstance(tier, str) or not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
-                raise ValueError(f"the limit of {tier!r} is {limit!r}")
+                f"The text is no plan of version {_VERSION}: its version is {shown(version)}. Make it again with make_plan."
+            )
+        try:
+            check_plan(fields)
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(
+                f"The text is not a plan: {str(error).rstrip('.')}. Write one with to_json()."
+            ) from None
+        fields["placements"] = tuple(
+            Placement(**each | {"parameters": tuple(each["parameters"])}) for each in fields["placements"]
+        )
+        fields["slots"] = tuple(SlotGroup(**each | {"units": tuple(each["units"])}) for each in fields["slots"])
+        fields["workload"] = Workload(**fields["workload"])
+        fields["estimate"] = Estimate(**fields["estimate"])
+        fields["notes"] = tuple(fields.get("notes", ()))
+        fields["alternatives"] = tuple(Alternative(**each) for each in fields.get("alternatives", ()))
+        return cls(**fields)

@@ -6,12 +6,13 @@ import bisect
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from bigmodel.checks import Check, listed, mapped, number, satisfying
 from bigmodel.errors import InvalidArgumentError
 
-__all__ = ["ATTENTION", "COPIED", "NOTHING", "Curve", "Rates", "Work"]
+__all__ = ["ATTENTION", "COPIED", "NOTHING", "PER_S", "RATE_FIELDS", "Curve", "Rates", "Work"]
 
 ATTENTION = " attention"
 """Ends the dtype of products that are attention's: its kernels reach other rates than products of two matrices."""
@@ -20,6 +21,29 @@ COPIED = " copied"
 """Ends the dtype of products an operand of which is copied first, which takes far longer than they do (see `tally.is_copied`)."""
 
 Curve = tuple[tuple[float, float], ...]
+
+PER_S = number(1e3, 1e18)
+"""Bytes or FLOPs in a second, from what a floppy disk gives to what a data centre does."""
+
+_POINT = satisfying(
+    "a pair of numbers: FLOPs per byte, FLOP/s", lambda value: isinstance(value, list) and len(value) == 2
+)
+
+
+def _check_point(value: Any, name: str) -> None:
+    _POINT(value, name)
+    number(1e-12, 1e12)(value[0], f"{name}[0]")
+    PER_S(value[1], f"{name}[1]")
+
+
+RATE_FIELDS: Mapping[str, Check] = {
+    "memory_bytes_per_s": PER_S,
+    "flops_per_s": mapped(PER_S, least=1),
+    "products": mapped(listed(_check_point, least=1), least=1),
+    "op_s": number(0, 1),
+    "fresh_bytes_per_s": PER_S,
+}
+"""What a file may say about a processor; `Rates.from_json` reads it."""
 
 # Products of about one intensity are counted together: a factor of two apart.
 _PER_OCTAVE = 1.0
@@ -165,7 +189,7 @@ class Rates:
             return cls(memory_bytes_per_s=memory, products=products, op_s=op_s, fresh_bytes_per_s=fresh)
         peaks = {dtype: max(rate for _, rate in curve) for dtype, curve in default.products.items()}
         stated = {str(dtype): float(rate) for dtype, rate in described.get("flops_per_s", peaks).items()}
-        return cls.roofline(memory, stated, op_s)
+        return replace(cls.roofline(memory, stated, op_s), fresh_bytes_per_s=fresh)
 
     def _flops_per_s(self, dtype: str, intensity: float) -> float:
         curve = self._curve(dtype)

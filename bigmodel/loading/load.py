@@ -14,7 +14,7 @@ from torch import nn
 from bigmodel.device_map.plan import Workload
 from bigmodel.loading.decision import DeviceMap
 from bigmodel.loading.planning import workload_of
-from bigmodel.loading.prepared import Here, Prepared, begin_early
+from bigmodel.loading.prepared import Here, Prepared, begin_early, refuse_strange
 from bigmodel.progress import Report, progress_bar
 
 __all__ = ["load_sharded"]
@@ -73,6 +73,7 @@ def load_sharded(
         InvalidArgumentError: any other argument that means nothing.
         DoesNotFitError: a limit is too small; with both numbers and what would do.
     """
+    refuse_strange(workload, no_split_module_classes)
     started_s = time.perf_counter()
     # The caller may be inside inference_mode, or a device context: weights are made for every use.
     with torch.inference_mode(False), torch.device("cpu"), progress_bar(progress) as report:

@@ -15,7 +15,7 @@ from bigmodel.device_map.simulation import Step
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.loading.decision import Decider, DeviceMap
 from bigmodel.loading.divisions import Divisions
-from bigmodel.loading.prepared import Here, Prepared
+from bigmodel.loading.prepared import Here, Prepared, refuse_strange
 from bigmodel.models import Skeleton
 from bigmodel.progress import progress_bar
 
@@ -105,6 +105,7 @@ def make_plan_and_timeline(
 ) -> tuple[Plan, Callable[[], list[Step]]]:
     """`make_plan`, whose keyword arguments `reading` are, and what gives the predicted timeline of the plan."""
     reading = _READING | reading
+    refuse_strange(workload, reading["no_split_module_classes"])
     with torch.inference_mode(False), torch.device("cpu"), progress_bar() as report:
         folder, no_split = reading["offload_folder"], reading["no_split_module_classes"]
         if isinstance(machine, (str, os.PathLike)):

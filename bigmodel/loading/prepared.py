@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from bigmodel.checkpoint.rewritten import default_cache_folder
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.maps import resolve_limits
 from bigmodel.device_map.plan import Plan, Workload
-from bigmodel.errors import InvalidArgumentError, join_some
+from bigmodel.errors import InvalidArgumentError, join_some, shown
 from bigmodel.footprint import bound_product_cache, footprint_bytes
 from bigmodel.loading.assembly import Assembly
 from bigmodel.loading.decision import Decider, DeviceMap, refuse_unknown
@@ -34,7 +35,7 @@ from bigmodel.offload.resident import ResidentLoad
 from bigmodel.offload.spill import trim_heap
 from bigmodel.progress import Report
 
-__all__ = ["Here", "Prepared", "begin_early"]
+__all__ = ["Here", "Prepared", "begin_early", "refuse_strange"]
 
 logger = logging.getLogger("bigmodel.loading")
 
@@ -79,9 +80,7 @@ class Here:
         allow_cpu_compute: bool = False,
     ) -> Here:
         """Limits as the user stated them, as a plan brings them, or as the machine (this one, if None) has them free."""
-        cache_folder = Path(offload_folder) if offload_folder is not None else default_cache_folder()
-        if cache_folder.exists() and not cache_folder.is_dir():
-            raise InvalidArgumentError(f"offload_folder is {cache_folder}, which is a file. Give a folder.")
+        cache_folder = _cache_folder(offload_folder)
         machine = machine or Machine.probe(cache_folder)
         if max_memory is None and isinstance(device_map, Plan):
             # Its own limits count, as far as so much is free.
@@ -232,6 +231,36 @@ class Prepared:
         finally:
             if early is not None:
                 early.close()
+
+
+def refuse_strange(workload: Any, no_split_module_classes: Any) -> None:
+    """InvalidArgumentError for arguments of a kind that means nothing, before anything is opened."""
+    if workload is not None and not isinstance(workload, Workload):
+        raise InvalidArgumentError(f"workload is {shown(workload)}. Give a bigmodel.Workload, or None.")
+    names = no_split_module_classes
+    if names is not None and (
+        isinstance(names, (str, bytes))
+        or not isinstance(names, Collection)
+        or not all(isinstance(name, str) for name in names)
+    ):
+        raise InvalidArgumentError(
+            f"no_split_module_classes is {shown(names)}. Give a list of class names, such as ['LlamaDecoderLayer']."
+        )
+
+
+def _cache_folder(offload_folder: Any) -> Path:
+    if offload_folder is None:
+        return default_cache_folder()
+    wanted = f"offload_folder is {shown(offload_folder)}"
+    if not isinstance(offload_folder, (str, os.PathLike)) or "\0" in str(offload_folder):
+        raise InvalidArgumentError(f"{wanted}, which is no path. Give a folder.")
+    folder = Path(offload_folder)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InvalidArgumentError(f"offload_folder is {folder}, which is a file. Give a folder.")
+    except OSError as error:
+        raise InvalidArgumentError(f"{wanted}, which cannot be looked at: {error.strerror}. Give a folder.") from error
+    return folder
 
 
 def begin_early(

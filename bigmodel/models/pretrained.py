@@ -21,6 +21,7 @@ from torch import nn
 
 from bigmodel.checkpoint import Checkpoint, refuse_prequantised
 from bigmodel.errors import CheckpointError, InvalidArgumentError, UnsupportedCheckpointError
+from bigmodel.models.config_checks import naming_config, refuse_counts, refuse_impossible
 from bigmodel.models.conversion import trace
 from bigmodel.models.meta import call_on_meta, refuse_meta_buffers, refuse_real
 from bigmodel.models.skeleton import Skeleton, change_tensors, match_names, refuse_mismatch, take_sources
@@ -108,6 +109,7 @@ def build_without_weights(
         wanted = torch.float32
     with torch.inference_mode(False), torch.no_grad():
         model, _ = _build_from_config(checkpoint, wanted, trust_remote_code=trust_remote_code)
+        refuse_impossible(model, checkpoint)
         known = cast(Any, model)
         transient = {id(buffer) for _, buffer in known.named_non_persistent_buffers()}
 
@@ -121,7 +123,8 @@ def build_without_weights(
 
         real_buffers = _real_buffers(known)
         change_tensors(known, as_if_read)
-        _initialise(known, set(), real_buffers)
+        with naming_config(checkpoint, type(known).__name__):
+            _initialise(known, set(), real_buffers)
         known.requires_grad_(False).eval()
     no_split = frozenset(getattr(model, "_no_split_modules", None) or ())
     return Skeleton(model=model, sources={}, initialised=(), unexpected=(), no_split=no_split)
@@ -230,17 +233,12 @@ def _build_from_config(
             "builds it."
         )
     model_class = _find_class(checkpoint, checkpoint.config, trust_remote_code=trust_remote_code)
-    try:
+    with naming_config(checkpoint, model_class.__name__):
         config = cast(Any, model_class.config_class).from_pretrained(str(checkpoint.path))
         config.name_or_path = str(checkpoint.path)
+        refuse_counts(config, least=0 if checkpoint.tensors else 1)
         config, dtype = _settle_dtype(config, checkpoint, wanted)
         model = _construct(model_class, config, dtype)
-    except Exception as error:  # whatever a model's own code raises
-        raise UnsupportedCheckpointError(
-            f"{model_class.__name__} could not be built from {checkpoint.path / 'config.json'}: "
-            f"{type(error).__name__}: {error}. Check the file against the model's documentation, or give model=, a "
-            "callable that builds it."
-        ) from error
     return model, dtype
 
 
@@ -260,13 +258,14 @@ def _find_class(checkpoint: Checkpoint, stated: Mapping[str, Any], *, trust_remo
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    architectures = stated.get("architectures") or ()
-    if isinstance(architectures, str):
+    architectures = stated.get("architectures")
+    if not isinstance(architectures, list):
         architectures = (architectures,)
     names = [name for name in architectures if isinstance(name, str)]
+    auto_map = stated.get("auto_map")
     own_code = {
         kind: reference
-        for kind, reference in (stated.get("auto_map") or {}).items()
+        for kind, reference in (auto_map if isinstance(auto_map, dict) else {}).items()
         if kind.startswith("AutoModel") and isinstance(reference, str)
     }
     if trust_remote_code and own_code:

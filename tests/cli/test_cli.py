@@ -233,6 +233,17 @@ def test_wrong_usage_ends_with_2(tiny_llama: Path, tmp_path: Path) -> None:
         (["run", tiny_llama, "--prompt", ""], "0 tokens"),
         (["plan", tiny_llama, "--max-memory", "moon=1GiB"], "moon"),
         (["plan", tiny_llama, "--batch-size", "0"], "--batch-size"),
+        (["plan", tiny_llama, "--batch-size", "9" * 5000], "--batch-size"),
+        (["plan", tiny_llama, "--batch-size", "9" * 20], "batch_size"),
+        (["plan", tiny_llama, "--prompt-tokens", "9" * 20], "prompt_tokens"),
+        (["plan", tiny_llama, "-m", f"cpu={'9' * 5000}"], "--max-memory cpu"),
+        (["plan", tiny_llama, "-m", f"cpu={'9' * 20}"], "--max-memory cpu"),
+        (["plan", tiny_llama, "-m", f"cpu={'9' * 5000}GiB"], "--max-memory cpu"),
+        (["plan", tiny_llama, "-m", "cpu=9999999999TiB"], "--max-memory cpu"),
+        (["plan", tiny_llama, "-m", f"{'9' * 5000}=1GiB"], "max_memory"),
+        (["plan", tiny_llama, "--device-map", '{"a":' * 100_000], "nested too deeply"),
+        (["plan", tiny_llama, "--device-map", _written(tmp_path / "nested.json", "[" * 100_000)], "nested too deeply"),
+        (["plan", tiny_llama, "--device-map", '{"": ' + "[" * 500 + "]" * 500 + "}"], "which is no tier"),
         (["walk"], "walk"),
     ):
         done = invoke(*arguments)
@@ -240,6 +251,19 @@ def test_wrong_usage_ends_with_2(tiny_llama: Path, tmp_path: Path) -> None:
         assert words in done.stderr, (arguments, done.stderr)
         assert done.stdout == ""
         assert "Traceback" not in done.stderr
+        assert len(done.stderr) < 1000
+
+
+def test_rates_that_cannot_be_kept_are_refused_at_once(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(_written(tmp_path / "file", "")))
+    done = invoke("calibrate", tmp_path)
+    assert done.exit_code == 2
+    assert f"{tmp_path}/file/bigmodel, which cannot be written" in done.stderr
+
+
+def _written(file: Path, text: str) -> Path:
+    file.write_text(text)
+    return file
 
 
 def test_what_does_not_fit_ends_with_3(tiny_llama: Path) -> None:

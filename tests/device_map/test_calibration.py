@@ -1,14 +1,20 @@
 """What is measured is kept for this machine, and plans are made with it."""
 
 import dataclasses
+import json
+import logging
 import os
+import threading
+import time
 
 import pytest
 import torch
 
+import bigmodel.device_map.machine as module_of_machines
 from bigmodel.device_map import calibration
 from bigmodel.device_map.machine import DEFAULT_RATES, Machine
 from bigmodel.device_map.processors import _PASSES
+from bigmodel.device_map.rates import Rates
 from bigmodel.errors import InvalidArgumentError
 
 
@@ -75,7 +81,7 @@ def test_disks_of_earlier_measurements_stay(own_cache):
     second = dataclasses.replace(first, date="2026-02-01T00:00:00+00:00", disks={"b": 2e9})
     assert calibration.keep(second) == file
     assert calibration.kept() == dataclasses.replace(second, disks={"a": 1e9, "b": 2e9})
-    assert [each.name for each in own_cache.iterdir()] == [file.name]
+    assert {each.name for each in own_cache.iterdir()} == {file.name, ".calibration.lock"}
     machine = Machine.probe()
     assert (machine.rates_from, machine.disk_read_bytes_per_s) == ("measured 2026-02-01", 1e9)
 
@@ -113,3 +119,85 @@ def test_what_was_measured_with_another_torch_is_not_used(own_cache, monkeypatch
 def test_a_folder_that_is_none_is_refused(own_cache, tmp_path):
     with pytest.raises(InvalidArgumentError, match="is no folder"):
         Machine.calibrate(tmp_path / "none")
+
+
+def _of_disks(**disks):
+    return calibration.Calibration(
+        date="2026-01-01T00:00:00+00:00", versions={}, host=Rates.roofline(1e9, {"float32": 1e9}, 1e-6), disks=disks
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("version", "host", "disks", "date", "accelerators", "versions") for value in (None, 3, [])),
+        ("host", {}),
+        ("host", {"memory_bytes_per_s": 1e9, "products": {}, "op_s": 0}),
+        ("host", {"memory_bytes_per_s": 1e9, "products": {"float32": [[2, 1e9], [1, 1e9]]}, "op_s": 0}),
+        ("host", {"memory_bytes_per_s": 1e9, "products": {"float32": [1, 2]}, "op_s": 0}),
+        *(("disks", {"a": value}) for value in ("1", -1, 0, True, float("nan"), 10**400, None)),
+        *((name, value) for name in ("h2d_bytes_per_s_all", "d2d_bytes_per_s") for value in (0, -1, "1", float("inf"))),
+        ("accelerators", {"cuda:0": {}}),
+        ("more", 1),
+    ],
+    ids=lambda each: str(each)[:40],
+)  # fmt: skip
+def test_a_damaged_calibration_counts_as_none_and_is_told(own_cache, caplog, name, value):
+    file = calibration.keep(_of_disks(a=1e9))
+    assert calibration.kept() is not None
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    _assert_told_once(caplog, file)
+
+
+@pytest.mark.parametrize("text", ["", "3", "[" * 100_000, "\0", "\udcff", None])
+def test_a_calibration_that_is_no_json_counts_as_none_and_is_told(own_cache, caplog, text):
+    file = calibration.keep(_of_disks(a=1e9))
+    file.unlink()
+    if text is None:
+        os.mkfifo(file)  # nobody writes into it
+    else:
+        file.write_bytes(text.encode(errors="surrogateescape"))
+    _assert_told_once(caplog, file)
+    assert calibration.keep(_of_disks(b=1e9)) == file
+    assert calibration.kept().disks == {"b": 1e9}
+
+
+def _assert_told_once(caplog, file):
+    with caplog.at_level(logging.WARNING, "bigmodel"):
+        assert Machine.probe().rates_from == Machine.probe().rates_from == DEFAULT_RATES
+    (record,) = caplog.records
+    assert str(file) in record.getMessage()
+
+
+def test_rates_that_could_not_be_kept_are_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(module_of_machines, "measure", lambda *_, **__: pytest.fail("it measured"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InvalidArgumentError, match=r"file/bigmodel, which cannot be written: .*XDG_CACHE_HOME"):
+        Machine.calibrate(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calibration._file(None).mkdir(parents=True)
+    with pytest.raises(InvalidArgumentError, match=r"bigmodel, which cannot be written: .* is a folder"):
+        Machine.calibrate(tmp_path)
+
+
+def test_who_keeps_rates_at_the_same_time_loses_no_disks_of_others(own_cache, monkeypatch):
+    write = calibration._write
+    monkeypatch.setattr(calibration, "_write", lambda *given: (time.sleep(0.01), write(*given)))
+    names = [f"disk{number}" for number in range(8)]
+    threads = [threading.Thread(target=calibration.keep, args=[_of_disks(**{name: 1e9})]) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calibration.kept().disks == dict.fromkeys(names, 1e9)
+
+
+def test_a_write_that_fails_leaves_what_was_there(own_cache, monkeypatch):
+    file = calibration.keep(_of_disks(a=1e9))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(InvalidArgumentError, match="No space left"):
+            calibration.keep(_of_disks(b=1e9))
+    assert {each.name for each in own_cache.iterdir()} == {file.name, ".calibration.lock"}
+    assert calibration.kept().disks == {"a": 1e9}

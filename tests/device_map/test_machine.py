@@ -131,22 +131,72 @@ def test_a_machine_that_is_somewhere_else(tmp_path):
             Machine.load(file)
 
 
+HUGE = 10**400
+NO_RATES = (0, -1, 1, 1e19, HUGE, float("nan"), float("inf"), "1e9", True, None, [])
+NO_COUNTS = (0, -1, 1.5, True, "2", None, HUGE)
+HOSTS = [
+    *(("memory_bytes_per_s", value) for value in NO_RATES),
+    *(("fresh_bytes_per_s", value) for value in NO_RATES),
+    *(("flops_per_s", {"float32": value}) for value in NO_RATES),
+    *(("flops_per_s", value) for value in ({}, 3, None)),
+    *(("products", {"float32": value}) for value in ([], 3, [[1]], [[0, 1e9]], [[1, 0]], [[1, 1e9], [1, 2e9]], [["1", 1e9]])),
+    *(("op_s", value) for value in (-1e-6, 2, float("nan"), "0", True, HUGE)),
+    *(("processors", value) for value in NO_COUNTS),
+    *(("memory", value) for value in (2**60, HUGE, "99999999TiB", -1, 1.5, "1" * 5000 + "GiB")),
+    ("memroy", 1),
+]  # fmt: skip
+CARDS = [
+    *(("h2d_bytes_per_s", value) for value in NO_RATES),
+    *(("unified", value) for value in (0, 1, "false", None)),
+    *(("device", value) for value in ("cpu", "nonsense", 0, None, "cuda:300", "meta")),
+    *(("name", value) for value in (3, None, [])),
+]
+FILES = [
+    *((name, value) for name in ("d2d_bytes_per_s", "h2d_bytes_per_s_all") for value in NO_RATES if value is not None),
+    *(("processes", value) for value in NO_COUNTS),
+    *((name, value) for name in ("name", "rates_from") for value in (3, None, [])),
+    *(("disk", {"read_bytes_per_s": value}) for value in NO_RATES),
+    *(("disk", {"measured": value}) for value in (3, {"a": 0}, {"a": "1"})),
+    *(("disk", {"free": value}) for value in (2**60, None, "1 x")),
+    *(("accelerators", value) for value in (3, [3], [{}], {"a": 1})),
+    *(("host", value) for value in (3, None, {})),
+    *(("accelerators", [{"memory": "1GiB", "device": first}, {"memory": "1GiB", "device": second}])
+      for first in ("cuda", "cuda:0") for second in ("cuda", "cuda:0")),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "wrong",
+    ("name", "wrong"),
     [
-        {"host": {"memory": "1GiB", "memory_bytes_per_s": -1}},
-        {"host": {"memory": "1GiB", "flops_per_s": {"float32": 0}}},
-        {"host": {"memory": "1GiB", "products": {"float32": [[1, 1e9], [1, 2e9]]}}},
-        {"disk": {"read_bytes_per_s": 0}},
-        {"h2d_bytes_per_s_all": 0},
-        {"accelerators": [{"memory": "1GiB", "h2d_bytes_per_s": 0}]},
-        {"accelerators": [{"memory": "1GiB", "device": "cuda:0"}] * 2},
-        {"accelerators": [{"memory": "1GiB", "device": "cpu"}]},
-        {"accelerators": [{"memory": "1GiB", "device": "nonsense"}]},
+        *((name, {"host": {"memory": "1GiB", name: value}}) for name, value in HOSTS),
+        *((name, {"accelerators": [{"memory": "1GiB", name: value}]}) for name, value in CARDS),
+        *((name, {name: value}) for name, value in FILES),
     ],
+    ids=lambda each: str(each)[:60],
 )
-def test_machine_files_that_mean_nothing_are_refused_by_name(tmp_path, wrong):
+def test_machine_files_that_mean_nothing_are_refused_by_name(tmp_path, name, wrong):
     file = tmp_path / "m.json"
     file.write_text(json.dumps({"host": {"memory": "1GiB"}} | wrong))
-    with pytest.raises(InvalidArgumentError, match=r"m\.json: "):
+    with pytest.raises(InvalidArgumentError, match=r"m\.json: ") as told:
         Machine.load(file)
+    assert name in str(told.value)
+    assert len(str(told.value)) < 1000
+
+
+@pytest.mark.parametrize("file", [3, None, b"m", "x" * 10_000, "a\0b", "/", "nested"])
+def test_what_is_no_machine_file(tmp_path, file):
+    if file == "nested":
+        file = tmp_path / "m.json"
+        file.write_text("[" * 100_000)
+    with pytest.raises(InvalidArgumentError) as told:
+        Machine.load(file)
+    assert len(str(told.value)) < 1000
+
+
+def test_the_first_accelerator_has_one_name(tmp_path):
+    file = tmp_path / "m.json"
+    cards = [{"memory": "2GiB", "device": "cuda", "unified": True, "fresh_bytes_per_s": 1e9}]
+    file.write_text(json.dumps({"host": {"memory": "1GiB"}, "accelerators": cards}))
+    machine = Machine.load(file)
+    assert resolve_limits({"cuda:0": GIB}, machine)["cuda:0"] == GIB
+    assert machine.accelerators[0].rates.fresh_bytes_per_s == 1e9

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+import bigmodel
 from bigmodel.device_map.machine import Accelerator, Machine
 from bigmodel.device_map.maps import divide_by_home, resolve_limits, resolve_map
 from bigmodel.device_map.unit import Unit
@@ -143,12 +145,18 @@ def test_processes_of_one_job_share_the_host():
         {"cpu": -1},
         {"cpu": float("nan")},
         {"cpu": None},
+        {"cpu": 2**62 + 1},
+        {"cpu": 10**5000},
+        {"cpu": "9" * 5000 + "B"},
+        {"cpu": " " * 100 + "1GiB"},
+        {"cpu": "9999999999TiB"},
     ],
 )
 def test_limits_that_mean_nothing_are_named(limits):
     (key,) = limits
-    with pytest.raises(InvalidArgumentError, match=repr(key)):
+    with pytest.raises(InvalidArgumentError, match=repr(key)) as told:
         resolve_limits(limits, HOST)
+    assert len(str(told.value)) < 300
 
 
 def test_a_limit_stated_twice_or_not_in_a_dict():
@@ -156,3 +164,27 @@ def test_a_limit_stated_twice_or_not_in_a_dict():
         resolve_limits({0: GIB, "cuda:0": GIB}, TWO)
     with pytest.raises(InvalidArgumentError, match="Give a dict"):
         resolve_limits("8GiB", HOST)
+
+
+def nested(depth=500):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("workload", value) for value in (3, "auto", {}, {"batch_size": 2}, nested(100_000))),
+        *(("no_split_module_classes", value) for value in ("Block", b"Block", 3, ["Block", 3], [nn.Linear], iter(["Block"]))),
+        *(("offload_folder", value) for value in (3, b"folder", ["folder"], "a\0b", "x" * 10_000)),
+    ],
+    ids=lambda each: str(type(each)),
+)  # fmt: skip
+def test_arguments_of_another_kind_are_named(tmp_path, name, value):
+    # Before the checkpoint is looked for: there is none.
+    for ask in (bigmodel.make_plan, bigmodel.load_sharded):
+        with pytest.raises(InvalidArgumentError, match=f"^{name} is ") as told:
+            ask(tmp_path / "none", **{name: value})
+        assert len(str(told.value)) < 400

@@ -11,7 +11,7 @@ from bigmodel.device_map.explanation import holdings
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.plan import Plan, Workload
 from bigmodel.device_map.planner import decide
-from bigmodel.errors import InvalidArgumentError
+from bigmodel.errors import CheckpointError, InvalidArgumentError
 from bigmodel.units import GIB, MIB
 
 RING_BYTES = 1 << 20
@@ -36,19 +36,62 @@ def test_there_and_back():
     assert again.fingerprint == "abc"
 
 
-@pytest.mark.parametrize(
-    "change", [{"version": 99}, {"version": None}, {"placements": 3}, {"slots": [{}]}, {"extra": 1}]
-)
-def test_texts_that_are_no_plan(change):
-    fields = json.loads(example().to_json()) | change
-    with pytest.raises(InvalidArgumentError):
+HUGE = 10**400
+WRONG = [
+    *(("version", value) for value in (99, None, "2", True)),
+    *(("placements", value) for value in (3, [3], [{}], None, {})),
+    *((f"placements.0.{name}", value) for name in ("home", "run_on") for value in (3, "gpu", "cuda", None, ["cpu"], "cuda:300")),
+    ("placements.0.run_on", "disk"),
+    ("placements.1.unit", "model.embed"),
+    ("placements.0.unit", "\ud800"),
+    ("placements.0.parameters", [1]),
+    *(("slots.0.num_slots", value) for value in (0, -1, 17, True, 1.5, HUGE)),
+    *(("slots.0.units", value) for value in ([1], "abc", None)),
+    *((name, value) for name in ("placements.0.weight_bytes", "slots.0.slot_bytes", "kv_bytes", "limits.cpu", "ring_bytes",
+        "estimate.peak_bytes.cpu", "estimate.baseline_bytes") for value in (-1, True, 1.5, 2**63, "1", None)),
+    *((name, value) for name in ("estimate.ttft_s", "estimate.tokens_per_s", "alternatives.0.seconds", "gains_s.cpu")
+        for value in (float("nan"), float("inf"), "1", True, HUGE)),
+    ("estimate.load_s", -1),
+    ("estimate.phase_peak_bytes", {"load": 3}),
+    ("estimate.binds", {"load": 3}),
+    ("workload.batch_size", "auto"),
+    ("workload.prompt_tokens", 0),
+    *((name, value) for name in ("machine", "rates_from", "fingerprint") for value in (3, None, [])),
+    *(("notes", value) for value in ("text", [3], None)),
+    ("limits", {"ram": 1}),
+    ("extra", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda each: str(each)[:40])
+def test_texts_that_are_no_plan(name, value):
+    fields = json.loads(example().to_json())
+    fields["alternatives"], fields["gains_s"] = [{"what": "other", "seconds": 1.0}], {"cpu": 1.0}
+    assert Plan.from_json(json.dumps(fields)).explain()
+    *parents, last = name.split(".")
+    part = fields
+    for key in parents:
+        part = part[int(key) if key.isdecimal() else key]
+    part[last] = value
+    with pytest.raises(InvalidArgumentError, match=last) as told:
         Plan.from_json(json.dumps(fields))
+    assert len(str(told.value)) < 600
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "{}", "null"])
+@pytest.mark.parametrize("text", ["", "[]", "3", "{}", "null", "[" * 100_000, '{"version":' * 100_000, None])
 def test_texts_that_are_no_json_object(text):
     with pytest.raises(InvalidArgumentError):
         Plan.from_json(text)
+
+
+def test_a_plan_at_the_ends_of_what_is_read_is_explained():
+    fields = json.loads(example().to_json())
+    fields["placements"][0]["unit"] = "layers." + "9" * 5000
+    fields["workload"] = {"batch_size": 2**62, "prompt_tokens": 2**62, "new_tokens": 2**62}
+    fields["estimate"] |= {"ttft_s": 10**30, "time_per_token_s": 1e30, "tokens_per_s": 5e-324, "binds": {}}
+    fields["gains_s"], fields["alternatives"] = {"cpu": -(10**30)}, [{"what": "", "seconds": 0}]
+    fields["estimate"]["peak_bytes"] = {"cuda:0": 2**63 - 1, "disk": 1}
+    assert Plan.from_json(json.dumps(fields)).explain()
 
 
 def test_a_plan_in_a_table():
@@ -137,7 +180,15 @@ def test_home_of_a_unit():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"batch_size": 0}, {"batch_size": True}, {"prompt_tokens": 0}, {"prompt_tokens": 1.5}, {"new_tokens": -1}],
+    [
+        {"batch_size": 0},
+        {"batch_size": True},
+        {"prompt_tokens": 0},
+        {"prompt_tokens": 1.5},
+        {"new_tokens": -1},
+        {"batch_size": 2**62 + 1},
+        {"prompt_tokens": 10**5000},
+    ],
 )
 def test_workloads_that_mean_nothing(fields):
     (name,) = fields
@@ -148,3 +199,30 @@ def test_workloads_that_mean_nothing(fields):
 def test_a_workload_fills_its_cache_to_the_end():
     assert Workload(prompt_tokens=10, new_tokens=5).total_tokens == 15
     assert Workload(new_tokens=0).total_tokens == 512
+
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256, "dtype": "bfloat16"} | {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("num_hidden_layers", value) for value in (0, -1, 10**9, "2", float("nan"))),
+        *(("hidden_size", value) for value in (0, -64, 10**18, 10**30)),
+        *(("head_dim", value) for value in (0, -2, 10**10)),  # the last one's buffers would take 37 GiB
+        *(("vocab_size", value) for value in (0, 10**17)),
+        ("intermediate_size", 10**16),
+        ("num_attention_heads", 0),
+        ("architectures", 3),
+        ("auto_map", 3),
+    ],
+)
+def test_a_config_of_a_model_that_cannot_be_is_told_in_a_line(tmp_path, name, value):
+    stated = {name: value} | ({} if value == 3 else LLAMA | {name: value})
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(CheckpointError, match=r"config\.json") as told:
+        bigmodel.make_plan(tmp_path, Machine.load("server-141gb"))
+    assert "\n" not in str(told.value)
+    assert len(str(told.value)) < 700
