@@ -15,7 +15,7 @@ BUDGET ?= 192MiB
 export PROMPT BUDGET
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo test test-fast test-gpu check format
+.PHONY: help setup test-tools demo test test-fast test-gpu check format
 .ONESHELL:
 .SHELLFLAGS := -euc
 
@@ -62,20 +62,24 @@ demo: $(INSTALLED)
 	@folder=$$($(BIN)/python examples/make_smollm2.py)
 	$(BIN)/bigmodel run "$$folder" --chat --prompt "$$PROMPT" --max-memory "cpu=$$BUDGET"
 
-# Pages are looked at in a real browser; where there is none and none can be installed, those tests are skipped.
-browser:
-	@for name in chromium chromium-browser google-chrome; do
-		! command -v $$name >/dev/null || exit 0
-	done
-	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || exit 0
-	echo "bigmodel: installing chromium, in which the tests look at pages"
-	{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } ||
-		echo "bigmodel: chromium could not be installed; the tests that need a browser will be skipped" >&2
+# Pages are looked at in a real browser, and simulated accelerators are compiled; where one of the two is missing and cannot be
+# installed, the tests that need it are skipped.
+test-tools:
+	@any() { for name; do ! command -v "$$name" >/dev/null || return 0; done; return 1; }
+	missing=
+	any chromium chromium-browser google-chrome || missing=chromium
+	any g++ clang++ || missing="$$missing g++"
+	[ -n "$$missing" ] || exit 0
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+		echo "bigmodel: installing what the tests need:" $$missing
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null && exit 0
+	fi
+	echo "bigmodel: the tests that need" $$missing "will be skipped: it could not be installed" >&2
 
-test: $(INSTALLED) browser
+test: $(INSTALLED) test-tools
 	@$(BIN)/python -m pytest -n 2 -m "not gpu"
 
-test-fast: $(INSTALLED)
+test-fast: $(INSTALLED) test-tools
 	@$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
 
 test-gpu: $(INSTALLED)

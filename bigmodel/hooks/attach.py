@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -76,9 +76,11 @@ class Attachment:
         self._hops = Hops()
         self._came_from: torch.device | None = None  # the inputs of the pass under way
         self._handles: list[RemovableHandle] = []
+        runs = {module: device for module, device, _ in route.sites.values()} if route is not None else {}
+        self._loaded = {id(parameter) for parameter in model.parameters()}  # as long as it lives
         for number, modules in sites.items():
             for name, module in modules:
-                hook = _UnitHook(self, number, name)
+                hook = _UnitHook(self, number, name, runs.get(module, self._main))
                 self._handles.append(module.register_forward_pre_hook(hook.enter, prepend=True, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(hook.leave, always_call=True))
         for module, device, after in route.sites.values() if route is not None else ():
@@ -187,10 +189,12 @@ class Attachment:
 class _UnitHook:
     """Enter and leave for one module of one unit."""
 
-    __slots__ = ("_attachment", "_name", "_number", "_streamer")
+    __slots__ = ("_attachment", "_device", "_name", "_num_known", "_number", "_streamer")
 
-    def __init__(self, attachment: Attachment, number: int, name: str) -> None:
+    def __init__(self, attachment: Attachment, number: int, name: str, device: torch.device | None) -> None:
         assert attachment._streamer is not None
+        self._device = device  # an accelerator, or None
+        self._num_known = 0
         self._attachment: Attachment | None = attachment
         self._number, self._name = number, name
         self._streamer = attachment._streamer
@@ -206,6 +210,8 @@ class _UnitHook:
         attachment._lock.acquire()
         try:
             self._streamer.enter(self._number)
+            if self._device is not None:
+                self._bring_added(module, self._device, attachment._loaded)
         finally:
             if not self._streamer.is_entered(self._number):
                 attachment._lock.release()
@@ -218,6 +224,15 @@ class _UnitHook:
             self._streamer.leave(self._number)
         finally:
             attachment._lock.release()
+
+    def _bring_added(self, module: nn.Module, device: torch.device, loaded: Collection[int]) -> None:
+        """Parameters that somebody added (adapters) were made where the unit's weights rest: they stay where it runs."""
+        parameters = list(module.parameters())
+        if len(parameters) != self._num_known:
+            self._num_known = len(parameters)
+            for parameter in parameters:
+                if id(parameter) not in loaded and parameter.device != device:
+                    parameter.data = parameter.data.to(device)
 
     def __deepcopy__(self, memo: dict[int, object]) -> _UnitHook:
         """The hook of a copied module does nothing: the copy has its weights in memory of its own."""

@@ -164,6 +164,10 @@ class Streamer:
         self._is_closed = True
         self.reset()
         self._store.close()
+        for link in {
+            slot.memory.link for lane in self._lanes for slot in lane if isinstance(slot.memory, DeviceMemory)
+        }:
+            link.drain()
         for lane in self._lanes:
             for slot in lane:
                 slot.views.clear()

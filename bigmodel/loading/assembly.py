@@ -23,7 +23,7 @@ from bigmodel.hooks.attach import Attachment, PassCheck
 from bigmodel.hooks.slots import Binding, DataBinding, EntryBinding
 from bigmodel.hooks.stats import StreamStats
 from bigmodel.hooks.streamer import StreamedUnit, Streamer
-from bigmodel.loading.route import move_buffers, route_of, run_devices
+from bigmodel.loading.route import move_buffers, route_of, run_devices, site_devices
 from bigmodel.offload.arena import Arena
 from bigmodel.offload.converted import cached_conversions
 from bigmodel.offload.crossing import Crossing, Traveller
@@ -204,9 +204,10 @@ class Assembly:
             for unit in crossing_units:
                 self._move_initialised(unit.parameters, runs[unit.name])
             self._place(load.finish() if early is None else load.give(staying))
-            route = route_of(self._model, plan, units)
+            devices = site_devices(self._model, plan, units, unified)
+            route = route_of(self._model, units, devices)
             if route is not None:
-                move_buffers(self._model, units, runs, route.main)
+                move_buffers(self._model, devices, route.main)
             streamer = self._streamer(plan, units, layouts, slabs, places, bindings, links, reader)
             if reader is not None and not layouts:
                 reader.close()  # all that it was for is read
@@ -222,10 +223,10 @@ class Assembly:
             number: [(unit.name, modules[site]) for site in unit.sites]
             for number, unit in enumerate(_streamed(plan, units))
         }
-        moves = bool(away) or bool(slabs) or len({*runs.values()}) > 1
+        moves = bool(away) or route is not None
         try:
             attachment = None
-            if streamer is not None or check_pass is not None or moves or route is not None:
+            if streamer is not None or check_pass is not None or moves:
                 attachment = Attachment(
                     self._model,
                     streamer,

@@ -240,7 +240,8 @@ class Decider:
             elif measured.reason:
                 plan = replace(plan, notes=(*plan.notes, _STEP_GUESSED.format(reason=measured.reason)))
             shapes = self._divisions.planned_shapes(workload)
-            return Decision(plan, units, PassLimit(measured, plan, self._divisions.trial, shapes))
+            shares = _kv_shares(plan, problem.costs_of(units))
+            return Decision(plan, units, PassLimit(measured, plan, self._divisions.trial, shapes, shares))
 
         if isinstance(device_map, Plan):
             return settled(*self._follow(device_map, problem))
@@ -344,6 +345,19 @@ def refuse_unknown(device_map: DeviceMap, machine: Machine) -> None:
         raise DeviceMapError(
             "device_map='cuda' wants everything on an accelerator, and there is none here. Use 'auto' or 'cpu'."
         )
+
+
+def _kv_shares(plan: Plan, costs: Costs) -> dict[str, float]:
+    """Device that runs units -> its part of the KV cache; what no unit makes is made where a pass begins."""
+    held: dict[str, int] = {}
+    for place, cost in zip(plan.placements, costs.units, strict=True):
+        if not (cost.can_gather and place.run_on == "cpu"):  # rows are looked up for nothing
+            held[place.run_on] = held.get(place.run_on, 0) + cost.kv_bytes
+    held = held or {"cpu": 0}
+    first = next((device for device in held if device != "cpu"), "cpu")
+    held[first] += max(0, costs.demand.kv_bytes - sum(held.values()))
+    total = sum(held.values())
+    return {device: size / total if total else 1.0 / len(held) for device, size in held.items()}
 
 
 def _slots_share(plan: Plan) -> float:

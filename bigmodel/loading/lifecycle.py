@@ -136,12 +136,11 @@ def materialize(model: nn.Module, device: str | torch.device = "cpu") -> nn.Modu
         tensors = load.finish()
     if state.attachment is not None:
         state.attachment.detach()
-    for name, binding in state.bindings.items():
-        binding.settle(tensors[name])
+    for name, tensor in tensors.items():
+        state.bindings[name].settle(tensor)
     unmark_streamed(root, state)
     forget(root)
-    if device.type != "cpu":
-        root.to(device)
+    root.to(device)
     return model
 
 

@@ -40,19 +40,20 @@ def load_sharded(
     trust_remote_code: bool = False,
     progress: bool | Report | None = None,
 ) -> Any:
-    """Load a checkpoint, keep in memory what fits, and stream the rest from disk while it runs.
+    """Load a checkpoint, keep in memory what fits, and stream the rest to where it runs.
 
     Args:
         path: a folder, a ``*.safetensors`` or ``*.index.json`` file, ``.bin``/``.pt`` weights (read weights-only), or a Hub
             repo id.
-        device_map: ``"auto"``; ``"cpu"`` (all resident, or DoesNotFitError); a dict of module or parameter names to
-            ``"cpu"`` or ``"disk"`` in Accelerate's grammar, saying where weights rest; or a Plan.
-        max_memory: tier -> limit, such as ``{"cpu": "8GiB"}``: bytes, or strings with a unit. What is left out is what is
-            free now, less max(1 GiB, 5%). If None, a Plan's own limits count.
+        device_map: ``"auto"``; ``"balanced"``, ``"balanced_low_0"``, ``"sequential"``; ``"cpu"`` or ``"cuda"`` (all resident
+            there, or DoesNotFitError); a dict of module or parameter names to accelerators, ``"cpu"`` or ``"disk"`` in
+            Accelerate's grammar, saying where weights rest (they run on the accelerators, where there are any); or a Plan.
+        max_memory: tier -> limit, such as ``{0: "20GiB", "cpu": "48GiB"}``: bytes, or strings with a unit. Of "cpu" and "disk",
+            what is left out is what is free now, less max(1 GiB, 5%); an accelerator that is left out is not used. If None,
+            a Plan's own limits count, or what is free everywhere.
         dtype: ``"auto"`` (what from_pretrained gives each parameter), a torch dtype, or its name.
         workload: what the budget must hold beside the weights; ``Workload()`` if None.
-        allow_cpu_compute: beside an accelerator, whether units may run on the CPU. No effect yet: this version computes on
-            the CPU, and says so where it leaves an accelerator unused; `make_plan` for a machine with accelerators follows it.
+        allow_cpu_compute: beside an accelerator, whether units may run on the CPU, which rounds differently.
         offload_folder: where weights that must be converted are kept; a private cache if None.
         model: an nn.Module with its parameters on meta, or a callable that builds one; None for the class in config.json.
         no_split_module_classes: classes whose modules are never divided into smaller units, beside the model's own.

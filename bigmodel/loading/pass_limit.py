@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,12 +46,14 @@ class PassLimit:
         plan: what there is.
         trial: of the model.
         planned: name -> shape of the inputs that the workload's passes were tried with.
+        kv_shares: device that runs units -> its part of the KV cache.
     """
 
     costs: ModelCosts
     plan: Plan
     trial: Trial
     planned: Mapping[str, tuple[int, ...]]
+    kv_shares: Mapping[str, float]
     _seen: dict[object, int] = field(default_factory=dict)
 
     def __call__(self, entry: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -71,7 +74,9 @@ class PassLimit:
         if shape is None or others:
             needed = self._try(entry, args, kwargs, given)
             said = ", ".join(f"{name} {_told(given[name])}" for name in given if name not in _CACHES)
-            self._refuse_beyond(needed, f"A pass with {said} needs {format_bytes(needed)}", "Make its inputs smaller")
+            self._refuse_beyond(
+                0, needed, f"A pass with {said} needs {format_bytes(needed)}", "Make its inputs smaller"
+            )
             return
         batch_size, num_tokens, past_tokens, total = shape
         if not past_tokens:
@@ -85,7 +90,8 @@ class PassLimit:
         kv_bytes = self.costs.kv_bytes(batch_size, total)
         activation_bytes = self.costs.activation_bytes(batch_size, num_tokens, past_tokens)
         self._refuse_beyond(
-            kv_bytes + activation_bytes,
+            kv_bytes,
+            activation_bytes,
             f"A pass of {batch_size} x {num_tokens} tokens after {past_tokens} needs {format_bytes(kv_bytes)} of KV cache "
             f"and {format_bytes(activation_bytes)} of activations",
             f"Load with workload=Workload(batch_size={batch_size}, prompt_tokens={max(1, total)})",
@@ -136,17 +142,28 @@ class PassLimit:
             self._seen[key] = needed
         return self._seen[key]
 
-    def _refuse_beyond(self, needed: int, what: str, advice: str) -> None:
+    def _refuse_beyond(self, kv_bytes: int, other_bytes: int, what: str, advice: str) -> None:
+        """Refuse what some device that runs units has not left, beside what always rests there."""
+        for device, share in self.kv_shares.items():
+            needed, available = math.ceil(share * kv_bytes) + other_bytes, self._available_bytes(device)
+            if needed > available:
+                where = "" if device == "cpu" and len(self.kv_shares) == 1 else f" of {device}"
+                raise DoesNotFitError(
+                    f"{what}, and {format_bytes(max(0, available))}{where} is left beside the weights. {advice}, or give a "
+                    f"larger max_memory[{device!r}].",
+                    tier=device,
+                    needed_bytes=needed,
+                    available_bytes=max(0, available),
+                )
+
+    def _available_bytes(self, device: str) -> int:
+        """For cache and activations of a pass."""
         plan = self.plan
-        available = plan.limits["cpu"] - plan.estimate.peak_bytes["cpu"] + plan.kv_bytes + plan.activation_bytes
-        if needed > available:
-            raise DoesNotFitError(
-                f"{what}, and {format_bytes(max(0, available))} is left beside the weights. {advice}, or give a larger "
-                "max_memory['cpu'].",
-                tier="cpu",
-                needed_bytes=needed,
-                available_bytes=max(0, available),
-            )
+        if device == "cpu":
+            planned = plan.kv_bytes + plan.activation_bytes if len(self.kv_shares) == 1 else 0
+            if planned:
+                return plan.limits["cpu"] - plan.estimate.peak_bytes["cpu"] + planned
+        return plan.limits.get(device, 0) - plan.estimate.phase_peak_bytes["load"].get(device, 0)
 
 
 _Shape = tuple[int, int, int, int]

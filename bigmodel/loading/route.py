@@ -1,8 +1,9 @@
-"""The way of a pass over devices: where each unit runs, where what it gives goes on, where buffers are."""
+"""The way of a pass over devices: where each module runs, where what it gives goes on, where buffers are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from bigmodel.device_map.plan import Plan
 from bigmodel.device_map.unit import Unit
 from bigmodel.hooks.hops import Route
 
-__all__ = ["move_buffers", "route_of", "run_devices"]
+__all__ = ["move_buffers", "route_of", "run_devices", "site_devices"]
 
 
 def run_devices(plan: Plan) -> dict[str, torch.device]:
@@ -19,45 +20,77 @@ def run_devices(plan: Plan) -> dict[str, torch.device]:
     return {placement.unit: torch.device(placement.run_on) for placement in plan.placements}
 
 
-def route_of(model: nn.Module, plan: Plan, units: Sequence[Unit]) -> Route | None:
+def site_devices(
+    model: nn.Module, plan: Plan, units: Sequence[Unit], unified: Collection[str] = ()
+) -> dict[str, torch.device]:
+    """Name of a module -> the device that its forward runs on, for all modules that use weights by themselves.
+
+    Those are the sites of units, and tables that look rows up in a weight that another unit fetches for itself (an embedding
+    that is tied to a head): they do so where the weight rests.
+    """
+    runs = run_devices(plan)
+    rests = {
+        place.unit: runs[place.unit]
+        if place.home not in ("cpu", "disk") or (place.run_on in unified and place.home == "cpu")
+        else torch.device("cpu")
+        for place in plan.placements
+    }
+    devices = {site: runs[unit.name] for unit in units for site in unit.sites if site}
+    unit_of = {name: unit for unit in units for name in unit.parameters}
+    first_names = {parameter: name for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            unit = unit_of.get(first_names[parameter]) if parameter is not None else None
+            if unit is not None and name and not any(_is_in(name, site) for site in unit.sites):
+                devices.setdefault(name, rests[unit.name])
+    return devices
+
+
+def route_of(model: nn.Module, units: Sequence[Unit], devices: Mapping[str, torch.device]) -> Route | None:
     """Where a pass goes; None where all of it is on the host.
 
     A pass begins on the first accelerator that runs something. Modules that stand in a row (in a list of modules, which has no
     forward of its own) hand what they give to the next one where it is; everything else goes back to where the pass began,
     because code between units combines it with what is there.
+
+    Args:
+        model: the root.
+        units: in order of definition.
+        devices: of `site_devices`.
     """
-    runs = run_devices(plan)
-    main = next((runs[unit.name] for unit in units if runs[unit.name].type != "cpu"), None)
+    order = [site for unit in units for site in unit.sites if site]
+    main = next((devices[site] for site in order if devices[site].type != "cpu"), None)
     if main is None:
         return None
     sites: dict[str, tuple[nn.Module, torch.device, torch.device | None]] = {}
-    if set(runs.values()) != {main}:
+    if set(devices.values()) != {main}:
         modules = dict(model.named_modules(remove_duplicate=False))
-        order = [(site, runs[unit.name]) for unit in units for site in unit.sites if site]
-        for number, (site, device) in enumerate(order):
-            following = order[number + 1][0] if number + 1 < len(order) else ""
+        following = dict(itertools.pairwise(order))
+        for site, device in devices.items():
             parent = site.rpartition(".")[0]
-            is_in_row = parent == following.rpartition(".")[0] and _is_row(modules[parent])
-            # Parts of one module that a map divides share its hooks: they run on one device.
+            is_in_row = parent == following.get(site, "").rpartition(".")[0] and _is_row(modules[parent])
             sites[site] = (modules[site], device, None if is_in_row or device == main else main)
     return Route(main, sites)
 
 
-def move_buffers(model: nn.Module, units: Sequence[Unit], runs: Mapping[str, torch.device], main: torch.device) -> None:
-    """Put buffers on the device of the unit that they are in; those outside all units where passes begin."""
-    device_at = {site: runs[unit.name] for unit in units for site in unit.sites if site}
+def move_buffers(model: nn.Module, devices: Mapping[str, torch.device], main: torch.device) -> None:
+    """Put buffers on the device of the module that they are in; those outside all units where passes begin."""
     moved: dict[tuple[int, torch.device], torch.Tensor] = {}
     for name, module in model.named_modules():
         above = name
-        while above and above not in device_at:
+        while above and above not in devices:
             above = above.rpartition(".")[0]
-        device = device_at.get(above, main)
+        device = devices.get(above, main)
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
                 at = (id(buffer), device)
                 if at not in moved:
                     moved[at] = buffer.to(device)
                 module._buffers[key] = moved[at]
+
+
+def _is_in(name: str, site: str) -> bool:
+    return not site or name == site or name.startswith(f"{site}.")
 
 
 def _is_row(module: nn.Module) -> bool:

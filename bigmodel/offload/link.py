@@ -58,6 +58,10 @@ class Link:
         """An event after all work that was given to the device's current stream so far."""
         return torch.accelerator.current_stream(self.device).record_event()
 
+    def drain(self) -> None:
+        """Return when no copy is under way: the memory on both sides may go."""
+        self._stream.synchronize()
+
     def wait(self, event: torch.Event) -> None:
         """Work that is given to the device's current stream from now on begins after the event."""
         torch.accelerator.current_stream(self.device).wait_event(event)

@@ -107,13 +107,11 @@ def lay_out(sources: Iterable[Source], *, block_bytes: int, gap_bytes: int, for_
     blocks: list[Block] = []
     end = lead = 0
     runs = _runs(in_place, gap_bytes, step=PACKED_ALIGN_BYTES if for_accelerator else 1)
-    if for_accelerator and runs:
-        lead = runs[0][0].extents[0].offset % ALIGN_BYTES
-        # Ranges that begin elsewhere between two multiples are put where they belong through a buffer.
-        packed += [
-            source for run in runs for source in run if _begin(run) % PACKED_ALIGN_BYTES != lead % PACKED_ALIGN_BYTES
-        ]
-        runs = [run for run in runs if _begin(run) % PACKED_ALIGN_BYTES == lead % PACKED_ALIGN_BYTES]
+    if for_accelerator:
+        lead, runs, others = _aligned_alike(
+            runs, max((source.dtype.itemsize for source in in_place + packed), default=1)
+        )
+        packed += others
     for run in runs:
         first = _begin(run)
         start = first - first % ALIGN_BYTES
@@ -167,6 +165,23 @@ def _packed_blocks(source: Source, start: int, block_bytes: int) -> list[Block]:
                 Block(extent.file, extent.offset + done, nbytes, nbytes, start + into, False, cast_from, cast_to)
             )
     return blocks
+
+
+def _aligned_alike(runs: Sequence[list[Source]], itemsize: int) -> tuple[int, list[list[Source]], list[Source]]:
+    """(lead, runs that are multiples of PACKED_ALIGN_BYTES behind it, parameters of the others, which go through a buffer).
+
+    Args:
+        runs: in file order.
+        itemsize: that the lead must be a multiple of, so that every dtype can be viewed behind it.
+    """
+    leads = [_begin(run) % ALIGN_BYTES for run in runs]
+    number = next((n for n, lead in enumerate(leads) if lead % itemsize == 0), None)
+    if number is None:
+        return 0, [], [source for run in runs for source in run]
+    lead = leads[number]
+    alike = [n for n, each in enumerate(leads) if (each - lead) % PACKED_ALIGN_BYTES == 0]
+    others = [source for n, run in enumerate(runs) if n not in alike for source in run]
+    return lead, [runs[number], *(runs[n] for n in alike if n != number)], others
 
 
 def _begin(run: Sequence[Source]) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from simulated import COMPILER, counts, simulated
 
 import bigmodel
 from bigmodel.device_map.demand import CONTEXT_BYTES
-from bigmodel.errors import DoesNotFitError, ReadError
+from bigmodel.errors import DoesNotFitError, MoveRefusedError, ReadError
 
 SMALL = bigmodel.Workload(batch_size=2, prompt_tokens=16, new_tokens=8)
 ROOM = CONTEXT_BYTES + (64 << 20)
@@ -19,7 +20,8 @@ KINDS = ["on the device", "in host memory", "on disk", "everywhere", "with littl
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="simulated accelerators need a C++ compiler")
 REAL = pytest.param("real", marks=pytest.mark.gpu)
-SIMULATED = [pytest.param(number, marks=needs_compiler) for number in (1, 2, 4)]
+SIMULATED = [pytest.param(2, marks=needs_compiler)]
+SIMULATED += [pytest.param(number, marks=[needs_compiler, pytest.mark.slow]) for number in (1, 4)]
 
 
 @pytest.fixture(params=[*SIMULATED, REAL])
@@ -290,3 +292,70 @@ def test_nothing_is_left_of_a_model_that_nobody_holds(device, tmp_path):
     assert torch.accelerator.memory_allocated(device) > before
     del model
     assert torch.accelerator.memory_allocated(device) == before
+
+
+@pytest.mark.parametrize("kind", ["in host memory", "everywhere", "on the device"])
+@torch.no_grad()
+def test_adapters_run_where_their_layer_does(kind, device, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder = make_checkpoint("llama", tmp_path)
+
+    def adapted(model):
+        torch.manual_seed(3)
+        return peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        )
+
+    expected = adapted(resident(folder)).to(device).eval()(**on(inputs_for("llama"), device)).logits.cpu()
+    model = adapted(load(folder, **arguments(kind, folder, [device]))).eval().requires_grad_(False)
+    for _ in range(2):
+        assert torch.equal(model(**inputs_for("llama")).logits, expected)
+
+
+@torch.no_grad()
+def test_a_model_on_accelerators_is_not_moved_in_place(device, tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    for kind in ("on the device", "in host memory"):
+        model = load(folder, **arguments(kind, folder, [device]))
+        with pytest.raises(MoveRefusedError, match="materialize"):
+            model.to("meta")
+        assert torch.equal(model(**inputs_for("llama")).logits, expected_of(folder, "llama", device).logits.cpu())
+
+
+@torch.no_grad()
+def test_an_interrupted_generation_leaves_nothing_running(device, tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    model = load(folder, **arguments("everywhere", folder, [device]))
+    ids = inputs_for("llama")["input_ids"]
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[2].mlp.register_forward_pre_hook(interrupt)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(ids, max_new_tokens=4, do_sample=False)
+    handle.remove()
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_units_that_the_plan_computes_on_the_cpu_run_there_with_their_cache(tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    ids = inputs_for("llama")["input_ids"]
+    expected = resident(folder).generate(ids, max_new_tokens=6, do_sample=False)
+    with simulated(2):
+        chosen = arguments("in host memory", folder, ["sim:0", "sim:1"])
+        plan = bigmodel.make_plan(folder, workload=SMALL, **chosen)
+        on_cpu = {"model.layers.1", "model.layers.2"}
+        placements = tuple(
+            replace(place, run_on="cpu", prefill_on="cpu") if place.unit in on_cpu else place
+            for place in plan.placements
+        )
+        model = load(folder, device_map=replace(plan, placements=placements), max_memory=chosen["max_memory"])
+        assert {place.unit for place in bigmodel.plan_of(model).placements if place.run_on == "cpu"} == on_cpu
+        assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        assert [layer.keys.device.type for layer in cache.layers] == ["sim", "cpu", "cpu", "sim"]

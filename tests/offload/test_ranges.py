@@ -1,20 +1,25 @@
 """Reads: every byte of every parameter comes from where it stands, and direct ones are aligned."""
 
+import itertools
+
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated import COMPILER, simulated
 
 from bigmodel.checkpoint.spec import Extent, Source
 from bigmodel.checkpoint.stamp import FileStamp
 from bigmodel.offload.arena import ALIGN_BYTES, Arena
-from bigmodel.offload.ranges import lay_out
+from bigmodel.offload.link import DeviceMemory, Link, Ring
+from bigmodel.offload.ranges import PACKED_ALIGN_BYTES, lay_out
 from bigmodel.offload.reader import Reader
 
 BLOCK = 4 * ALIGN_BYTES
 
 
-def filled(sources, file_bytes, tmp_path_factory):
-    """Lay out, read from real files, and give each parameter's bytes."""
+def filled(sources, file_bytes, tmp_path_factory, device=None):
+    """Lay out, read from real files, and give each parameter's bytes, from host memory and from the device, if there is one."""
     folder = tmp_path_factory.mktemp("ranges")
     paths = {}
     for name, content in file_bytes.items():
@@ -31,19 +36,30 @@ def filled(sources, file_bytes, tmp_path_factory):
         )
         for s in sources
     ]
-    layout = lay_out(placed, block_bytes=BLOCK, gap_bytes=1000)
+    layout = lay_out(placed, block_bytes=BLOCK, gap_bytes=1000, for_accelerator=device is not None)
     slab = Arena(layout.nbytes)
+    memory = None if device is None else DeviceMemory(layout.device_bytes, Link(torch.device(device)))
     reader = Reader(
-        num_threads=2, stamps={path: FileStamp.of(path) for path in paths.values()}, bounce_bytes=layout.staging_bytes
+        num_threads=2,
+        stamps={path: FileStamp.of(path) for path in paths.values()},
+        bounce_bytes=layout.staging_bytes,
+        ring=None if memory is None else Ring(torch.device(device)),
     )
     try:
         reader.submit("unit", layout, slab).wait()
+        if memory is not None:
+            ticket = reader.submit("unit", layout, memory)
+            ticket.wait()
+            if ticket.filled is not None:
+                memory.link.wait(ticket.filled)
     finally:
         reader.close()
-    tensors = {
-        s.name: slab.tensor[layout.places[s.name] :][: s.nbytes].view(s.dtype).view(s.shape).clone() for s in placed
-    }
-    return layout, tensors
+
+    def taken(tensor, places):
+        return {s.name: tensor[places[s.name] :][: s.nbytes].view(s.dtype).view(s.shape).clone() for s in placed}
+
+    tensors = taken(slab.tensor, layout.places)
+    return layout, tensors, None if memory is None else taken(memory.tensor.cpu(), layout.device_places)
 
 
 @st.composite
@@ -73,7 +89,7 @@ def checkpoints(draw):
 @given(checkpoints())
 def test_every_parameter_gets_its_bytes(tmp_path_factory, checkpoint):
     files, sources = checkpoint
-    layout, tensors = filled(sources, files, tmp_path_factory)
+    layout, tensors, _ = filled(sources, files, tmp_path_factory)
     for source in sources:
         raw = b"".join(files[e.file][e.offset : e.offset + e.nbytes] for e in source.extents)
         expected = torch.frombuffer(bytearray(raw), dtype=source.stored_dtype).to(source.dtype).view(source.shape)
@@ -83,6 +99,30 @@ def test_every_parameter_gets_its_bytes(tmp_path_factory, checkpoint):
         if block.is_aligned:
             assert block.offset % ALIGN_BYTES == block.nbytes % ALIGN_BYTES == block.into % ALIGN_BYTES == 0
     assert layout.nbytes >= max(layout.places[s.name] + s.nbytes for s in sources)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="simulated accelerators need a C++ compiler")
+@settings(max_examples=40)
+@given(checkpoints())
+def test_every_parameter_gets_its_bytes_on_an_accelerator_and_begins_where_its_allocator_would_have_put_it(
+    tmp_path_factory, checkpoint
+):
+    files, sources = checkpoint
+    with simulated(1):
+        layout, on_host, on_device = filled(sources, files, tmp_path_factory, "sim:0")
+    for source in sources:
+        raw = b"".join(files[e.file][e.offset : e.offset + e.nbytes] for e in source.extents)
+        expected = torch.frombuffer(bytearray(raw), dtype=source.stored_dtype).to(source.dtype).view(source.shape)
+        assert torch.equal(on_host[source.name], expected)
+        assert torch.equal(on_device[source.name], expected)
+    # Shared bytes may begin inside a parameter that was read before; the others stand alone.
+    starts = {(e.file, e.offset) for source in sources for e in source.extents}
+    if len(starts) == sum(len(source.extents) for source in sources):
+        ranges = sorted((layout.device_places[s.name], s.nbytes) for s in sources)
+        is_alone = all(a + n <= b for (a, n), (b, _) in itertools.pairwise(ranges))
+        assert not is_alone or all(place % PACKED_ALIGN_BYTES == 0 for place, _ in ranges)
+    # One copy from the slab does: it is the slot, behind the lead.
+    assert all(layout.places[s.name] - layout.lead == layout.device_places[s.name] for s in sources)
 
 
 def test_a_parameter_keeps_the_alignment_that_it_has_in_the_file():
