@@ -426,15 +426,22 @@ def _generation_options(model: Any, sample: bool, sampling: Mapping[str, float |
 
 def _figures(stream: TextStream, stats: StreamStats, start_s: float, end_s: float, peak_bytes: int, plan: Plan) -> str:
     """The last line of a run: TTFT, tokens/s, bytes read per token, share of the time waiting, peak and budget."""
+    import torch
+
     if stream.first_token_s is None or stream.last_token_s is None:
         return "no token was generated"
     parts = [f"TTFT {stream.first_token_s - start_s:.2f} s"]
     decode_s = stream.last_token_s - stream.first_token_s
     if stream.num_tokens > 1 and decode_s > 0:
         parts.append(f"{(stream.num_tokens - 1) / decode_s:.2f} tokens/s over {stream.num_tokens} tokens")
+    if stats.copied_bytes:
+        parts.append(f"{format_bytes(stats.copied_bytes / stream.num_tokens)} copied per token")
     parts.append(f"{format_bytes(stats.read_bytes / stream.num_tokens)} read per token")
     parts.append(f"{stats.stall_s / (end_s - start_s):.0%} of the time waiting for weights")
     limit_bytes = plan.limits.get("cpu")
     budget = f" of {format_bytes(limit_bytes)} allowed" if limit_bytes is not None else ""
     parts.append(f"peak memory {format_bytes(peak_bytes)}{budget}")
+    for device in sorted({place.run_on for place in plan.placements} - {"cpu"}):
+        held = format_bytes(torch.accelerator.max_memory_reserved(torch.device(device)))
+        parts.append(f"{device} {held} of {format_bytes(plan.limits[device])} allowed, context not counted")
     return ", ".join(parts)

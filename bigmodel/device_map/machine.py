@@ -13,23 +13,12 @@ from typing import Any
 
 import torch
 
-from bigmodel.checks import (
-    anything,
-    flag,
-    integer,
-    listed,
-    mapped,
-    number,
-    own_device_name,
-    parse_json,
-    record,
-    satisfying,
-    text,
-)
+from bigmodel.checks import own_device_name, parse_json
 from bigmodel.device_map import calibration
 from bigmodel.device_map.control_groups import ControlGroups
+from bigmodel.device_map.machine_fields import check_machine
 from bigmodel.device_map.measuring import measure
-from bigmodel.device_map.rates import PER_S, RATE_FIELDS, Rates
+from bigmodel.device_map.rates import Rates
 from bigmodel.errors import InvalidArgumentError, shown
 from bigmodel.progress import Report, progress_bar
 from bigmodel.units import GIB, parse_bytes
@@ -54,40 +43,6 @@ _OTHER_DISK = ", the disk's rate is another disk's"
 
 SHIPPED = Path(__file__).parent / "machines"
 """Machine files of hardware that one may not own; `Machine.load` takes their names without the suffix too."""
-
-
-def _size(value: Any, name: str) -> None:
-    if parse_bytes(value, name) >= _MOST_BYTES:
-        raise InvalidArgumentError(f"{name} is {shown(value)}, more than any machine has. Give a size such as '64GiB'.")
-
-
-# What a machine file may say. A misspelt rate would silently be a default.
-_MOST_BYTES, _COUNT = 2**60, integer(1, 2**20)
-_DEVICE = satisfying("an accelerator such as 'cuda:0'", lambda value: own_device_name(value) is not None)
-_CARD = {
-    "name": text,
-    "device": _DEVICE,
-    "memory": _size,
-    "unified": flag,
-    "h2d_bytes_per_s": PER_S,
-    "source": anything,
-}
-_HOST = {"memory": _size, "processors": _COUNT, "source": anything}
-_DISK = {"free": _size, "read_bytes_per_s": PER_S, "measured": mapped(PER_S), "source": anything}
-_check_file = record(
-    {
-        "name": text,
-        "rates_from": text,
-        "accelerators": listed(record({**_CARD, **RATE_FIELDS}, needed=("memory",))),
-        "host": record({**_HOST, **RATE_FIELDS}, needed=("memory",)),
-        "disk": record(_DISK),
-        "h2d_bytes_per_s_all": number(1e3, 1e18, or_none=True),
-        "d2d_bytes_per_s": PER_S,
-        "processes": _COUNT,
-        **dict.fromkeys(("source", "sources", "notes", "comment"), anything),
-    },
-    needed=("host",),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +185,7 @@ class Machine:
             if not place.exists():
                 raise FileNotFoundError("there is no such file")
             described = parse_json(place.read_text(), "the text")
-            _check_file(described, "")
+            check_machine(described)
             host, disk, together = described["host"], described.get("disk", {}), described.get("h2d_bytes_per_s_all")
             accelerators = tuple(
                 Accelerator(

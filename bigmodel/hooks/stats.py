@@ -17,6 +17,7 @@ class StreamStats:
         stall_s: wall seconds in which the computation waited for weights.
         num_reads: units that were read into a slot.
         read_bytes: bytes read from files for them.
+        copied_bytes: of weights that were copied to accelerators for them.
         num_hits: entries that found their unit in a slot, or on its way there.
         num_misses: entries for which the read began only then.
         resident_bytes: weights that rest in host memory, as private memory or as a map.
@@ -29,6 +30,7 @@ class StreamStats:
     stall_s: float = 0.0
     num_reads: int = 0
     read_bytes: int = 0
+    copied_bytes: int = 0
     num_hits: int = 0
     num_misses: int = 0
     resident_bytes: int = 0
@@ -53,6 +55,7 @@ class StreamStats:
             stall_s=self.stall_s - earlier.stall_s,
             num_reads=self.num_reads - earlier.num_reads,
             read_bytes=self.read_bytes - earlier.read_bytes,
+            copied_bytes=self.copied_bytes - earlier.copied_bytes,
             num_hits=self.num_hits - earlier.num_hits,
             num_misses=self.num_misses - earlier.num_misses,
             resident_bytes=self.resident_bytes,

@@ -63,7 +63,7 @@ class Streamer:
         self._schedule = Schedule(len(units))
         self._is_closed = False
         self.stall_s = 0.0
-        self.num_reads = self.read_bytes = self.num_hits = self.num_misses = 0
+        self.num_reads = self.read_bytes = self.copied_bytes = self.num_hits = self.num_misses = 0
         self.slot_bytes = sum(slot.memory.nbytes for lane in self._lanes for slot in lane)
         for number, unit in enumerate(units):
             for slot in self._lanes[unit.lane]:
@@ -181,6 +181,7 @@ class Streamer:
             stall_s=self.stall_s,
             num_reads=self.num_reads,
             read_bytes=self.read_bytes,
+            copied_bytes=self.copied_bytes,
             num_hits=self.num_hits,
             num_misses=self.num_misses,
             slot_bytes=self.slot_bytes,
@@ -271,6 +272,8 @@ class Streamer:
         slot.unit, unit.slot = number, slot
         self.num_reads += 1
         self.read_bytes += self._store.read_bytes(unit.name)
+        if isinstance(slot.memory, DeviceMemory):
+            self.copied_bytes += sum(view.nbytes for view in slot.views[number])
 
     def _cancel(self, slot: Slot) -> None:
         assert slot.ticket is not None

@@ -6,7 +6,7 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,7 @@ class Assembly:
             if layouts or travellers:
                 reader = self._reader(travellers, layouts.values(), links)
             slabs: Mapping[str, torch.Tensor] = {}
+            slab_bytes = 0
             places: dict[str, Mapping[str, int]] = {
                 name: layout.places if runs[name].type == "cpu" else layout.device_places
                 for name, layout in layouts.items()
@@ -199,7 +200,7 @@ class Assembly:
             if reader is not None and travellers:
                 across = Crossing(travellers, reader=reader, direct=DirectReads(self._stamps), progress=self._progress)
                 bindings |= self._put_across(across, travellers)
-                slabs = across.slabs
+                slabs, slab_bytes = across.slabs, across.host_bytes
                 places |= across.places
             for unit in crossing_units:
                 self._move_initialised(unit.parameters, runs[unit.name])
@@ -218,6 +219,7 @@ class Assembly:
         finally:
             load.close()
         sizes = _sizes(load)
+        sizes = replace(sizes, resident_bytes=sizes.resident_bytes + slab_bytes)
         modules = dict(self._model.named_modules(remove_duplicate=False))
         sites = {
             number: [(unit.name, modules[site]) for site in unit.sites]

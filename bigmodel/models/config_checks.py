@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from bigmodel.checkpoint import Checkpoint
-from bigmodel.errors import CheckpointError, UnsupportedCheckpointError, join_some
+from bigmodel.errors import CheckpointError, UnsupportedCheckpointError, join_some, shown
 from bigmodel.units import GIB, format_bytes
 
-__all__ = ["naming_config", "refuse_counts", "refuse_impossible"]
+__all__ = ["naming_config", "refuse_counts", "refuse_impossible", "refuse_no_blocks"]
 
-# What a config may ask for: of modules that are built one by one, and of weights.
-_COUNTS = re.compile(r"(n|num)_(\w+_)?(layers?|experts|blocks)|(en|de)coder_layers")
-_MOST_MODULES, _MOST_BYTES = 10_000, 2**60
+# What a config may ask for: of what is built one by one, and of weights.
+_MOST_COUNTS = {
+    re.compile(r"(n|num)_(\w+_)?(layers?|experts|blocks)|(en|de)coder_layers"): 10_000,
+    re.compile(r"num_labels"): 1_000_000,
+}
+_MOST_BYTES = 2**60
 
 
 @contextlib.contextmanager
@@ -35,17 +38,21 @@ def naming_config(checkpoint: Checkpoint, class_name: str) -> Iterator[None]:
         ) from error
 
 
-def refuse_counts(config: Any, *, least: int) -> None:
-    """ValueError where a config asks for no blocks at all, or for so many that building them would not end."""
-    parts = {"": config.to_dict()}
-    parts |= {f"{name}.": part for name, part in parts[""].items() if isinstance(part, dict)}
+def refuse_counts(stated: Mapping[str, Any]) -> None:
+    """ValueError where a config.json asks for so many of something that building them would not end."""
+    parts = {"": stated} | {f"{name}.": part for name, part in stated.items() if isinstance(part, dict)}
     for where, part in parts.items():
         for name, value in part.items():
-            if isinstance(name, str) and _COUNTS.fullmatch(name) and isinstance(value, int) and value > _MOST_MODULES:
-                raise ValueError(f"{where}{name} is {value}, and at most {_MOST_MODULES} are built")
+            most = next((most for pattern, most in _MOST_COUNTS.items() if pattern.fullmatch(name)), None)
+            if most is not None and isinstance(value, (int, float)) and value > most:
+                raise ValueError(f"{where}{name} is {shown(value)}, and at most {most} are built")
+
+
+def refuse_no_blocks(config: Any) -> None:
+    """ValueError where a model would be built without any block."""
     count = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(count, int) and count < least:
-        raise ValueError(f"num_hidden_layers is {count}, and at least {least} must be there")
+    if isinstance(count, int) and count < 1:
+        raise ValueError(f"num_hidden_layers is {count}, and at least 1 must be there")
 
 
 def refuse_impossible(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from bigmodel.checkpoint import Checkpoint, refuse_prequantised
 from bigmodel.errors import CheckpointError, InvalidArgumentError, UnsupportedCheckpointError
-from bigmodel.models.config_checks import naming_config, refuse_counts, refuse_impossible
+from bigmodel.models.config_checks import naming_config, refuse_counts, refuse_impossible, refuse_no_blocks
 from bigmodel.models.conversion import trace
 from bigmodel.models.meta import call_on_meta, refuse_meta_buffers, refuse_real
 from bigmodel.models.skeleton import Skeleton, change_tensors, match_names, refuse_mismatch, take_sources
@@ -234,9 +234,11 @@ def _build_from_config(
         )
     model_class = _find_class(checkpoint, checkpoint.config, trust_remote_code=trust_remote_code)
     with naming_config(checkpoint, model_class.__name__):
+        refuse_counts(checkpoint.config)
         config = cast(Any, model_class.config_class).from_pretrained(str(checkpoint.path))
         config.name_or_path = str(checkpoint.path)
-        refuse_counts(config, least=0 if checkpoint.tensors else 1)
+        if not checkpoint.tensors:
+            refuse_no_blocks(config)
         config, dtype = _settle_dtype(config, checkpoint, wanted)
         model = _construct(model_class, config, dtype)
     return model, dtype

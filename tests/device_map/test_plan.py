@@ -213,6 +213,7 @@ LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_si
         *(("hidden_size", value) for value in (0, -64, 10**18, 10**30)),
         *(("head_dim", value) for value in (0, -2, 10**10)),  # the last one's buffers would take 37 GiB
         *(("vocab_size", value) for value in (0, 10**17)),
+        *((name, 10**9) for name in ("num_labels", "num_local_experts", "n_layer")),
         ("intermediate_size", 10**16),
         ("num_attention_heads", 0),
         ("architectures", 3),
