@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT, Bench, Outcome, Trial
+from benchmarks.harness import ROOT, Bench, Trial
 from benchmarks.report import Figure, Report, disk_of, ratios
 
 __all__ = ["measure_link", "run_accelerate", "run_bigmodel", "run_deepspeed", "run_group_offload", "same_bits"]
@@ -61,8 +61,12 @@ TINY = SMALL | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "v
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "bm_gpu", help="folder for checkpoints")
-    parser.add_argument("--gib", type=float, help="size of the model; by default what host memory and disk allow, up to 32")
+    parser.add_argument(
+        "--out", type=Path, default=Path(tempfile.gettempdir()) / "bm_gpu", help="folder for checkpoints"
+    )
+    parser.add_argument(
+        "--gib", type=float, help="size of the model; by default what host memory and disk allow, up to 32"
+    )
     parser.add_argument("--share", type=float, default=0.5, help="of the model that the accelerator's memory may hold")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round, nothing written: does it run?")
@@ -160,9 +164,18 @@ def _add(report: Report, name: str, good: list[dict[str, Any]], peak: float) -> 
     figure("step", step, unit=" s", note=note)
     if peak and name == "bigmodel":
         # A target is a most: the inverse of the efficiency.
-        figure("step over its bytes at the link's peak", lambda each: step(each) * peak / each["copied_bytes"], limit=1 / 0.95)
+        figure(
+            "step over its bytes at the link's peak",
+            lambda each: step(each) * peak / each["copied_bytes"],
+            limit=1 / 0.95,
+        )
     figure("step over predicted", lambda each: step(each) / each["predicted"]["time_per_token_s"], limit=1.1, unit="x")
-    figure("peak memory of the accelerator over the plan's", lambda each: each["peak"] / each["stated"], limit=1.0, is_promise=True)
+    figure(
+        "peak memory of the accelerator over the plan's",
+        lambda each: each["peak"] / each["stated"],
+        limit=1.0,
+        is_promise=True,
+    )
     for tokens in sorted({int(key) for each in good for key in each["ttft_s"]}):
         figure(f"first token after {tokens}", lambda each, tokens=tokens: each["ttft_s"][str(tokens)], unit=" s")  # type: ignore[misc]
     for what in ("synchronisations", "allocations"):
@@ -261,7 +274,13 @@ def run_deepspeed(path: str, budget: int, batch_size: int) -> dict[str, Any]:
                 "stage3_max_live_parameters": 4 * layer,
             },
         }
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29511",
+        }
         kept = HfDeepSpeedConfig(settings)  # transformers looks for it while it loads
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
         engine = deepspeed.initialize(model=model, config=settings)[0]
@@ -300,7 +319,9 @@ def same_bits(path: str) -> dict[str, Any]:
         for device_map in ("cuda", {"": "disk"}, {"": "cpu", "lm_head": 0}):
             model = bigmodel.load_sharded(path, device_map, {0: "16GiB", "cpu": "16GiB"}, progress=False)
             output = model(input_ids=_prompt(model, 1, 64).to(device), use_cache=True)
-            after = model(input_ids=output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True)
+            after = model(
+                input_ids=output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True
+            )
             digests.append((output.logits.cpu(), after.logits.cpu()))
             del model, output, after
         equal = all(torch.equal(a, b) for other in digests[1:] for a, b in zip(digests[0], other, strict=True))
@@ -351,7 +372,8 @@ def _profiled(model: Any, device: Any, batch_size: int) -> dict[str, int]:
         model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
     calls = [event.name for event in events.events()]
     return {
-        "synchronisations": sum("Synchronize" in name and "WaitEvent" not in name for name in calls) - 1,  # the profiler's own
+        "synchronisations": sum("Synchronize" in name and "WaitEvent" not in name for name in calls)
+        - 1,  # the profiler's own
         "allocations": sum(name.startswith(("cudaMalloc", "cudaFree")) for name in calls),
     }
 
@@ -376,7 +398,7 @@ def _prompt(model: Any, batch_size: int, tokens: int) -> Any:
     return numbers.remainder(model.config.vocab_size).view(batch_size, tokens)
 
 
-class _accelerator:  # noqa: N801  # used as a function
+class _accelerator:  # used as a function
     """The first accelerator, or a simulated one where the command line asked for that."""
 
     def __enter__(self) -> Any:

@@ -21,6 +21,7 @@ PACKAGE = REPOSITORY / "bigmodel"
 ORDER = (
     {"errors"},
     {"units"},
+    {"checks"},
     {"allowance", "footprint", "progress"},
     {"checkpoint"},
     {"device_map", "offload"},
