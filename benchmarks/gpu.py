@@ -81,7 +81,7 @@ def main() -> None:
     llama = _checkpoint(arguments.out, "llama", TINY if arguments.quick else LLAMA, size)
     bloom = None if arguments.quick else _checkpoint(arguments.out, "bloom", BLOOM, min(size, 24.0))
     small = _checkpoint(arguments.out, "small", TINY if arguments.quick else SMALL, 0.05 if arguments.quick else 1.0)
-    budget = int(arguments.share * _size_of(llama)) + (GIB if arguments.quick else 2 * GIB)
+    budget = int(arguments.share * _size_of(llama)) + 2 * GIB
     configuration = {
         "checkpoint": f"llama-shaped, {_size_of(llama) / 1e9:.1f} GB bf16",
         "accelerator's memory": f"{budget / 1e9:.1f} GB",
@@ -171,7 +171,7 @@ def _add(report: Report, name: str, good: list[dict[str, Any]], peak: float) -> 
         )
     figure("step over predicted", lambda each: step(each) / each["predicted"]["time_per_token_s"], limit=1.1, unit="x")
     figure(
-        "peak memory of the accelerator over the plan's",
+        "peak memory over the plan's",
         lambda each: each["peak"] / each["stated"],
         limit=1.0,
         is_promise=True,
@@ -221,7 +221,7 @@ def run_bigmodel(path: str, budget: int, batch_size: int, long: list[int], devic
         model = bigmodel.load_sharded(path, device_map, {0: budget, "cpu": "90GiB"}, workload=workload, progress=False)
         load_s = time.perf_counter() - start
         plan = bigmodel.plan_of(model)
-        found = _steps(model, device, batch_size, lambda: bigmodel.stats_of(model))
+        found = _steps(model, device, batch_size, bigmodel.stats_of)
         found["load_s"] = load_s
         found["predicted"] = dataclasses.asdict(plan.estimate)
         found["stated"] = plan.estimate.peak_bytes[str(device)]
@@ -328,17 +328,17 @@ def same_bits(path: str) -> dict[str, Any]:
         return {"equal": equal}
 
 
-def _steps(model: Any, device: Any, batch_size: int, stats: Callable[[], Any] | None) -> dict[str, Any]:
+def _steps(model: Any, device: Any, batch_size: int, stats: Callable[[Any], Any] | None) -> dict[str, Any]:
     import torch
 
     output = model(input_ids=_prompt(model, batch_size, PROMPT_TOKENS).to(device), use_cache=True, logits_to_keep=1)
     seconds: list[float] = []
-    before = stats() if stats is not None else None
+    before = stats(model) if stats is not None else None
     for step in range(NUM_STEPS + 2):
         token = output.logits[:, -1:].argmax(-1)
         torch.accelerator.synchronize(device)
         if step == 2 and stats is not None:
-            before = stats()
+            before = stats(model)
         start = time.perf_counter()
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
         torch.accelerator.synchronize(device)
@@ -346,7 +346,7 @@ def _steps(model: Any, device: Any, batch_size: int, stats: Callable[[], Any] | 
             seconds.append(time.perf_counter() - start)
     found: dict[str, Any] = {"seconds": seconds}
     if stats is not None:
-        done = stats() - before
+        done = stats(model) - before
         found |= {
             "copied_bytes": done.copied_bytes / NUM_STEPS,
             "read_bytes": done.read_bytes / NUM_STEPS,

@@ -9,13 +9,17 @@ import torch
 from torch import nn
 
 from bigmodel.hooks.attach import Attachment
+from bigmodel.hooks.hops import Route
 from bigmodel.hooks.slots import DataBinding
 from bigmodel.hooks.stats import StreamStats
 from bigmodel.hooks.streamer import StreamedUnit, Streamer
 from bigmodel.offload.arena import Arena
+from bigmodel.offload.link import DeviceMemory, Link
 from bigmodel.offload.reader import Ticket
 
 WIDTH = 16
+# An accelerator on which the streamed stacks run; the CPU where it is None.
+device: str | None = None
 UNIT_BYTES = 4 * (WIDTH * WIDTH + WIDTH)
 
 
@@ -55,7 +59,7 @@ class MemoryStore:
         self.fetched: list[str] = []
         self.threads: list[threading.Thread] = []
 
-    def fetch(self, unit: str, slot: Arena, *, is_urgent: bool) -> Ticket:
+    def fetch(self, unit: str, slot: Arena | DeviceMemory, *, is_urgent: bool) -> Ticket:
         self.fetched.append(unit)
         ticket = Ticket(unit, 1)
         thread = threading.Thread(target=self._fill, args=(unit, slot, ticket))
@@ -63,10 +67,13 @@ class MemoryStore:
         thread.start()
         return ticket
 
-    def _fill(self, unit: str, slot: Arena, ticket: Ticket) -> None:
+    def _fill(self, unit: str, slot: Arena | DeviceMemory, ticket: Ticket) -> None:
         time.sleep(self.delay_s)
         if unit in self.broken:
             ticket.error = OSError("disk on fire")
+        elif isinstance(slot, DeviceMemory):
+            slot.link.copy(self.content[unit], slot.tensor[:UNIT_BYTES], slot.after)
+            ticket.filled = slot.link.mark_copied()
         else:
             slot.tensor[:UNIT_BYTES].copy_(self.content[unit])
         ticket.num_left = 0
@@ -81,7 +88,7 @@ class MemoryStore:
 
 
 def streamed_stack(num_blocks: int = 5, num_slots: int = 2, delay_s: float = 0.0, check_pass=None):
-    """A Stack that streams, an equal one that does not, the attachment and the store."""
+    """A Stack that streams (to `device`, where that is set), an equal one that does not, the attachment and the store."""
     torch.manual_seed(0)
     reference = Stack(num_blocks).eval().requires_grad_(False)
     model = Stack(num_blocks).eval().requires_grad_(False)
@@ -99,6 +106,9 @@ def streamed_stack(num_blocks: int = 5, num_slots: int = 2, delay_s: float = 0.0
         units.append(StreamedUnit(name, bindings, places, 0))
         sites[number] = [(name, block)]
     store = MemoryStore(content, delay_s)
-    streamer = Streamer(units, [[Arena(UNIT_BYTES) for _ in range(num_slots)]], store)
-    attachment = Attachment(model, streamer, sites, {}, check_pass, StreamStats(), refuses_moves=True)
+    link = Link(torch.device(device)) if device is not None else None
+    lane = [Arena(UNIT_BYTES) if link is None else DeviceMemory(UNIT_BYTES, link) for _ in range(num_slots)]
+    streamer = Streamer(units, [lane], store)
+    route = Route(link.device, {}) if link is not None else None
+    attachment = Attachment(model, streamer, sites, {}, check_pass, StreamStats(), refuses_moves=True, route=route)
     return model, reference, attachment, store

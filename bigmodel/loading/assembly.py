@@ -20,9 +20,11 @@ from bigmodel.device_map.plan import Plan
 from bigmodel.device_map.unit import Unit
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.hooks.attach import Attachment, PassCheck
+from bigmodel.hooks.hops import Route
 from bigmodel.hooks.slots import Binding, DataBinding, EntryBinding
 from bigmodel.hooks.stats import StreamStats
 from bigmodel.hooks.streamer import StreamedUnit, Streamer
+from bigmodel.loading.marks import mark_dispatched
 from bigmodel.loading.route import move_buffers, route_of, run_devices, site_devices
 from bigmodel.offload.arena import Arena
 from bigmodel.offload.converted import cached_conversions
@@ -47,7 +49,6 @@ __all__ = [
     "forget",
     "layout_of",
     "own_generation_config",
-    "unmark_streamed",
 ]
 
 
@@ -220,30 +221,11 @@ class Assembly:
             load.close()
         sizes = _sizes(load)
         sizes = replace(sizes, resident_bytes=sizes.resident_bytes + slab_bytes)
-        modules = dict(self._model.named_modules(remove_duplicate=False))
-        sites = {
-            number: [(unit.name, modules[site]) for site in unit.sites]
-            for number, unit in enumerate(_streamed(plan, units))
-        }
-        moves = bool(away) or route is not None
-        try:
-            attachment = None
-            if streamer is not None or check_pass is not None or moves:
-                attachment = Attachment(
-                    self._model,
-                    streamer,
-                    sites,
-                    _entries(self._model, units),
-                    check_pass,
-                    sizes,
-                    refuses_moves=moves,
-                    route=route,
-                )
-                room.attachment = weakref.ref(attachment)
-        except BaseException:
-            if streamer is not None:
-                streamer.close()
-            raise
+        is_elsewhere = bool(away) or route is not None
+        attachment = None
+        if streamer is not None or check_pass is not None or is_elsewhere:
+            attachment = self._attach(plan, units, streamer, check_pass, sizes, route, is_elsewhere=is_elsewhere)
+            room.attachment = weakref.ref(attachment)
         _ASSEMBLED[self._model] = state = Assembled(
             make_plan=lambda: plan,
             attachment=attachment,
@@ -252,10 +234,36 @@ class Assembly:
             stamps=self._stamps,
             sizes=sizes,
         )
-        if moves:
-            state.compile_before = _mark_streamed(
-                self._model, units, runs, is_streamed=streamer is not None or bool(away)
+        if is_elsewhere:
+            is_streamed = streamer is not None or bool(away)
+            state.compile_before = mark_dispatched(self._model, units, runs, is_streamed=is_streamed)
+
+    def _attach(
+        self,
+        plan: Plan,
+        units: Sequence[Unit],
+        streamer: Streamer | None,
+        check_pass: PassCheck | None,
+        sizes: StreamStats,
+        route: Route | None,
+        *,
+        is_elsewhere: bool,
+    ) -> Attachment:
+        """The hooks; on an error the streamer is closed."""
+        modules = dict(self._model.named_modules(remove_duplicate=False))
+        sites = {
+            number: [(unit.name, modules[site]) for site in unit.sites]
+            for number, unit in enumerate(_streamed(plan, units))
+        }
+        try:
+            entries = _entries(self._model, units)
+            return Attachment(
+                self._model, streamer, sites, entries, check_pass, sizes, refuses_moves=is_elsewhere, route=route
             )
+        except BaseException:
+            if streamer is not None:
+                streamer.close()
+            raise
 
     def _layouts(self, plan: Plan, units: Sequence[Unit], away: Mapping[str, Source]) -> dict[str, Layout]:
         """Unit name -> its layout in a slot, for those that stream from files."""
@@ -416,11 +424,6 @@ def _entries(model: nn.Module, units: Sequence[Unit]) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if type(module).forward is not nn.Module.forward}
 
 
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    return bool(getattr(config, "is_encoder_decoder", False)) and callable(getattr(model, "get_encoder", None))
-
-
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -428,38 +431,6 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((module, attribute))
     return owners
-
-
-class _IoHook:
-    """What transformers' generate looks for on the encoder of a model with a device map, instead of adding Accelerate's hook."""
-
-    io_same_device = False
-
-
-def _mark_streamed(
-    model: nn.Module, units: Sequence[Unit], runs: Mapping[str, torch.device], *, is_streamed: bool
-) -> tuple[bool | None] | None:
-    """Tell transformers and PEFT what they ask of a model that was dispatched; returns what was set before."""
-    model.hf_device_map = {site: runs[unit.name] for unit in units for site in unit.sites}  # type: ignore[assignment]
-    if _is_encoder_decoder(model):
-        model.get_encoder()._hf_hook = _IoHook()  # type: ignore[operator]
-    settings: Any = getattr(model, "generation_config", None)
-    if settings is None or not is_streamed:
-        return None
-    # A compiled graph would keep the slot's bytes of the pass in which it was made.
-    before: bool | None = settings.disable_compile
-    settings.disable_compile = True
-    return (before,)
-
-
-def unmark_streamed(model: nn.Module, state: Assembled) -> None:
-    """Take back what marks a streamed model."""
-    model.__dict__.pop("hf_device_map", None)
-    if state.compile_before is not None:
-        (model.generation_config.disable_compile,) = state.compile_before  # type: ignore[union-attr]
-    for module in model.modules():
-        if isinstance(module.__dict__.get("_hf_hook"), _IoHook):
-            del module._hf_hook
 
 
 def own_generation_config(model: nn.Module) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -177,15 +178,18 @@ class _Problem:
         if on_host:
             limits = {tier: limits[tier] for tier in ("cpu", "disk")}
             machine = replace(machine, accelerators=())
-        return decide(
+        find = functools.partial(
+            decide,
             self.costs_of(units, whole_units),
             machine,
             limits,
             allow_cpu_compute=self._allow_cpu_compute,
             fingerprint=self._divisions.fingerprint,
             progress=self._progress,
-            **choices,
         )
+        plan = find(**choices)
+        moved = _brought_together(plan, self._divisions.used_together(units) if machine.accelerators else ())
+        return plan if moved is None else find(**choices | moved)
 
 
 class Decider:
@@ -345,6 +349,21 @@ def refuse_unknown(device_map: DeviceMap, machine: Machine) -> None:
         raise DeviceMapError(
             "device_map='cuda' wants everything on an accelerator, and there is none here. Use 'auto' or 'cpu'."
         )
+
+
+def _brought_together(plan: Plan, groups: Sequence[tuple[str, ...]]) -> dict[str, Any] | None:
+    """Homes and devices such that units which one module uses at once run where the largest of them does; None where they do."""
+    places = {place.unit: place for place in plan.placements}
+    homes = {name: place.home for name, place in places.items()}
+    runs = {name: place.run_on for name, place in places.items()}
+    for group in groups:
+        largest = max(group, key=lambda name: places[name].weight_bytes)
+        for name in group:
+            if homes[name] == runs[name]:
+                homes[name] = runs[largest]
+            runs[name] = runs[largest]
+    are_together = all(runs[name] == place.run_on for name, place in places.items())
+    return None if are_together else {"homes": homes, "runs": runs}
 
 
 def _kv_shares(plan: Plan, costs: Costs) -> dict[str, float]:

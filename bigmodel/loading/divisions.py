@@ -188,6 +188,16 @@ class Divisions:
             ring_bytes=RING_BYTES,
         )
 
+    def used_together(self, units: Sequence[Unit]) -> list[tuple[str, ...]]:
+        """Names of units that one module uses at once: a head whose weight is an embedding's, and whose bias is not."""
+        unit_of = {name: unit.name for unit in units for name in unit.parameters}
+        first_names = {parameter: name for name, parameter in self._parameters.items()}
+        groups = set()
+        for module in self._skeleton.model.modules():
+            own = [first_names[each] for each in module._parameters.values() if each is not None]
+            groups.add(tuple(dict.fromkeys(unit_of[name] for name in own if name in unit_of)))
+        return sorted(group for group in groups if len(group) > 1)
+
     def known_names(self) -> list[str]:
         """What a map may name: modules, parameters under all their names, and buffers."""
         model = self._skeleton.model

@@ -13,7 +13,8 @@ from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.plan import Plan
 from bigmodel.errors import DoesNotFitError, InvalidArgumentError
 from bigmodel.hooks.stats import StreamStats
-from bigmodel.loading.assembly import assembled, forget, own_generation_config, unmark_streamed
+from bigmodel.loading.assembly import assembled, forget, own_generation_config
+from bigmodel.loading.marks import unmark_dispatched
 from bigmodel.models import revert_of
 from bigmodel.offload.resident import ResidentLoad
 from bigmodel.progress import Report, progress_bar
@@ -59,7 +60,7 @@ def unload(model: nn.Module) -> nn.Module:
     root, state = assembled(model)
     if state.attachment is not None:
         state.attachment.detach()
-    unmark_streamed(root, state)
+    unmark_dispatched(root, state.compile_before)
     forget(root)
     return model
 
@@ -138,7 +139,7 @@ def materialize(model: nn.Module, device: str | torch.device = "cpu") -> nn.Modu
         state.attachment.detach()
     for name, tensor in tensors.items():
         state.bindings[name].settle(tensor)
-    unmark_streamed(root, state)
+    unmark_dispatched(root, state.compile_before)
     forget(root)
     root.to(device)
     return model

@@ -26,8 +26,12 @@ class SlabStore:
     def fetch(self, unit: str, slot: Arena | DeviceMemory, *, is_urgent: bool) -> Ticket:
         assert isinstance(slot, DeviceMemory)
         slab = self._slabs[unit]
-        slot.link.copy(slab, slot.tensor[: slab.numel()], slot.after)
-        ticket = Ticket(unit, 0, filled=slot.link.mark_copied())
+        ticket = Ticket(unit, 0)
+        try:
+            slot.link.copy(slab, slot.tensor[: slab.numel()], slot.after)
+            ticket.filled = slot.link.mark_copied()
+        except RuntimeError as error:  # told where the unit is needed, with its name
+            ticket.error = error
         ticket.done.set()
         return ticket
 

@@ -9,9 +9,28 @@ import weakref
 
 import pytest
 import torch
+import toy
+from simulated import COMPILER, simulated
 from toy import UNIT_BYTES, streamed_stack
 
 from bigmodel.errors import ForkedError, GradientRefusedError, MoveRefusedError, ReadError, StreamingError
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="simulated accelerators need a C++ compiler")
+
+
+@pytest.fixture(autouse=True, params=["host", pytest.param("accelerator", marks=needs_compiler)])
+def place(request):
+    """Everything holds on the host and on an accelerator."""
+    if request.param == "host":
+        yield
+        return
+    with simulated(1):
+        toy.device = "sim:0"
+        try:
+            yield
+        finally:
+            toy.device = None
+
 
 X = torch.linspace(-1, 1, 3 * 16).view(3, 16)
 
@@ -145,6 +164,7 @@ def test_at_rest_a_parameter_shows_its_true_bytes():
     assert torch.equal(model.blocks[1].forward(X), reference.blocks[1](X))
 
 
+@pytest.mark.parametrize("place", ["host"], indirect=True)
 def test_users_own_hooks_see_the_weights():
     model, reference, _, _ = streamed_stack(num_slots=1)
     seen = []
@@ -216,6 +236,7 @@ def test_threads_take_turns():
     assert all(torch.equal(result, reference(X)) for result in results)
 
 
+@pytest.mark.parametrize("place", ["host"], indirect=True)
 def test_submodules_can_be_called_without_the_root():
     model, reference, _, _ = streamed_stack(num_slots=2)
     for number in (3, 1, 1, 0):
@@ -276,6 +297,7 @@ def test_a_model_that_nobody_holds_goes_at_once_with_its_slots():
     assert not any(thread.is_alive() for thread in store.threads)
 
 
+@pytest.mark.parametrize("place", ["host"], indirect=True)
 def test_blocks_that_hold_each_others_slots_run_on_their_weights_at_rest():
     model, reference, _, _ = streamed_stack(num_slots=1)
     model.blocks[0].register_forward_hook(lambda m, a, o: model.blocks[1](o), prepend=True)

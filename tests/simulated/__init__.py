@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ def simulated(
     link_bytes_per_s: float = 0.0,
     operator_s: float = 0.0,
     with_virtual_clock: bool = False,
+    is_unified: bool = False,
 ) -> Iterator[None]:
     """So many devices while the block runs; none afterwards.
 
@@ -62,9 +64,11 @@ def simulated(
         memory_bytes: of each, or of all alike.
         link_bytes_per_s: that copies between a device and the host, or another device, take; 0 for at once.
         operator_s: under the virtual clock, what each operator takes.
+        is_unified: whether they say that their memory is the host's.
         with_virtual_clock: nothing sleeps, time is counted, and memory that is used without the event that it takes is an error.
     """
     _load()
+    _Module.is_unified = is_unified
     limits = [memory_bytes] * num_devices if isinstance(memory_bytes, int) else list(memory_bytes)
     torch.ops.sim.configure(num_devices, with_virtual_clock)
     try:
@@ -87,7 +91,9 @@ def seconds(device: int) -> float:
 
 
 class _Module:
-    """What torch asks of a device's Python module."""
+    """What torch asks of a device's Python module, and what tells about a device."""
+
+    is_unified = False
 
     @staticmethod
     def is_available() -> bool:
@@ -116,6 +122,10 @@ class _Module:
     @staticmethod
     def get_amp_supported_dtype() -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
+
+    @staticmethod
+    def get_device_properties(device: int) -> types.SimpleNamespace:
+        return types.SimpleNamespace(is_integrated=_Module.is_unified)
 
     @staticmethod
     def mem_get_info(device: int) -> tuple[int, int]:

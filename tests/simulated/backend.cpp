@@ -698,6 +698,27 @@ at::Tensor histc(const at::Tensor& tensor, int64_t bins, const at::Scalar& low, 
   return adopted(at::histc(values, bins, low, high), tensor.device().index());
 }
 
+at::Tensor convolution(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias, c10::SymIntArrayRef stride,
+    c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed, c10::SymIntArrayRef output_padding,
+    c10::SymInt groups) {
+  std::vector<at::Tensor> reads{input, weight};
+  const bool has_bias = bias.has_value() && bias->defined();
+  if (has_bias) {
+    reads.push_back(*bias);
+  }
+  for (const auto& each : reads) {
+    TORCH_CHECK(
+        each.device() == input.device(), "Expected all tensors to be on the same device, but found at least two devices, ",
+        input.device(), " and ", each.device(), "! (aten::convolution)");
+  }
+  pass_time(reads, input.device().index(), "aten::convolution");
+  auto made = at::convolution_symint(
+      on_host(input), on_host(weight), has_bias ? std::optional<at::Tensor>(on_host(*bias)) : std::nullopt, stride, padding,
+      dilation, transposed, output_padding, std::move(groups));
+  return adopted(made, input.device().index());
+}
+
 bool is_compatible(const at::Tensor& tensor, const at::Tensor& other) {
   auto is_dense = [](const at::Tensor& each) { return each.is_privateuseone() || each.is_cpu(); };
   return is_dense(tensor) && is_dense(other) && tensor.layout() == c10::kStrided && other.layout() == c10::kStrided;
@@ -718,6 +739,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
   m.impl("_local_scalar_dense", &local_scalar_dense);
   m.impl("histc", &histc);
+  m.impl("convolution_overrideable", &convolution);
   m.impl("_has_compatible_shallow_copy_type", &is_compatible);
   // Composite for other devices; here the CPU's own kernel, so that the last bits are the CPU's.
   m.impl("scaled_dot_product_attention", torch::CppFunction::makeFromBoxedFunction<&on_the_cpu>());
