@@ -91,23 +91,25 @@ def measure(folder: str | os.PathLike[str] | None = None, *, progress: Report | 
 
 
 def _accelerator(device: torch.device) -> Link:
-    source = torch.empty(_LINK_BYTES, dtype=torch.uint8).pin_memory()
-    target = torch.empty(_LINK_BYTES, dtype=torch.uint8, device=device)
-    seconds = seconds_of(lambda: target.copy_(source, non_blocking=True), device)
-    return Link(rates=accelerator_rates(device), h2d_bytes_per_s=_LINK_BYTES / seconds)
+    return Link(rates=accelerator_rates(device), h2d_bytes_per_s=_links_rate([device]))
 
 
 def _all_links(devices: Sequence[torch.device]) -> float | None:
-    if not devices:
-        return None
+    return _links_rate(devices) if devices else None
+
+
+def _links_rate(devices: Sequence[torch.device]) -> float:
+    """Bytes/s of copies from page-locked memory to all of these at once, each on a stream of its own, as weights are streamed."""
     sources = [torch.empty(_LINK_BYTES, dtype=torch.uint8).pin_memory() for _ in devices]
     targets = [torch.empty(_LINK_BYTES, dtype=torch.uint8, device=device) for device in devices]
+    streams = [torch.Stream(device) for device in devices]
 
     def copy() -> None:
-        for source, target in zip(sources, targets, strict=True):
-            target.copy_(source, non_blocking=True)
-        for device in devices:
-            synchronize(device)
+        for source, target, stream in zip(sources, targets, streams, strict=True):
+            with stream:
+                target.copy_(source, non_blocking=True)
+        for stream in streams:
+            stream.synchronize()
 
     return _LINK_BYTES * len(devices) / seconds_of(copy, torch.device("cpu"))
 

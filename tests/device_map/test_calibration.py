@@ -9,9 +9,10 @@ import time
 
 import pytest
 import torch
+from simulated import COMPILER, simulated
 
 import bigmodel.device_map.machine as module_of_machines
-from bigmodel.device_map import calibration
+from bigmodel.device_map import calibration, measuring
 from bigmodel.device_map.machine import DEFAULT_RATES, Machine
 from bigmodel.device_map.processors import _PASSES
 from bigmodel.device_map.rates import Rates
@@ -201,3 +202,14 @@ def test_a_write_that_fails_leaves_what_was_there(own_cache, monkeypatch):
             calibration.keep(_of_disks(b=1e9))
     assert {each.name for each in own_cache.iterdir()} == {file.name, ".calibration.lock"}
     assert calibration.kept().disks == {"a": 1e9}
+
+
+@pytest.mark.skipif(COMPILER is None, reason="simulated accelerators need a C++ compiler")
+@torch.no_grad()
+def test_links_are_measured_alone_and_together():
+    with simulated(2, link_bytes_per_s=2e9):
+        devices = [torch.device("sim:0"), torch.device("sim:1")]
+        alone, together = measuring._links_rate(devices[:1]), measuring._all_links(devices)
+    # The links sleep: nothing is faster than they are.
+    assert 0 < alone <= 2e9
+    assert 0 < together <= 4e9
