@@ -34,7 +34,7 @@ FIELDS = {
     ],
     "StreamStats": [
         "num_passes", "pass_s", "stall_s", "num_reads", "read_bytes", "num_hits", "num_misses", "resident_bytes",
-        "mapped_bytes", "slot_bytes",
+        "mapped_bytes", "slot_bytes", "copied_bytes",
     ],
 }  # fmt: skip
 

@@ -17,12 +17,12 @@ class StreamStats:
         stall_s: wall seconds in which the computation waited for weights.
         num_reads: units that were read into a slot.
         read_bytes: bytes read from files for them.
-        copied_bytes: of weights that were copied to accelerators for them.
         num_hits: entries that found their unit in a slot, or on its way there.
         num_misses: entries for which the read began only then.
         resident_bytes: weights that rest in host memory, as private memory or as a map.
         mapped_bytes: those of them that are a map of the file: shared with the page cache, and read again if it is evicted.
         slot_bytes: memory of the slots.
+        copied_bytes: of weights that were copied to accelerators, for units that were put into a slot there.
     """
 
     num_passes: int = 0
@@ -30,12 +30,12 @@ class StreamStats:
     stall_s: float = 0.0
     num_reads: int = 0
     read_bytes: int = 0
-    copied_bytes: int = 0
     num_hits: int = 0
     num_misses: int = 0
     resident_bytes: int = 0
     mapped_bytes: int = 0
     slot_bytes: int = 0
+    copied_bytes: int = 0
 
     @property
     def bytes_per_pass(self) -> float:
