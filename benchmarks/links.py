@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.harness import ROOT, Bench, Outcome, Trial
-from benchmarks.report import Figure, Report, ratios
+from benchmarks.report import Figure, Report
 from benchmarks.settings import parse_settings
 
 __all__ = ["run_links"]
@@ -57,13 +57,22 @@ def _add(report: Report, name: str, count: int, one: list[Outcome], these: list[
         report.add(
             Figure(
                 name=f"{name}: step over that of one device",
-                values=ratios(these, one),
+                values=[
+                    _at_one_rate(mine.result) / _at_one_rate(other.result)
+                    for mine, other in zip(these, one, strict=False)
+                    if mine.error is None and other.error is None
+                ],
                 limit={2: 1 / 1.9, 4: 1 / 3.6}[count],
                 unit="x",
             )
         )
     equal = len({each["digest"] for each in good}) == 1
     report.add(Figure(name=f"{name}: equal output", values=[0.0 if equal else 1.0], limit=0.0, is_promise=True))
+
+
+def _at_one_rate(result: dict[str, Any]) -> float:
+    """A step in bytes of the links: each process sets their rate by the computation that it measures."""
+    return statistics.median(result["seconds"]) * float(result["link_bytes_per_s"])
 
 
 def run_links(path: str, num_devices: int, with_virtual_clock: bool) -> dict[str, Any]:
