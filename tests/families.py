@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 VOCAB = 96
@@ -177,6 +178,12 @@ FAMILIES = (
     "llama", "llama_tied", "qwen3", "gemma3", "gpt2", "opt", "bloom", "mixtral", "qwen3_moe", "deepseek_v3", "mamba", "t5",
     "bert", "vit", "qwen3_vl_moe", "llava",
 )  # fmt: skip
+QUICK = ("llama", "gemma3", "mixtral", "t5")
+
+
+def each_family(families=FAMILIES):
+    """Parameters of a test over families: what is tested of each, the fast suite tests of a few."""
+    return [pytest.param(each, marks=[] if each in QUICK else pytest.mark.slow) for each in families]
 
 
 def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

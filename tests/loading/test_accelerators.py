@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, inputs_for, make_checkpoint, resident
+from families import each_family, inputs_for, make_checkpoint, resident
 from simulated import COMPILER, counts, simulated
 
 import bigmodel
@@ -19,9 +19,6 @@ from bigmodel.offload.link import Link
 SMALL = bigmodel.Workload(batch_size=2, prompt_tokens=16, new_tokens=8)
 ROOM = CONTEXT_BYTES + (64 << 20)
 KINDS = ["on the device", "in host memory", "on disk", "everywhere", "with little room"]
-
-QUICK = ("llama", "gemma3", "mixtral", "t5")
-EVERY_FAMILY = [pytest.param(each, marks=[] if each in QUICK else pytest.mark.slow) for each in FAMILIES]
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="simulated accelerators need a C++ compiler")
 REAL = pytest.param("real", marks=pytest.mark.gpu)
@@ -98,7 +95,7 @@ def logits_of(output):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", each_family())
 @torch.no_grad()
 def test_every_way_of_resting_gives_the_bits_of_the_whole_model(family, kind, devices, tmp_path):
     folder = make_checkpoint(family, tmp_path)
@@ -133,20 +130,22 @@ def test_generate_gives_the_tokens_of_the_whole_model(family, kind, devices, tmp
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    "link_bytes_per_s", [1e8, *(pytest.param(rate, marks=pytest.mark.slow) for rate in (1e6, 1e10))]
+)
+@pytest.mark.parametrize("num_devices", [2, pytest.param(1, marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_nothing_is_read_or_overwritten_before_its_event(tmp_path):
-    """Under the virtual clock, where links and computation take about as long as each other."""
+def test_nothing_is_read_or_overwritten_before_its_event(num_devices, link_bytes_per_s, tmp_path):
+    """Under the virtual clock, where links and computation take about as long as each other, or one far longer."""
     folder = make_checkpoint("llama", tmp_path)
     expected = resident(folder)(**inputs_for("llama")).logits
-    for num_devices in (1, 2):
-        for link_bytes_per_s in (1e6, 1e8, 1e10):
-            with simulated(num_devices, link_bytes_per_s=link_bytes_per_s, operator_s=1e-5, with_virtual_clock=True):
-                devices = [f"sim:{index}" for index in range(num_devices)]
-                for kind in ("in host memory", "everywhere"):
-                    model = load(folder, **arguments(kind, folder, devices))
-                    for _ in range(3):
-                        assert torch.equal(model(**inputs_for("llama")).logits, expected)
-                    del model
+    with simulated(num_devices, link_bytes_per_s=link_bytes_per_s, operator_s=1e-5, with_virtual_clock=True):
+        devices = [f"sim:{index}" for index in range(num_devices)]
+        for kind in ("in host memory", "everywhere"):
+            model = load(folder, **arguments(kind, folder, devices))
+            for _ in range(3):
+                assert torch.equal(model(**inputs_for("llama")).logits, expected)
+            del model
 
 
 @needs_compiler
@@ -173,24 +172,26 @@ def test_a_steady_step_synchronises_allocates_and_flushes_nothing(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    "kind", [pytest.param(each, marks=[] if each == "everywhere" else pytest.mark.slow) for each in KINDS]
+)
 @torch.no_grad()
-def test_a_device_never_holds_more_than_the_plan_says(tmp_path):
+def test_a_device_never_holds_more_than_the_plan_says(kind, tmp_path):
     folder = make_checkpoint("llama", tmp_path)
-    for kind in KINDS:
-        with simulated(2):
-            chosen = arguments(kind, folder, ["sim:0", "sim:1"])
-            plan = bigmodel.make_plan(folder, workload=SMALL, **chosen)
-        # No context here: what remains of the stated peak is all that there is.
-        peaks = [max(0, plan.estimate.peak_bytes.get(name, 0) - CONTEXT_BYTES) for name in ("sim:0", "sim:1")]
-        gc.collect()
-        left = [counts(index).used_bytes for index in range(2)]  # of other tests
-        with simulated(2, memory_bytes=[size + CONTEXT_BYTES + used for size, used in zip(peaks, left, strict=True)]):
-            held = torch.empty(CONTEXT_BYTES, dtype=torch.uint8, device="sim:0")
-            other = torch.empty(CONTEXT_BYTES, dtype=torch.uint8, device="sim:1")
-            model = load(folder, device_map=plan, max_memory=chosen["max_memory"])
-            ids = torch.ones(2, 16, dtype=torch.int64)
-            model.generate(ids, max_new_tokens=8, do_sample=False)
-            del model, held, other
+    with simulated(2):
+        chosen = arguments(kind, folder, ["sim:0", "sim:1"])
+        plan = bigmodel.make_plan(folder, workload=SMALL, **chosen)
+    # No context here: what remains of the stated peak is all that there is.
+    peaks = [max(0, plan.estimate.peak_bytes.get(name, 0) - CONTEXT_BYTES) for name in ("sim:0", "sim:1")]
+    gc.collect()
+    left = [counts(index).used_bytes for index in range(2)]  # of other tests
+    with simulated(2, memory_bytes=[size + CONTEXT_BYTES + used for size, used in zip(peaks, left, strict=True)]):
+        held = torch.empty(CONTEXT_BYTES, dtype=torch.uint8, device="sim:0")
+        other = torch.empty(CONTEXT_BYTES, dtype=torch.uint8, device="sim:1")
+        model = load(folder, device_map=plan, max_memory=chosen["max_memory"])
+        ids = torch.ones(2, 16, dtype=torch.int64)
+        model.generate(ids, max_new_tokens=8, do_sample=False)
+        del model, held, other
 
 
 @needs_compiler
@@ -265,7 +266,9 @@ def test_a_pass_beyond_the_budget_is_refused_before_it_allocates(device, tmp_pat
     assert torch.equal(model(**inputs_for("llama")).logits, expected)
 
 
-@pytest.mark.parametrize("kind", ["in host memory", "everywhere", "on disk"])
+@pytest.mark.parametrize(
+    "kind", ["everywhere", *(pytest.param(each, marks=pytest.mark.slow) for each in ("in host memory", "on disk"))]
+)
 @torch.no_grad()
 def test_a_model_can_be_saved_and_made_plain_again(kind, device, tmp_path):
     folder = make_checkpoint("llama", tmp_path)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import VOCAB, make_checkpoint
+from families import VOCAB, each_family, make_checkpoint
 from safetensors.torch import save
 
 import bigmodel
@@ -241,7 +241,7 @@ def config_of(family):
     }[family]()
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "qwen3", "mixtral", "gpt2", "phi3", "t5"])
+@pytest.mark.parametrize("family", each_family(["gemma2", "gemma3", "qwen3", "mixtral", "gpt2", "phi3", "t5"]))
 def test_a_config_alone_takes_what_the_model_with_its_weights_takes(family, tmp_path):
     kind, config = config_of(family)
     kind(config).to(torch.bfloat16).save_pretrained(tmp_path / "whole")
