@@ -181,9 +181,9 @@ FAMILIES = (
 QUICK = ("llama", "gemma3", "mixtral", "t5")
 
 
-def each_family(families=FAMILIES):
+def each_family(families=FAMILIES, quick=QUICK):
     """Parameters of a test over families: what is tested of each, the fast suite tests of a few."""
-    return [pytest.param(each, marks=[] if each in QUICK else pytest.mark.slow) for each in families]
+    return [pytest.param(each, marks=[] if each in quick else pytest.mark.slow) for each in families]
 
 
 def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

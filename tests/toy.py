@@ -109,6 +109,6 @@ def streamed_stack(num_blocks: int = 5, num_slots: int = 2, delay_s: float = 0.0
     link = Link(torch.device(device)) if device is not None else None
     lane = [Arena(UNIT_BYTES) if link is None else DeviceMemory(UNIT_BYTES, link) for _ in range(num_slots)]
     streamer = Streamer(units, [lane], store)
-    route = Route(link.device, {}) if link is not None else None
+    route = Route(link.device) if link is not None else None
     attachment = Attachment(model, streamer, sites, {}, check_pass, StreamStats(), refuses_moves=True, route=route)
     return model, reference, attachment, store

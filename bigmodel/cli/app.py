@@ -441,7 +441,7 @@ def _figures(stream: TextStream, stats: StreamStats, start_s: float, end_s: floa
     limit_bytes = plan.limits.get("cpu")
     budget = f" of {format_bytes(limit_bytes)} allowed" if limit_bytes is not None else ""
     parts.append(f"peak memory {format_bytes(peak_bytes)}{budget}")
-    for device in sorted({place.run_on for place in plan.placements} - {"cpu"}):
+    for device in sorted(plan.run_devices - {"cpu"}):
         held = format_bytes(torch.accelerator.max_memory_reserved(torch.device(device)))
         parts.append(f"{device} {held} of {format_bytes(plan.limits[device])} allowed, context not counted")
     return ", ".join(parts)

@@ -33,7 +33,7 @@ class Beginnings:
     def every(self) -> Iterator[tuple[str, Ints]]:
         """Maps that are good by what is known: few devices, what streams spread evenly, links that take turns."""
         devices = self._tables.devices
-        used = {device for choices in self._tables.choices for _, device in choices}
+        used = {choice.run_on for choices in self._tables.choices for choice in choices}
         accelerators = [each for each in self._tables.machine.accelerators if each.device in used]
         speeds = {each.device: each.rates.memory_bytes_per_s for each in accelerators}
         by_speed = sorted(speeds, key=lambda device: (-speeds[device], devices.index(device)))
@@ -47,7 +47,8 @@ class Beginnings:
             self._tables.machine.kind_of(device, limit): device for device, limit in reversed(self._rooms(by_speed))
         }
         groups |= dict.fromkeys((device,) for device in by_speed if device in alike.values())
-        on_host = all(("cpu", "cpu") in numbers or (DISK, "cpu") in numbers for numbers in self._tables.numbers)
+        hosted = {Choice.at("cpu", "cpu"), Choice.at(DISK, "cpu")}
+        on_host = all(not hosted.isdisjoint(numbers) for numbers in self._tables.numbers)
         for group in [*([("cpu",)] if on_host else []), *groups]:
             named = group[0] if len(group) == 1 else f"{len(group)} accelerators"
             ways = {"": [group[0]] * len(self._units)}
@@ -65,13 +66,12 @@ class Beginnings:
                         if begun is None:
                             continue
                         yield f"{named}{way}", begun
-                        hosted = self._run_on_host(begun)
-                        if hosted is not None:
-                            yield f"{named}{way}, what rests in host memory on the cpu", hosted
+                        for told, begun_there in self._run_on_host(begun):
+                            yield f"{named}{way}, what rests in host memory on the cpu{told}", begun_there
 
     def refilled(self, current: Ints, num_slots: int) -> Ints:
         """A map that fits, with more of each kind where it runs, or in host memory, as far as that fits too."""
-        device_of = [self._tables.choice_in(current, u)[1] for u in range(len(current))]
+        device_of = [self._tables.choice_in(current, u).prefill_on for u in range(len(current))]
         for home in ("its device", "cpu"):
             current = self._upgraded(current, device_of, home, num_slots, small_first=True)
         return current
@@ -103,9 +103,10 @@ class Beginnings:
         current = np.zeros(len(self._units), np.int64)
         for u in range(len(self._units)):
             device = device_of[u]
-            ways: list[Choice] = [(DISK, device), ("cpu", device), (device, device), (DISK, "cpu"), ("cpu", "cpu")]
+            hosted = [Choice.at(DISK, "cpu"), Choice.at("cpu", "cpu")]
+            ways = [*(Choice.at(home, device) for home in (DISK, "cpu", device)), *hosted]
             if self._units[u].can_gather:
-                ways = [(DISK, "cpu"), ("cpu", "cpu"), *ways]
+                ways = [*hosted, *ways]
             current[u] = next((self._tables.numbers[u][way] for way in ways if way in self._tables.numbers[u]), 0)
         return current
 
@@ -132,16 +133,13 @@ class Beginnings:
         kinds: dict[tuple[int, str], list[int]] = {}
         for u, unit in enumerate(self._units):
             device = device_of[u]
-            wanted = (device, device) if home == "its device" else ("cpu", device)
-            is_better = wanted in self._tables.numbers[u] and self._tables.choice_in(current, u)[0] in (DISK, "cpu")
-            if (
-                is_better
-                and self._tables.choice_in(current, u) != wanted
-                and not (home == "cpu" and self._tables.choice_in(current, u)[0] == "cpu")
-            ):
+            wanted = Choice.at(device if home == "its device" else home, device)
+            now = self._tables.choice_in(current, u)
+            is_better = wanted in self._tables.numbers[u] and now.home in (DISK, "cpu")
+            if is_better and now != wanted and not home == now.home == "cpu":
                 kinds.setdefault((-unit.slot_bytes if not small_first else unit.slot_bytes, device), []).append(u)
         for (_, device), members in sorted(kinds.items()):
-            wanted = (device, device) if home == "its device" else ("cpu", device)
+            wanted = Choice.at(device if home == "its device" else home, device)
             low, high = 0, len(members) + 1  # as many as fit; all of them first, which need no slots
             best = current
             count = len(members)
@@ -157,13 +155,17 @@ class Beginnings:
             current = best
         return current
 
-    def _run_on_host(self, current: Ints) -> Ints | None:
-        """The same homes, but what rests in host memory runs there too, where that is open."""
-        changed = current.copy()
-        for u in range(len(current)):
-            if self._tables.choice_in(current, u)[0] == "cpu" and ("cpu", "cpu") in self._tables.numbers[u]:
-                changed[u] = self._tables.numbers[u]["cpu", "cpu"]
-        return None if (changed == current).all() else changed
+    def _run_on_host(self, current: Ints) -> Iterator[tuple[str, Ints]]:
+        """The same homes, but what rests in host memory runs there too, in steps or in all passes, where that is open."""
+        for told in (" in steps", ""):
+            changed = current.copy()
+            for u, numbers in enumerate(self._tables.numbers):
+                now = self._tables.choice_in(current, u)
+                there = now._replace(run_on="cpu") if told else Choice.at("cpu", "cpu")
+                if now.home == "cpu" and there in numbers:
+                    changed[u] = numbers[there]
+            if (changed != current).any():
+                yield told, changed
 
     def named(self, limits: Mapping[str, int]) -> Iterator[tuple[str, Ints]]:
         """The maps that have names; what streams in them takes turns on the accelerators."""
@@ -174,7 +176,7 @@ class Beginnings:
             current = np.zeros(len(self._units), np.int64)
             for u, unit in enumerate(self._units):
                 home, device = homes[unit.unit.name], accelerators[u % len(accelerators)]
-                wanted = [(home, home), (home, device), *((home, other) for other in accelerators)]
+                wanted = [Choice.at(home, where) for where in (home, device, *accelerators)]
                 current[u] = next((tables.numbers[u][way] for way in wanted if way in tables.numbers[u]), 0)
             yield name, current
 

@@ -37,6 +37,7 @@ class UnitCost:
         prefill, decode: its work in the workload's first pass, and in one in the middle of what is generated; None where it does
             not run in it.
         kv_bytes: of the cache that it makes, at the workload's last token.
+        can_move_cache: its part of the cache can be told from the others', so that different devices may run it by turns.
         experts: (number, how many of them a token is given to, bytes of each), where it has experts.
     """
 
@@ -54,6 +55,7 @@ class UnitCost:
     prefill: Work | None = NOTHING
     decode: Work | None = NOTHING
     kv_bytes: int = 0
+    can_move_cache: bool = False
     experts: tuple[int, float, int] | None = None
 
 
@@ -79,6 +81,11 @@ class Demand:
     prompt_kv_bytes: int = 0
     prefill_activation_bytes: int = 0
     decode_activation_bytes: int = 0
+
+    @property
+    def prompt_share(self) -> float:
+        """Of the cache at the workload's last token, what is there after the first pass."""
+        return self.prompt_kv_bytes / max(1, self.kv_bytes)
 
     @property
     def total_bytes(self) -> int:

@@ -23,24 +23,26 @@ def explain(plan: Plan) -> str:
     """What each tier holds against its limit, what rests and runs where, how long it takes, what binds, what would help."""
     lines = [line for tier in plan.estimate.peak_bytes for line in _tier(plan, tier)]
     total = format_bytes(plan.weight_bytes)
-    rests: dict[tuple[str, str], list[str]] = {}
-    sizes: dict[tuple[str, str], int] = {}
+    rests: dict[tuple[str, str, str], list[str]] = {}
+    sizes: dict[tuple[str, str, str], int] = {}
     for place in plan.placements:
-        key = (place.home, place.run_on)
+        key = (place.home, place.run_on, place.prefill_on)
         rests.setdefault(key, []).append(place.unit)
         sizes[key] = sizes.get(key, 0) + place.weight_bytes
-    is_on_host = all(place.run_on == "cpu" for place in plan.placements)
-    for (home, run_on), names in rests.items():
+    is_on_host = plan.run_devices <= {"cpu"}
+    for (home, run_on, prefill_on), names in rests.items():
         where = {"cpu": "host memory", "disk": "the checkpoint's files"}.get(home, home)
-        runs = "" if is_on_host or run_on == home else f" and run on {run_on}"
-        lines.append(
-            f"{len(names)} units, {format_bytes(sizes[home, run_on])} of {total}, rest in {where}{runs}: {collapsed(names)}"
-        )
-    from_disk, over_links = plan.streamed_bytes_from("disk"), plan.streamed_bytes_from("cpu")
-    if from_disk:
-        lines.append(f"each pass streams {format_bytes(from_disk)} from disk")
-    if over_links:
-        lines.append(f"each pass streams {format_bytes(over_links)} from host memory")
+        runs = "" if is_on_host or run_on == prefill_on == home else f" and run on {run_on}"
+        if prefill_on != run_on:
+            runs += f", from {plan.prefill_from_tokens} tokens a pass on {prefill_on}"
+        size = format_bytes(sizes[home, run_on, prefill_on])
+        lines.append(f"{len(names)} units, {size} of {total}, rest in {where}{runs}: {collapsed(names)}")
+    for tier, name in (("disk", "disk"), ("cpu", "host memory")):
+        in_step, in_prefill = plan.streamed_bytes_from(tier), plan.streamed_bytes_from(tier, in_prefill=True)
+        if in_step:
+            lines.append(f"each pass streams {format_bytes(in_step)} from {name}")
+        if in_prefill > in_step:
+            lines.append(f"the first pass streams {format_bytes(in_prefill - in_step)} more from {name}")
     return "\n".join([*lines, *_times(plan), *(f"note: {note}" for note in plan.notes)])
 
 
@@ -79,13 +81,17 @@ def holdings(plan: Plan, tier: str) -> list[tuple[str, int]]:
     ring = min(rest, plan.ring_bytes)
     activations = min(rest - ring, plan.activation_bytes)
     workload = plan.workload
+    tokens = f"{workload.num_sequences} x {workload.total_tokens} tokens"
+    if plan.run_devices <= {"cpu"}:
+        running = [(f"KV cache ({tokens})", rest - ring - activations), ("activations", activations)]
+    else:
+        running = [("KV cache and activations of what runs here", rest - ring)]
     return [
         ("weights that stay", plan.resident_bytes),
         slots,
         ("host buffers between disk and accelerators", ring),
         ("read buffers", plan.staging_bytes),
-        (f"KV cache ({workload.num_sequences} x {workload.total_tokens} tokens)", rest - ring - activations),
-        ("activations", activations),
+        *running,
         ("buffers", plan.buffer_bytes),
         ("reserve", plan.reserve_bytes),
     ]

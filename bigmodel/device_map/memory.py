@@ -38,7 +38,7 @@ class Memory:
         granted = self.limits[0] + self.limits[self._unified].sum()
         self.together = min(granted, max(self.limits[0], float(tables.machine.unstated_limit_bytes("cpu"))))
         sizes = np.array([[unit.resident_bytes, unit.slot_bytes] for unit in units], float).reshape(-1, 2)
-        home, run = tables.home, tables.run
+        home = tables.home
         self._resident: Floats = np.where(home == 0, sizes[:, :1], np.where(home > 0, sizes[:, 1:], 0.0))
         kv = np.array([[unit.kv_bytes] for unit in units], float).reshape(-1, 1)
         self._kv: Floats = np.broadcast_to(kv, home.shape)
@@ -51,7 +51,8 @@ class Memory:
         self._kv_beside = max(0, tables.costs.demand.kv_bytes - sum(unit.kv_bytes for unit in units))
         # Rows that are looked up where they rest need no processor's activations.
         gathers = np.array([[unit.can_gather] for unit in units], bool).reshape(-1, 1)
-        self._computes = ~(gathers & (run == 0))
+
+        self._computes = ~(gathers & (tables.run == 0))
 
     def peaks(self, maps: Ints, num_slots: Ints, phase: str | None = None) -> Floats:
         """Bytes at the worst moment: [candidates, devices and disk], in the order of the tables' devices.
@@ -62,11 +63,12 @@ class Memory:
         """
         tables, columns = self._tables, self._columns
         demand = tables.costs.demand
-        kv_share, activation_bytes, device_bytes = _in_phase(demand, phase)
+        kv_share, prefill_bytes, decode_bytes, device_bytes = _in_phase(demand, phase)
         num_maps, num_devices = len(maps), len(tables.devices)
         each = np.arange(num_maps)[:, None]
-        home, run = tables.home[columns, maps], tables.run[columns, maps]
-        fetched, computes = tables.is_fetched[columns, maps], self._computes[columns, maps]
+        home, fetch_to = tables.home[columns, maps], tables.fetch_to[columns, maps]
+        run = [tables.run[number][columns, maps] for number in (0, 1)]
+        fetched = (tables.is_fetched[0] | tables.is_fetched[1])[columns, maps]
 
         def summed(place: Ints, num_places: int, weights: Floats | None = None) -> Floats:
             flat = (each * num_places + place).ravel()
@@ -77,10 +79,15 @@ class Memory:
         peaks: Floats = summed(home % (num_devices + 1), num_devices + 1, self._resident[columns, maps])
         peaks[:, -1] = (self._written * (home == -1)).sum(axis=1)
         if self._has_kv:
-            peaks[:, :-1] += kv_share * summed(run, num_devices, self._kv[columns, maps])
+            kv = self._kv[columns, maps]
+            peaks[:, :-1] += kv_share * summed(run[1], num_devices, kv)
+            if phase != "load" and (run[0] != run[1]).any():
+                visiting: Floats = np.where(run[0] != run[1], kv, 0.0)
+                for d in range(1, num_devices):  # one unit's at a time, and what it grows to
+                    peaks[:, d] += 2 * np.where(run[0] == d, visiting, 0.0).max(axis=1)
         num_lanes = num_devices * tables.num_classes
         # One lane more, for what is in none.
-        lane = np.where(fetched, run * tables.num_classes + self._classes, num_lanes)
+        lane = np.where(fetched, fetch_to * tables.num_classes + self._classes, num_lanes)
         population = summed(lane, num_lanes + 1)[:, :-1]
         largest: Floats = np.zeros(num_maps * (num_lanes + 1))
         np.maximum.at(
@@ -88,12 +95,18 @@ class Memory:
         )
         slots = np.minimum(population, num_slots[:, None]) * largest.reshape(num_maps, -1)[:, :-1]
         peaks[:, :-1] += slots.reshape(num_maps, num_devices, tables.num_classes).sum(axis=2)
-        is_used = summed(run, num_devices, computes.astype(float)) > 0
+        in_prefill, in_decode = (
+            summed(run[number], num_devices, self._computes[number][columns, maps].astype(float)) > 0
+            for number in (0, 1)
+        )
+        is_used = in_prefill | in_decode
         beside = CONTEXT_BYTES + device_bytes + demand.buffer_bytes
         peaks[:, 1:-1] += np.where(is_used[:, 1:], beside, 0.0)
         is_alone = ~is_used[:, 1:].any(axis=1)
         peaks[:, 0] += RESERVE_BYTES + demand.buffer_bytes + self._reading_bytes
-        peaks[:, 0] += np.where(is_used[:, 0] | is_alone, activation_bytes, 0.0)
+        peaks[:, 0] += np.where(
+            in_prefill[:, 0] | is_alone, prefill_bytes, np.where(in_decode[:, 0], decode_bytes, 0.0)
+        )
         peaks[:, 0] += np.where(is_alone, kv_share * self._kv_beside, 0.0)
         if num_devices > 1:
             if self._kv_beside:  # what no unit makes is made where the model begins
@@ -122,16 +135,13 @@ class Memory:
         return total
 
 
-def _in_phase(demand: Demand, phase: str | None) -> tuple[float, int, int]:
-    """Share of the cache that is there, activations on the host, and on an accelerator."""
+def _in_phase(demand: Demand, phase: str | None) -> tuple[float, int, int, int]:
+    """Share of the cache that is there, activations on a host that runs the first pass, or steps alone; on an accelerator."""
     if phase == "load":
-        return 0.0, 0, 0
+        return 0.0, 0, 0, 0
     if phase == "prefill":
-        return (
-            demand.prompt_kv_bytes / max(1, demand.kv_bytes),
-            demand.prefill_activation_bytes,
-            demand.device_activation_bytes,
-        )
+        return demand.prompt_share, demand.prefill_activation_bytes, 0, demand.device_activation_bytes
+    decode_bytes = demand.decode_activation_bytes
     if phase == "decode":
-        return 1.0, demand.decode_activation_bytes, demand.device_activation_bytes
-    return 1.0, demand.activation_bytes, demand.device_activation_bytes
+        return 1.0, decode_bytes, decode_bytes, demand.device_activation_bytes
+    return 1.0, demand.activation_bytes, decode_bytes, demand.device_activation_bytes

@@ -130,9 +130,14 @@ def _units(plan: Plan) -> str:
         width = max(place.weight_bytes, 1) / total * _WIDTH
         how = "looked up row by row" if place.unit in gathers else "streams" if place.home != place.run_on else "stays"
         told = f"{place.unit}: {format_bytes(place.weight_bytes)} in {place.home}, runs on {place.run_on}, {how}"
-        shapes.append(_box(at, 4, max(width - 0.6, 0.4), 44, colours[place.home, place.run_on], told))
+        if place.prefill_on != place.run_on:
+            told += f"; prefill on {place.prefill_on}"
+        shapes.append(_box(at, 4, max(width - 0.6, 0.4), 44, colours[_kind(place)], told))
         at += width
-    legend = {f"{home} → {run_on}" if home != run_on else home: colour for (home, run_on), colour in colours.items()}
+    legend = {}
+    for (home, run_on, prefill_on), colour in colours.items():
+        name = f"{home} → {run_on}" if home != run_on else home
+        legend[f"{name} (prefill → {prefill_on})" if prefill_on != run_on else name] = colour
     return _svg(shapes, 54) + _legend(legend)
 
 
@@ -162,7 +167,7 @@ def _timeline(plan: Plan, steps: Sequence[Step]) -> str:
             phase = "first pass" if step.number == 0 else f"step {step.number}"
             told = f"{place.unit}, {phase}: {format_seconds(begin)} to {format_seconds(finish)}"
             width = max((finish - begin) * scale - 0.3, 0.3)
-            colour = colours[place.home, place.run_on]
+            colour = colours[_kind(place)]
             shapes.append(_box(_LEFT + begin * scale, top + 3, width, _ROW - 6, colour, told))
     bottom = 26 + len(order) * (_ROW + 8)
     for number in range(_PASSES):
@@ -177,10 +182,14 @@ def _timeline(plan: Plan, steps: Sequence[Step]) -> str:
     return _svg(shapes, bottom + 6)
 
 
-def _colours(plan: Plan) -> dict[tuple[str, str], str]:
-    """A colour for each pair of home and run device, in the order in which they come."""
-    pairs = dict.fromkeys((place.home, place.run_on) for place in plan.placements)
-    return {pair: _HOMES[number % len(_HOMES)] for number, pair in enumerate(pairs)}
+def _kind(place: Placement) -> tuple[str, str, str]:
+    return place.home, place.run_on, place.prefill_on
+
+
+def _colours(plan: Plan) -> dict[tuple[str, str, str], str]:
+    """A colour for each way of resting and running, in the order in which they come."""
+    kinds = dict.fromkeys(map(_kind, plan.placements))
+    return {kind: _HOMES[number % len(_HOMES)] for number, kind in enumerate(kinds)}
 
 
 def _unslotted(plan: Plan) -> set[str]:

@@ -169,6 +169,8 @@ class Plan:
         alternatives: the next best maps.
         gains_s: tier -> seconds that the workload would take less with one more GB of it.
         ring_bytes: of the host's buffers between files and accelerators.
+        prefill_from_tokens: a pass of at least so many tokens, in all its sequences, runs where `prefill_on` says, a shorter one
+            where `run_on` does; 0 where both say the same of every unit.
     """
 
     placements: tuple[Placement, ...]
@@ -189,17 +191,26 @@ class Plan:
     alternatives: tuple[Alternative, ...] = ()
     gains_s: Mapping[str, float] = field(default_factory=dict)
     ring_bytes: int = 0
+    prefill_from_tokens: int = 0
 
     @property
     def streamed_bytes(self) -> int:
-        """Weight bytes that are fetched for each pass (rows that are looked up where they rest are not)."""
-        streamed = {name for group in self.slots for name in group.units}
-        return sum(placement.weight_bytes for placement in self.placements if placement.unit in streamed)
+        """Weight bytes that are fetched for each decode step (rows that are looked up where they rest are not)."""
+        return sum(map(self.streamed_bytes_from, {place.home for place in self.placements}))
 
-    def streamed_bytes_from(self, tier: str) -> int:
-        """Those of them that rest in a tier."""
-        streamed = {name for group in self.slots for name in group.units}
-        return sum(place.weight_bytes for place in self.placements if place.unit in streamed and place.home == tier)
+    def streamed_bytes_from(self, tier: str, *, in_prefill: bool = False) -> int:
+        """Those of them that rest in a tier; in a decode step, or in a prefill pass."""
+        has_slot = {name for group in self.slots for name in group.units}
+        return sum(
+            place.weight_bytes
+            for place in self.placements
+            if place.unit in has_slot and place.home == tier != (place.prefill_on if in_prefill else place.run_on)
+        )
+
+    @property
+    def run_devices(self) -> set[str]:
+        """All devices that run something, in any pass."""
+        return {device for place in self.placements for device in (place.run_on, place.prefill_on)}
 
     @property
     def weight_bytes(self) -> int:

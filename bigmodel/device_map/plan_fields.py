@@ -75,6 +75,7 @@ _PLAN = record(
         "alternatives": listed(record({"what": text, "seconds": number(0, _MOST_NUMBER)}, needed=("what", "seconds"))),
         "gains_s": mapped(number(-_MOST_NUMBER, _MOST_NUMBER), key=_TIER),
         "ring_bytes": _SIZE,
+        "prefill_from_tokens": _SIZE,
     },
     needed=_NEEDED,
 )
@@ -87,3 +88,9 @@ def check_plan(fields: Any) -> None:
     for unit, count in times.items():
         if count > 1:
             raise InvalidArgumentError(f"placements has the unit {shown(unit)} {count} times. Place each unit once.")
+    for each in fields["placements"]:
+        if each["run_on"] != each["prefill_on"] and (each["home"], each["run_on"]) != ("cpu", "cpu"):
+            raise InvalidArgumentError(
+                f"{shown(each['unit'])} rests in {each['home']} and runs on {each['run_on']} and on {each['prefill_on']}. Only "
+                "what rests in and runs on the cpu may have another device in prefill_on."
+            )

@@ -31,7 +31,7 @@ def decide(
     limits: Mapping[str, int],
     *,
     homes: Mapping[str, str] | None = None,
-    runs: Mapping[str, str] | None = None,
+    runs: Mapping[str, tuple[str, str]] | None = None,
     all_resident: bool = False,
     allow_cpu_compute: bool = False,
     refuses: bool = True,
@@ -46,7 +46,8 @@ def decide(
         machine: its rates.
         limits: tier -> bytes; an accelerator that is not there is not used.
         homes: unit name -> tier, honoured exactly, but for units that must stay where they run.
-        runs: unit name -> device that runs it, likewise; the planner's choice for units that it does not name.
+        runs: unit name -> devices that run it in a decode step and in the first pass, likewise; the planner's choice for units
+            that it does not name.
         all_resident: every unit rests where it runs, or DoesNotFitError.
         allow_cpu_compute: beside accelerators, whether units may run on the CPU.
         refuses: whether what does not fit is an error; otherwise the plan states what it takes.
@@ -57,11 +58,11 @@ def decide(
     Raises:
         DoesNotFitError: with the tier, what is needed, what there is, and what would do.
     """
-    on_host = allow_cpu_compute or (runs is not None and "cpu" in runs.values())
-    choices = _choices(costs.units, machine, limits, homes, all_resident, on_host)
+    on_host = allow_cpu_compute or (runs is not None and any("cpu" in pair for pair in runs.values()))
+    choices = _choices(costs, machine, limits, homes, all_resident, on_host)
     if runs is not None:
         fixed = [
-            [each for each in open_to if each[1] == runs.get(cost.unit.name, each[1])]
+            [each for each in open_to if each[1:] == runs.get(cost.unit.name, each[1:])]
             for cost, open_to in zip(costs.units, choices, strict=True)
         ]
         choices = [wanted or open_to for wanted, open_to in zip(fixed, choices, strict=True)]
@@ -114,7 +115,6 @@ def advise(plan: Plan, costs: Costs, machine: Machine, *, allow_cpu_compute: boo
     before = _workload_s(plan)
     if before is None or not plan.slots:
         return plan
-    pairs = [(place.home, place.run_on) for place in plan.placements]
     num_slots = max(group.num_slots for group in plan.slots)
     gains = {}
     alike: dict[str, float] = {}  # accelerators that are the same gain the same
@@ -126,21 +126,20 @@ def advise(plan: Plan, costs: Costs, machine: Machine, *, allow_cpu_compute: boo
             gains[tier] = alike[kind]
             continue
         limits = dict(plan.limits) | {tier: plan.limits[tier] + _MORE_BYTES}
-        choices = _choices(costs.units, machine, limits, None, False, allow_cpu_compute)
+        choices = _choices(costs, machine, limits, None, False, allow_cpu_compute)
         tables = Tables(costs, machine, choices)
-        current = [tables.numbers[u][pair] for u, pair in enumerate(pairs)]
+        current = [tables.numbers[u][_choice(place)] for u, place in enumerate(plan.placements)]
         gains[tier] = alike[kind] = max(0.0, before - Search(tables, limits).go_on(current, num_slots).seconds)
     return replace(plan, gains_s=gains, notes=(*plan.notes, *_cpu_gain(plan, costs, machine, before)))
 
 
 def _cpu_gain(plan: Plan, costs: Costs, machine: Machine, before: float) -> tuple[str, ...]:
     """What it would save if units were computed on the CPU too, where that is not allowed."""
-    devices = {place.run_on for place in plan.placements}
-    if devices <= {"cpu"}:
+    if all(place.run_on == place.prefill_on == "cpu" for place in plan.placements):
         return ()
-    choices = _choices(costs.units, machine, plan.limits, None, False, True)
+    choices = _choices(costs, machine, plan.limits, None, False, True)
     tables = Tables(costs, machine, choices)
-    current = [tables.numbers[u][place.home, place.run_on] for u, place in enumerate(plan.placements)]
+    current = [tables.numbers[u][_choice(place)] for u, place in enumerate(plan.placements)]
     num_slots = max((group.num_slots for group in plan.slots), default=1)
     saved = before - Search(tables, plan.limits).go_on(current, num_slots).seconds
     if saved <= _TOLD_APART * before:
@@ -150,7 +149,7 @@ def _cpu_gain(plan: Plan, costs: Costs, machine: Machine, before: float) -> tupl
 
 
 def _choices(
-    units: Sequence[UnitCost],
+    costs: Costs,
     machine: Machine,
     limits: Mapping[str, int],
     homes: Mapping[str, str] | None,
@@ -162,18 +161,23 @@ def _choices(
     accelerators = [
         each.device for each in machine.accelerators if limits.get(each.device, 0) > 0 or each.device in named_homes
     ]
+    unified = {each.device for each in machine.accelerators if each.is_unified}
     devices = [*accelerators, *(["cpu"] if allow_cpu_compute or not accelerators else [])]
+    has_both_phases = costs.workload.num_steps > 0 and costs.workload.prompt_tokens > 1
     choices = []
-    for cost in units:
-        open_to: list[Choice] = [(device, device) for device in devices]
+    for cost in costs.units:
+        open_to = [Choice.at(device, device) for device in devices]
         if not cost.must_stay and not all_resident:
-            open_to += [(home, device) for device in devices for home in ("cpu", DISK) if home != device]
+            open_to += [Choice.at(home, device) for device in devices for home in ("cpu", DISK) if home != device]
+            if "cpu" in devices and has_both_phases and (cost.can_move_cache or not cost.kv_bytes):
+                open_to += [Choice("cpu", "cpu", device) for device in accelerators if device not in unified]
         if cost.can_gather and not all_resident and "cpu" not in devices:
-            open_to += [("cpu", "cpu"), (DISK, "cpu")]  # rows are looked up where they are: no arithmetic
+            # Rows are looked up where they are: no arithmetic.
+            open_to += [Choice.at("cpu", "cpu"), Choice.at(DISK, "cpu")]
         if homes is not None:
             home = homes[cost.unit.name]
-            named = [choice for choice in open_to if choice[0] == home]
-            open_to = named or [choice for choice in open_to if choice[0] == choice[1]]
+            named = [choice for choice in open_to if choice.home == home]
+            open_to = named or [choice for choice in open_to if choice.home == choice.run_on == choice.prefill_on]
         choices.append(open_to)
     return choices
 
@@ -193,13 +197,11 @@ def _plan(
     placements = tuple(
         Placement(
             unit=cost.unit.name,
-            home=home,
-            run_on=device,
-            prefill_on=device,
+            **choice._asdict(),
             weight_bytes=cost.weight_bytes,
             parameters=cost.unit.parameters if cost.is_part else (),
         )
-        for cost, (home, device) in zip(costs.units, chosen, strict=True)
+        for cost, choice in zip(costs.units, chosen, strict=True)
     )
     return Plan(
         placements=placements,
@@ -207,7 +209,7 @@ def _plan(
         workload=costs.workload,
         limits=dict(limits),
         resident_bytes=sum(
-            cost.resident_bytes for cost, (home, _) in zip(costs.units, chosen, strict=True) if home == "cpu"
+            cost.resident_bytes for cost, choice in zip(costs.units, chosen, strict=True) if choice.home == "cpu"
         ),
         buffer_bytes=demand.buffer_bytes,
         staging_bytes=costs.num_readers * max((cost.staging_bytes for cost in costs.units), default=0)
@@ -215,6 +217,7 @@ def _plan(
         kv_bytes=demand.kv_bytes,
         activation_bytes=demand.activation_bytes,
         reserve_bytes=RESERVE_BYTES,
+        prefill_from_tokens=_prefill_from_tokens(tables, chosen),
         ring_bytes=costs.ring_bytes if search.memory.has_ring(maps)[0] else 0,
         estimate=_estimate(tables, search, maps, slots),
         machine=tables.machine.name,
@@ -225,12 +228,34 @@ def _plan(
     )
 
 
+def _prefill_from_tokens(tables: Tables, chosen: Sequence[Choice]) -> int:
+    """Tokens of a pass from which on fetching what steps run on the host takes less time; 0 where nothing changes device.
+
+    What a unit takes is taken to be a line through the first pass and a step.
+    """
+    moving = [u for u, choice in enumerate(chosen) if choice.run_on != choice.prefill_on]
+    if not moving:
+        return 0
+    workload = tables.costs.workload
+    few, many = workload.num_sequences, workload.num_sequences * workload.prompt_tokens
+    both = [[Choice.at("cpu", "cpu"), Choice.at("cpu", choice.prefill_on)] for choice in chosen]
+    either = Tables(tables.costs, tables.machine, both)
+    compute, copied = either.compute[:, moving].sum(axis=1), either.copied_bytes[moving, 1]
+    copying = (copied / either.h2d[either.run[0, moving, 1]]).sum()
+    tokens = np.arange(few + 1, many + 1)
+    share = (tokens - few) / max(1, many - few)
+    on_host, on_device = (compute[1, way] + share * (compute[0, way] - compute[1, way]) for way in (0, 1))
+    is_less = np.maximum(copying, on_device) <= on_host
+    return int(tokens[np.argmax(is_less)]) if is_less.any() else many
+
+
 def _described(tables: Tables, found: Found) -> str:
     """How many units rest where."""
     counts: dict[str, int] = {}
     for u, number in enumerate(found.choices):
-        home, device = tables.choices[u][number]
+        home, device, first = tables.choices[u][number]
         where = f"on {device}" if home == device else f"from {home} to {device}"
+        where += f" (the first pass on {first})" if first != device else ""
         counts[where] = counts.get(where, 0) + 1
     return ", ".join(f"{count} {where}" for where, count in counts.items())
 
@@ -250,8 +275,8 @@ def _groups(tables: Tables, found: Found) -> tuple[SlotGroup, ...]:
     """The lanes that have units, and how many slots each of them has."""
     lanes: dict[tuple[str, int], list[UnitCost]] = {}
     for u, number in enumerate(found.choices):
-        if tables.is_fetched[u, number]:
-            device = tables.choices[u][number][1]
+        if tables.is_fetched[:, u, number].any():
+            device = tables.devices[tables.fetch_to[u, number]]
             lanes.setdefault((device, tables.classes[u]), []).append(tables.costs.units[u])
     return tuple(
         SlotGroup(
@@ -283,8 +308,7 @@ def _estimate(tables: Tables, search: Search, maps: Ints, slots: Ints) -> Estima
             binds[phase] = _named_part(resource, phase, tables, maps) if resource.startswith(COMPUTATION) else resource
     load_s = 0.0
     for u, number in enumerate(maps[0]):
-        home = tables.choices[u][int(number)][0]
-        if home != DISK:
+        if tables.choices[u][int(number)].home != DISK:
             cost = costs.units[u]
             load_s += (cost.read_bytes or cost.weight_bytes) / machine.disk_read_bytes_per_s
     names = [*tables.devices, DISK]
@@ -310,8 +334,9 @@ def _named_part(resource: str, phase: str, tables: Tables, maps: Ints) -> str:
     device = resource.removeprefix(COMPUTATION)
     shares: dict[str, float] = {}
     for u, cost in enumerate(tables.costs.units):
-        work = cost.prefill if phase == "prefill" else cost.decode
-        if work is not None and tables.choices[u][int(maps[0, u])][1] == device:
+        choice = tables.choices[u][int(maps[0, u])]
+        work, ran_on = (cost.prefill, choice.prefill_on) if phase == "prefill" else (cost.decode, choice.run_on)
+        if work is not None and ran_on == device:
             for part, seconds in tables.machine.rates_of(device).shares(work).items():
                 shares[part] = shares.get(part, 0.0) + seconds
     return f"{max(shares, key=lambda part: shares[part])} of {device}" if shares else resource
@@ -322,15 +347,19 @@ def _of_plan(plan: Plan, costs: Costs, machine: Machine) -> tuple[Tables, Search
     if names != known:
         raise DeviceMapError(f"The plan places {len(names)} units, and the costs are of {len(known)} others.")
     devices = {"cpu", DISK, *(each.device for each in machine.accelerators)}
-    strange = {place.home for place in plan.placements} | {place.run_on for place in plan.placements}
+    strange = {name for place in plan.placements for name in _choice(place)}
     if strange - devices:
         raise DeviceMapError(
             f"The plan names {', '.join(sorted(strange - devices))}, and the machine has {', '.join(sorted(devices))}."
         )
-    tables = Tables(costs, machine, [[(place.home, place.run_on)] for place in plan.placements])
+    tables = Tables(costs, machine, [[_choice(place)] for place in plan.placements])
     slots = max((group.num_slots for group in plan.slots), default=1)
     maps = np.zeros((1, len(names)), np.int64)
     return tables, Search(tables, plan.limits), maps, np.array([slots])
+
+
+def _choice(place: Placement) -> Choice:
+    return Choice(place.home, place.run_on, place.prefill_on)
 
 
 def _workload_s(plan: Plan) -> float | None:
@@ -382,7 +411,7 @@ def _too_large(
         size = sum(group.num_slots * group.slot_bytes for group in here)
         parts.append(f"{format_bytes(size)} of slots ({unit})")
     rest = needed - stays - sum(group.num_slots * group.slot_bytes for group in here)
-    if tier == "cpu" and all(place.run_on == "cpu" for place in plan.placements):
+    if tier == "cpu" and all(place.run_on == place.prefill_on == "cpu" for place in plan.placements):
         activations = plan.activation_bytes + plan.buffer_bytes
         parts.append(f"{format_bytes(plan.kv_bytes)} of KV cache")
         parts.append(f"{format_bytes(activations)} of activations and buffers")

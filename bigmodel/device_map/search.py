@@ -19,7 +19,7 @@ from bigmodel.progress import PLANNING, Report
 __all__ = ["Found", "Search"]
 
 # So many maps are all looked at. Beyond, as many unit-passes as this are simulated (1e6 take about 0.4 s).
-_ALL_BELOW = 150_000
+_ALL_BELOW = 320_000
 _MOST_UNIT_PASSES = 8_000_000
 _CHUNK_ELEMENTS = 100_000
 _FROM_BEST = 4
@@ -92,14 +92,14 @@ class Search:
         return total
 
     def fetched_bytes(self, maps: Ints) -> Floats:
-        """That a pass fetches: [candidates]."""
-        fetched: Floats = np.where(self._tables.is_fetched[self._columns, maps], self._slot_bytes, 0.0)
+        """That a decode step fetches: [candidates]."""
+        fetched: Floats = np.where(self._tables.is_fetched[1][self._columns, maps], self._slot_bytes, 0.0)
         total: Floats = fetched.sum(axis=1)
         return total
 
     def unevenness(self, maps: Ints) -> Floats:
         """The squares of the distances from one unit that is fetched to the next, summed: [candidates]."""
-        fetched = self._tables.is_fetched[self._columns, maps]
+        fetched = self._tables.is_fetched[1][self._columns, maps]
         total: Floats = np.zeros(len(maps))
         distance: Floats = np.full(len(maps), np.nan)  # nothing counts before the first one
         for u in [*range(maps.shape[1]), *range(maps.shape[1])]:  # twice around, so that the first one counts too
@@ -152,7 +152,9 @@ class Search:
         same = np.round(seconds / least * 1e11)
         first = np.flatnonzero(same == same.min())  # only there is more to tell
         tied = maps[first]
-        devices = self._tables.run[self._columns, tied].sum(axis=1)  # the first device of those that are alike
+        devices = (
+            self._tables.run[:, self._columns, tied].sum(axis=0).sum(axis=1)
+        )  # the first device of those that are alike
         order = np.lexsort((devices, -num_slots[first], self.unevenness(tied), self.fetched_bytes(tied)))
         ranked = [*first[order], *(number for number in np.argsort(same, kind="stable") if same[number] > same.min())]
         return np.array(ranked, np.int64)

@@ -119,23 +119,27 @@ class _Passes:
         self._num_maps, self._num_units = maps.shape
         choices = np.ascontiguousarray(maps.T)
         rows = np.arange(self._num_units)[:, None]
-        self._run = tables.run[rows, choices]
+        self._run = [tables.run[phase][rows, choices] for phase in (0, 1)]
+        self._fetch_to = tables.fetch_to[rows, choices]
         self._compute = [tables.compute[phase][rows, choices] for phase in (0, 1)]
-        self._fetched = tables.is_fetched[rows, choices]
+        self._fetched = [tables.is_fetched[phase][rows, choices] for phase in (0, 1)]
         self._read_s = tables.read[rows, choices]
-        self._copy_s = tables.copy_seconds(self._run, tables.copied_bytes[rows, choices])
-        self._lanes = self._run * tables.num_classes + np.array(tables.classes, np.int64).reshape(-1, 1)
+        self._copy_s = tables.copy_seconds(self._fetch_to, tables.copied_bytes[rows, choices])
+        self._lanes = self._fetch_to * tables.num_classes + np.array(tables.classes, np.int64).reshape(-1, 1)
         self._num_lanes = len(tables.devices) * tables.num_classes
         flat = self._lanes + np.arange(self._num_maps) * self._num_lanes
-        population = np.bincount(flat[self._fetched], minlength=self._num_maps * self._num_lanes)
-        members = population[flat]
-        self._keeps = members <= num_slots  # a lane that holds all its units fetches each of them once
+        has_slot = self._fetched[0] | self._fetched[1]
+        size = self._num_maps * self._num_lanes
+        members = np.bincount(flat[has_slot], minlength=size)[flat]
+        in_steps = np.bincount(flat[self._fetched[1]], minlength=size)[flat]
+        # A lane that holds all its units fetches each of them once: those of all passes, and those of steps.
+        self._keeps = [members <= num_slots, in_steps <= num_slots]
         self._back = np.minimum(members, num_slots)
         self._order = [np.flatnonzero(tables.runs[phase]).tolist() for phase in (0, 1)]
         self._hop = [self._hops(phase) for phase in (0, 1)]
         # The host's slots are mapped page by page when they are first read into. Fewer slots are not chosen for that: as many
         # are counted as there may be.
-        share = np.where(self._fetched & (self._run == 0), np.minimum(members, MAX_SLOTS) / np.maximum(members, 1), 0.0)
+        share = np.where(has_slot & (self._fetch_to == 0), np.minimum(members, MAX_SLOTS) / np.maximum(members, 1), 0.0)
         slot_bytes = np.array([unit.slot_bytes for unit in tables.costs.units], float)
         self._touching_s = slot_bytes @ share / tables.machine.host_rates.fresh_bytes_per_s
         self._size = self._num_units * self._num_maps
@@ -188,7 +192,7 @@ class _Passes:
                     Step(
                         u,
                         number,
-                        self._tables.devices[int(self._run[u, 0])],
+                        self._tables.devices[int(self._run[phase][u, 0])],
                         _span(begin_read, end_read) if is_read else None,
                         _span(begin_copy, copied[u]) if is_copied else None,
                         (float(begin[0]), float(now[0])),
@@ -205,18 +209,18 @@ class _Passes:
         phase, fetches = min(number, 1), self._fetches(number)
         runs = self._tables.runs[phase][:, None]
         found = {"disk": (self._read_s * fetches.reads).sum(axis=0)}
-        last = self._run[self._order[phase][-1]] if self._order[phase] else np.zeros(self._num_maps, np.int64)
+        run = self._run[phase]
+        last = run[self._order[phase][-1]] if self._order[phase] else np.zeros(self._num_maps, np.int64)
         for d, name in enumerate(self._tables.devices):
-            is_here = self._run == d
-            found[f"link to {name}"] = (self._copy_s * (fetches.copies & is_here)).sum(axis=0)
-            computing: Floats = (self._compute[phase] * (runs & is_here)).sum(axis=0)
+            found[f"link to {name}"] = (self._copy_s * (fetches.copies & (self._fetch_to == d))).sum(axis=0)
+            computing: Floats = (self._compute[phase] * (runs & (run == d))).sum(axis=0)
             found[f"{COMPUTATION}{name}"] = computing + np.where(last == d, self._glue(phase), 0.0)
         return found
 
     def _glue(self, phase: int) -> Floats:
         """What is done outside all units, on the device where the last of them ran."""
         order = self._order[phase]
-        last: Any = self._run[order[-1]] if order else np.zeros(self._num_maps, np.int64)
+        last: Any = self._run[phase][order[-1]] if order else np.zeros(self._num_maps, np.int64)
         seconds: Floats = self._tables.glue[phase][last] if self._num_units else np.zeros(self._num_maps)
         return seconds
 
@@ -225,7 +229,7 @@ class _Passes:
         order = self._order[phase]
         if len(self._tables.devices) == 1 or not order:
             return None
-        run = self._run[order]
+        run = self._run[phase][order]
         hops: Floats = np.zeros(run.shape)
         hops[1:] = self._tables.hop[phase][run[:-1], run[1:]]
         return hops
@@ -250,10 +254,13 @@ class _Passes:
     def _wanted(self, number: int) -> Bools:
         """What is fetched in a pass."""
         runs = self._tables.runs
-        wanted: Bools = self._fetched & runs[min(number, 1)][:, None]
-        if number:  # what ran before is still in its slot, where it is kept
-            has_run = runs[0] | runs[1] if number > 1 else runs[0]
-            wanted = wanted & ~(self._keeps & has_run[:, None])
+        phase = min(number, 1)
+        wanted: Bools = self._fetched[phase] & runs[phase][:, None]
+        if number:  # what was fetched before is still in its slot, where it is kept
+            was_fetched = self._fetched[0] & runs[0][:, None]
+            if number > 1:
+                was_fetched = was_fetched | (self._fetched[1] & runs[1][:, None])
+            wanted = wanted & ~(self._keeps[number > 1] & was_fetched)
         return wanted
 
     def _waits(self, number: int) -> list[Ints | None]:
@@ -267,7 +274,7 @@ class _Passes:
         slot = self._before(self._lanes, self._num_lanes, wanted, earlier, self._back)
         link = None
         if copies.any():
-            link = self._copies_at + self._before(self._run, len(self._tables.devices), copies, copied, 1)
+            link = self._copies_at + self._before(self._fetch_to, len(self._tables.devices), copies, copied, 1)
         self._known.append((wanted, earlier, [slot, link]))
         return [slot, link]
 

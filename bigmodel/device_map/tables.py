@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,18 @@ _HOP_S = 30e-6
 # A row that is looked up in a map of a file: one page from the disk (measured on NVMe: 80-120 us), several at a time.
 _ROW_S = 40e-6
 
-# (home, device that runs it)
-Choice = tuple[str, str]
+
+class Choice(NamedTuple):
+    """Where a unit rests, and what computes it in a decode step and in the first pass."""
+
+    home: str
+    run_on: str
+    prefill_on: str
+
+    @classmethod
+    def at(cls, home: str, device: str) -> Choice:
+        """Computed by one device in all passes."""
+        return cls(home, device, device)
 
 
 def size_classes(units: Sequence[UnitCost]) -> list[int]:
@@ -43,17 +54,20 @@ class Tables:
     Args:
         costs: of the model.
         machine: with its rates.
-        choices: per unit, the (home, run device) pairs that are open to it; a unit runs where it rests, or is fetched.
+        choices: per unit, what is open to it; a unit runs where it rests, or is fetched.
 
     Attributes:
         devices: "cpu", then the machine's accelerators; numbers of devices count in these.
         numbers: per unit, the number of each choice.
         classes: per unit, which of `num_classes` it is of; units of a class and a device share a lane of slots.
-        home, run: [units, choices] number of the device that it rests on (-1 is the disk), and that runs it.
-        is_fetched, is_from_disk: [units, choices].
-        compute: [phases, units, choices] seconds; the phases are prefill and decode.
+        home: [units, choices] number of the device that it rests on; -1 is the disk.
+        run: [phases, units, choices] number of the device that runs it; the phases are prefill and decode.
+        is_fetched: [phases, units, choices].
+        fetch_to: [units, choices] number of the device that it is fetched to, where it is; else of the one that runs it.
+        is_from_disk: [units, choices].
+        compute: [phases, units, choices] seconds.
         read: [units, choices] seconds of the disk.
-        copied_bytes: [units, choices] over the link of the device that runs it.
+        copied_bytes: [units, choices] over the link of the device that it is fetched to.
         runs: [phases, units] whether a unit runs in it.
         glue: [phases, devices] seconds of what is done outside all units.
         hop: [phases, from, to] seconds that the hidden state takes.
@@ -73,8 +87,9 @@ class Tables:
         num_units, widest = len(self.choices), max(map(len, self.choices), default=1)
         shape = (num_units, widest)
         self.home: Ints = np.full(shape, -2, np.int64)
-        self.run: Ints = np.zeros(shape, np.int64)
-        self.is_fetched = np.zeros(shape, bool)
+        self.run: Ints = np.zeros((2, *shape), np.int64)
+        self.is_fetched = np.zeros((2, *shape), bool)
+        self.fetch_to: Ints = np.zeros(shape, np.int64)
         self.is_from_disk = np.zeros(shape, bool)
         self.compute: Floats = np.zeros((2, *shape))
         self.read: Floats = np.zeros(shape)
@@ -87,21 +102,28 @@ class Tables:
             for work in (unit.prefill, unit.decode):
                 alike = {kind: 0.0 if work is None else rates[kind].seconds(work) for kind in set(kinds)}
                 times.append([alike[kind] for kind in kinds])
-            for c, (home, device) in enumerate(self.choices[u]):
-                at = number[device]
-                is_row_lookup = unit.can_gather and home == DISK and device == "cpu"
+            for c, choice in enumerate(self.choices[u]):
+                home = choice.home
                 self.home[u, c] = -1 if home == DISK else number[home]
-                self.run[u, c] = at
-                is_there = home == device or is_row_lookup or (device in unified and home == "cpu")
-                self.is_fetched[u, c] = not is_there
-                self.is_from_disk[u, c] = not is_there and home == DISK
-                for phase in (0, 1):
+                self.fetch_to[u, c] = number[choice.run_on]
+                for phase, device in ((1, choice.run_on), (0, choice.prefill_on)):
+                    at = self.run[phase, u, c] = number[device]
+                    is_row_lookup = unit.can_gather and home == DISK and device == "cpu"
+                    is_there = home == device or is_row_lookup or (device in unified and home == "cpu")
                     self.compute[phase, u, c] = times[phase][at] + (is_row_lookup * _ROW_S * rows[phase])
-                if not is_there:
+                    self.is_fetched[phase, u, c] = not is_there
+                    if is_there:
+                        continue
+                    self.fetch_to[u, c] = at
                     if home == DISK:
+                        self.is_from_disk[u, c] = True
                         self.read[u, c] = (unit.read_bytes or unit.slot_bytes) / machine.disk_read_bytes_per_s
                     if device != "cpu" and device not in unified:
                         self.copied_bytes[u, c] = unit.slot_bytes
+                if choice.run_on != choice.prefill_on and unit.kv_bytes:
+                    # What the prompt left in the cache goes home when the unit is done.
+                    rate = machine.accelerators[number[choice.prefill_on] - 1].h2d_bytes_per_s
+                    self.compute[0, u, c] += _HOP_S + unit.kv_bytes * costs.demand.prompt_share / rate
         self.runs = np.array([[unit.prefill is not None, unit.decode is not None] for unit in costs.units], bool).T
         self.glue: Floats = np.array([[rate.seconds(work) for rate in rates] for work in (costs.prefill, costs.decode)])
         self.hop = self._hops(rows)
@@ -111,19 +133,19 @@ class Tables:
         """What a map says of a unit."""
         return self.choices[unit][int(current[unit])]
 
-    def copy_seconds(self, run: Ints, copied_bytes: Floats) -> Floats:
+    def copy_seconds(self, fetch_to: Ints, copied_bytes: Floats) -> Floats:
         """What units take on their links; links that are used together share what they reach together, by their own rates.
 
         Args:
-            run, copied_bytes: [units, maps].
+            fetch_to, copied_bytes: [units, maps].
         """
-        seconds: Floats = copied_bytes / self.h2d[run]
+        seconds: Floats = copied_bytes / self.h2d[fetch_to]
         together = self.machine.h2d_bytes_per_s_all
         if not np.isfinite(together) or len(self.devices) < 3:
             return seconds
-        asked: Floats = np.zeros(run.shape[1])
+        asked: Floats = np.zeros(fetch_to.shape[1])
         for d in range(1, len(self.devices)):
-            is_used = ((run == d) & (copied_bytes > 0)).any(axis=0)
+            is_used = ((fetch_to == d) & (copied_bytes > 0)).any(axis=0)
             asked += np.where(is_used & np.isfinite(self.h2d[d]), self.h2d[d], 0.0)
         shared: Floats = seconds * np.maximum(1.0, asked / together)
         return shared

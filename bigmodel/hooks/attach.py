@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from bigmodel.errors import ForkedError, GradientRefusedError, MoveRefusedError, StreamingError
-from bigmodel.hooks.hops import Hops, Route, SiteHops, first_device, moved
+from bigmodel.hooks.hops import Hops, Phase, Route, SiteHops, first_device, moved
 from bigmodel.hooks.stats import StreamStats
 from bigmodel.hooks.streamer import Streamer
 
@@ -31,8 +31,9 @@ PICKLE_REFUSED = (
     "A model whose weights stream, or whose passes are checked against a budget, cannot be pickled. Use "
     "bigmodel.save(model, folder)."
 )
-# Looks at a pass before it begins and raises DoesNotFitError when it would not fit; "" is the root's name.
-PassCheck = Callable[[str, nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
+# Looks at a pass before it begins: says of which phase it is, and raises DoesNotFitError when it would not fit; "" is the root's
+# name.
+PassCheck = Callable[[str, nn.Module, tuple[Any, ...], Mapping[str, Any]], Phase]
 
 
 class Attachment:
@@ -74,19 +75,24 @@ class Attachment:
         self._pass_s = 0.0
         self._main = route.main if route is not None else None
         self._hops = Hops()
+        self._site_hops: list[tuple[weakref.ref[nn.Module], SiteHops]] = []
         self._came_from: torch.device | None = None  # the inputs of the pass under way
         self._handles: list[RemovableHandle] = []
-        runs = {module: device for module, device, _ in route.sites.values()} if route is not None else {}
+        ways = {} if route is None else {module: route.ways_of(name) for name, module in route.modules.items()}
         self._loaded = {id(parameter) for parameter in model.parameters()}  # as long as it lives
         for number, modules in sites.items():
             for name, module in modules:
-                hook = _UnitHook(self, number, name, runs.get(module, self._main))
+                devices = {phase: site.device for phase, site in ways[module].items()} if module in ways else {}
+                if not devices and self._main is not None:
+                    devices = dict.fromkeys(Phase, self._main)
+                hook = _UnitHook(self, number, name, devices)
                 self._handles.append(module.register_forward_pre_hook(hook.enter, prepend=True, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(hook.leave, always_call=True))
-        for module, device, after in route.sites.values() if route is not None else ():
-            hops = SiteHops(self._hops, device, after)
+        for module, way in ways.items():
+            hops = SiteHops(self._hops, module, way)
+            self._site_hops.append((weakref.ref(module), hops))
             self._handles.append(module.register_forward_pre_hook(hops.enter, prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(hops.leave))
+            self._handles.append(module.register_forward_hook(hops.leave, with_kwargs=True))
         # After the units' own hooks, so that a root that is a unit begins its pass first and ends it last.
         for name, module in {**entries, "": model}.items():
             begin = functools.partial(self._begin_pass, name)
@@ -108,6 +114,10 @@ class Attachment:
             if self._streamer is not None:
                 self._finalizer.detach()
                 self._streamer.close()
+            for reference, hops in self._site_hops:
+                module = reference()
+                if module is not None:
+                    hops.move_buffers(module)
             if model is not None:
                 model.__dict__.pop("_apply", None)
 
@@ -149,9 +159,10 @@ class Attachment:
         self._lock.depth = 1
         try:
             if self._check_pass is not None:
-                self._check_pass(entry, module, args, kwargs)
+                self._hops.phase = self._check_pass(entry, module, args, kwargs)
             if self._streamer is not None:
                 self._streamer.reset()
+                self._streamer.turn_to(self._hops.phase)
         except BaseException:
             self._opener = None
             self._lock.release()
@@ -174,6 +185,9 @@ class Attachment:
         self._opener = None
         try:
             self._hops.forget()
+            self._hops.phase = Phase.STEP  # which mostly comes next
+            if self._streamer is not None:
+                self._streamer.turn_to(Phase.STEP)
             return moved(output, self._came_from) if self._main is not None and self._came_from is not None else None
         finally:
             self._lock.release()
@@ -189,12 +203,13 @@ class Attachment:
 class _UnitHook:
     """Enter and leave for one module of one unit."""
 
-    __slots__ = ("_attachment", "_device", "_name", "_num_known", "_number", "_streamer")
+    __slots__ = ("_added_on", "_attachment", "_devices", "_name", "_num_known", "_number", "_streamer")
 
-    def __init__(self, attachment: Attachment, number: int, name: str, device: torch.device | None) -> None:
+    def __init__(self, attachment: Attachment, number: int, name: str, devices: Mapping[Phase, torch.device]) -> None:
         assert attachment._streamer is not None
-        self._device = device  # an accelerator, or None
+        self._devices = devices  # none, where all runs on the host
         self._num_known = 0
+        self._added_on: torch.device | None = None
         self._attachment: Attachment | None = attachment
         self._number, self._name = number, name
         self._streamer = attachment._streamer
@@ -203,6 +218,11 @@ class _UnitHook:
         attachment = self._attachment
         if attachment is None:
             return
+        phase = attachment._hops.phase
+        if phase in self._devices:
+            self._bring_added(module, self._devices[phase], attachment._loaded)
+        if not self._streamer.is_fetched(self._number, phase):
+            return
         attachment._refuse_fork()
         if torch.is_grad_enabled():
             self._refuse_gradients(module, args, kwargs)
@@ -210,8 +230,6 @@ class _UnitHook:
         attachment._lock.acquire()
         try:
             self._streamer.enter(self._number)
-            if self._device is not None:
-                self._bring_added(module, self._device, attachment._loaded)
         finally:
             if not self._streamer.is_entered(self._number):
                 attachment._lock.release()
@@ -228,8 +246,8 @@ class _UnitHook:
     def _bring_added(self, module: nn.Module, device: torch.device, loaded: Collection[int]) -> None:
         """Parameters that somebody added (adapters) were made where the unit's weights rest: they stay where it runs."""
         parameters = list(module.parameters())
-        if len(parameters) != self._num_known:
-            self._num_known = len(parameters)
+        if (len(parameters), device) != (self._num_known, self._added_on):
+            self._num_known, self._added_on = len(parameters), device
             for parameter in parameters:
                 if id(parameter) not in loaded and parameter.device != device:
                     parameter.data = parameter.data.to(device)

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import enum
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["Hops", "Route", "SiteHops", "first_device", "moved"]
+from bigmodel.hooks.caches import cache_layers_of, move_cache
+
+__all__ = ["Hops", "Phase", "Route", "Site", "SiteHops", "first_device", "moved"]
+
+
+class Phase(enum.Enum):
+    """What kind of pass: of many tokens, or of few."""
+
+    PREFILL = enum.auto()
+    STEP = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What runs one module.
+
+    Attributes:
+        device: that runs it.
+        after: where its output goes; None leaves it there.
+    """
+
+    device: torch.device
+    after: torch.device | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +42,20 @@ class Route:
 
     Attributes:
         main: where a pass begins and what is outside all units is done.
-        sites: module name -> (module, device that runs it, where its output goes; None leaves it there).
+        modules: name -> module, of those that need hops.
+        sites: name -> where it runs in a step.
+        prefill_sites: the same for a prefill pass, where that differs for some.
     """
 
     main: torch.device
-    sites: Mapping[str, tuple[nn.Module, torch.device, torch.device | None]]
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    sites: Mapping[str, Site] = field(default_factory=dict)
+    prefill_sites: Mapping[str, Site] = field(default_factory=dict)
+
+    def ways_of(self, name: str) -> dict[Phase, Site]:
+        """Where a module runs, by phase."""
+        step = self.sites.get(name, Site(self.main))
+        return {Phase.STEP: step, Phase.PREFILL: self.prefill_sites.get(name, step)}
 
 
 class Hops:
@@ -31,9 +63,13 @@ class Hops:
 
     What several units are given in one pass (positions, masks) crosses to each device once: it is remembered as long as the
     tensor that it was made from is alive. Caches and other objects are handed on as they are.
+
+    Attributes:
+        phase: of the pass under way; between passes, of the one that is expected.
     """
 
     def __init__(self) -> None:
+        self.phase = Phase.STEP
         self._known: dict[tuple[int, torch.device], tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
 
     def to(self, value: Any, device: torch.device) -> Any:
@@ -120,15 +156,40 @@ def first_device(values: Any) -> torch.device | None:
 
 
 class SiteHops:
-    """The hooks of one module: its inputs go to `device`; its output to `after`, where that is stated."""
+    """The hooks of one module: its inputs go to the device that runs it, its output to where the next ones are.
 
-    __slots__ = ("_after", "_device", "_hops")
+    Where phases run it on different devices, its part of the cache is at home on the device of steps: a prefill pass brings
+    it along, and takes it back when the module is done. Its buffers follow it.
+    """
 
-    def __init__(self, hops: Hops, device: torch.device, after: torch.device | None) -> None:
-        self._hops, self._device, self._after = hops, device, after
+    __slots__ = ("_buffers_on", "_hops", "_layers", "_ways")
+
+    def __init__(self, hops: Hops, module: nn.Module, ways: Mapping[Phase, Site]) -> None:
+        self._hops, self._ways = hops, dict(ways)
+        devices = {site.device for site in ways.values()}
+        self._layers: Collection[int] | None = cache_layers_of(module) if len(devices) > 1 else None
+        self._buffers_on = ways[Phase.STEP].device
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return self._hops.to(args, self._device), self._hops.to(kwargs, self._device)
+        device = self._ways[self._hops.phase].device
+        if self._layers is not None:
+            move_cache((args, kwargs), self._layers, device)
+            self.move_buffers(module, device)
+        return self._hops.to(args, device), self._hops.to(kwargs, device)
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return moved(output, self._after) if self._after is not None else None
+    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self._layers is not None:
+            move_cache((args, kwargs), self._layers, self._ways[Phase.STEP].device)
+        after = self._ways[self._hops.phase].after
+        return moved(output, after) if after is not None else None
+
+    def move_buffers(self, module: nn.Module, device: torch.device | None = None) -> None:
+        """Put the module's buffers on a device; on the one of steps, where none is named."""
+        device = device or self._ways[Phase.STEP].device
+        if device == self._buffers_on:
+            return
+        for each in module.modules():
+            for key, buffer in each._buffers.items():
+                if buffer is not None:
+                    each._buffers[key] = buffer.to(device)
+        self._buffers_on = device

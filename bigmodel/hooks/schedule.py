@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 __all__ = ["Schedule"]
 
@@ -18,15 +18,16 @@ class Schedule:
     encoder to its decoder, and a branch that was taken to the branch taken last. A wrong guess costs time, never correctness.
 
     Args:
-        num_units: units are numbered from 0 in order of definition.
+        units: their numbers, in order of definition.
     """
 
-    def __init__(self, num_units: int) -> None:
-        self._num_units = num_units
+    def __init__(self, units: Sequence[int]) -> None:
+        self._units = list(units)
+        self._place = {unit: place for place, unit in enumerate(units)}
         self._history: list[int] = []
         self._last_seen: dict[tuple[int, ...], int] = {}
         # Long enough for a pass in which units are used several times; then the older half is forgotten.
-        self._keep = max(64, 8 * num_units)
+        self._keep = max(64, 8 * len(units))
 
     def entered(self, unit: int) -> None:
         """Note that `unit` is entered now."""
@@ -43,11 +44,12 @@ class Schedule:
         """The next entries, the soonest first; at most `num_units`, with repetitions where a unit comes twice."""
         context = self._history[-_CONTEXT:]
         position: int | None = None
-        for _ in range(num_units):
+        for _ in range(num_units if self._units else 0):
             if position is None or position >= len(self._history):
                 position = self._find(context)
             if position is None:
-                following = (context[-1] + 1) % self._num_units if context else 0
+                after = self._place.get(context[-1], -1) + 1 if context else 0
+                following = self._units[after % len(self._units)]
             else:
                 following = self._history[position]
                 position += 1

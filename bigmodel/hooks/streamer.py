@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.profiler import record_function
 
 from bigmodel.errors import StreamingError
+from bigmodel.hooks.hops import Phase
 from bigmodel.hooks.schedule import Schedule
 from bigmodel.hooks.slots import Binding, Slot, SlotState, views_of
 from bigmodel.hooks.stats import StreamStats
@@ -31,12 +32,14 @@ class StreamedUnit:
         bindings: its parameters.
         places: parameter name -> first byte in a slot.
         lane: number of the lane whose slots it takes turns in.
+        phases: in which it is fetched; in others it runs where it rests.
     """
 
     name: str
     bindings: Sequence[Binding]
     places: Mapping[str, int]
     lane: int
+    phases: Collection[Phase] = tuple(Phase)
     slot: Slot | None = None
     depth: int = 0
     is_bound: bool = False
@@ -60,7 +63,10 @@ class Streamer:
         self._units = units
         self._lanes = [[Slot(memory) for memory in lane] for lane in lanes]
         self._store = store
-        self._schedule = Schedule(len(units))
+        self._schedule = Schedule(range(len(units)))
+        self._schedules = dict.fromkeys(Phase, self._schedule)
+        if any(Phase.STEP not in unit.phases for unit in units):  # then steps have an order of their own
+            self._schedules[Phase.STEP] = Schedule([n for n, unit in enumerate(units) if Phase.STEP in unit.phases])
         self._is_closed = False
         self.stall_s = 0.0
         self.num_reads = self.read_bytes = self.copied_bytes = self.num_hits = self.num_misses = 0
@@ -68,6 +74,16 @@ class Streamer:
         for number, unit in enumerate(units):
             for slot in self._lanes[unit.lane]:
                 slot.views[number] = views_of(unit.bindings, unit.places, slot.memory)
+
+    def turn_to(self, phase: Phase) -> None:
+        """Expect the units of a pass of that phase from now on."""
+        if self._schedules[phase] is not self._schedule:
+            self._schedule = self._schedules[phase]
+            self.prefetch()
+
+    def is_fetched(self, number: int, phase: Phase) -> bool:
+        """Whether a unit is fetched in passes of a phase."""
+        return phase in self._units[number].phases
 
     def enter(self, number: int) -> None:
         """Make a unit's weights be there: wait for them, bind them, and issue what comes next.

@@ -20,7 +20,7 @@ from bigmodel.device_map.plan import Plan
 from bigmodel.device_map.unit import Unit
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.hooks.attach import Attachment, PassCheck
-from bigmodel.hooks.hops import Route
+from bigmodel.hooks.hops import Phase, Route
 from bigmodel.hooks.slots import Binding, DataBinding, EntryBinding
 from bigmodel.hooks.stats import StreamStats
 from bigmodel.hooks.streamer import StreamedUnit, Streamer
@@ -164,7 +164,8 @@ class Assembly:
             early: a load under way that can give every weight, where the plan keeps all of them.
             unified: accelerators that share the host's memory: what rests on the host rests with them.
         """
-        runs = run_devices(plan)
+        # Where a unit is fetched to, or runs where it rests: what runs on the host in steps alone is fetched in prefill passes.
+        runs = run_devices(plan, Phase.PREFILL)
         homes = {placement.unit: placement.home for placement in plan.placements}
         crossing_units = [unit for unit in units if homes[unit.name] != "disk" and runs[unit.name].type != "cpu"]
         at = {name: unit.name for unit in units for name in unit.parameters}
@@ -206,8 +207,10 @@ class Assembly:
             for unit in crossing_units:
                 self._move_initialised(unit.parameters, runs[unit.name])
             self._place(load.finish() if early is None else load.give(staying))
-            devices = site_devices(self._model, plan, units, unified)
-            route = route_of(self._model, units, devices)
+            devices, prefill_devices = (
+                site_devices(self._model, plan, units, unified, phase) for phase in (Phase.STEP, Phase.PREFILL)
+            )
+            route = route_of(self._model, units, devices, prefill_devices)
             if route is not None:
                 move_buffers(self._model, devices, route.main)
             streamer = self._streamer(plan, units, layouts, slabs, places, bindings, links, reader)
@@ -236,7 +239,7 @@ class Assembly:
         )
         if is_elsewhere:
             is_streamed = streamer is not None or bool(away)
-            state.compile_before = mark_dispatched(self._model, units, runs, is_streamed=is_streamed)
+            state.compile_before = mark_dispatched(self._model, units, run_devices(plan), is_streamed=is_streamed)
 
     def _attach(
         self,
@@ -267,7 +270,7 @@ class Assembly:
 
     def _layouts(self, plan: Plan, units: Sequence[Unit], away: Mapping[str, Source]) -> dict[str, Layout]:
         """Unit name -> its layout in a slot, for those that stream from files."""
-        runs = run_devices(plan)
+        runs = run_devices(plan, Phase.PREFILL)
         found = {}
         for unit in _streamed(plan, units):
             sources = [away[name] for name in unit.parameters if name in away]
@@ -377,11 +380,15 @@ class Assembly:
                     slabs[name].numel() if name in slabs else layouts[name].device_bytes for name in group.units
                 )
                 lanes.append([DeviceMemory(nbytes, links[device]) for _ in range(group.num_slots)])
+        steps = run_devices(plan)
+        homes = {place.unit: place.home for place in plan.placements}
         streamed = []
         for unit in units:
+            rests = homes[unit.name] == str(steps[unit.name])
+            phases = (Phase.PREFILL,) if rests else tuple(Phase)
             names = [name for name in unit.parameters if name in bindings]
             own = [bindings[name] for name in names]
-            streamed.append(StreamedUnit(unit.name, own, places[unit.name], lane_of[unit.name]))
+            streamed.append(StreamedUnit(unit.name, own, places[unit.name], lane_of[unit.name], phases))
         return Streamer(streamed, lanes, Tiers(stores))
 
     def _replace(self, name: str, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:

@@ -21,7 +21,7 @@ from bigmodel.device_map.simulation import Step
 from bigmodel.device_map.unit import Unit
 from bigmodel.errors import DeviceMapError, DoesNotFitError, join_some
 from bigmodel.loading.divisions import Divisions
-from bigmodel.loading.pass_limit import PassLimit
+from bigmodel.loading.pass_limit import PassLimit, shares_of
 from bigmodel.progress import Report
 
 __all__ = ["Decider", "Decision", "DeviceMap", "refuse_unknown"]
@@ -134,18 +134,19 @@ class _Problem:
         named = set(homes.values()) - {"cpu", "disk"}
         return {tier: size for tier, size in self._limits.items() if not named or tier in named | {"cpu", "disk"}}
 
-    def _runs_of_parts(self, units: Sequence[Unit], homes: Mapping[str, str]) -> dict[str, str]:
+    def _runs_of_parts(self, units: Sequence[Unit], homes: Mapping[str, str]) -> dict[str, tuple[str, str]]:
         """Parts of one module run where one of them rests on an accelerator; on the first there is, where none does."""
         limits = self._limits_of(homes)
         usable = [each.device for each in self._machine.accelerators if limits.get(each.device, 0) > 0]
         at_sites: dict[tuple[str, ...], list[str]] = {}
         for unit in units:
             at_sites.setdefault(unit.sites, []).append(unit.name)
-        runs: dict[str, str] = {}
+        runs: dict[str, tuple[str, str]] = {}
         for parts in at_sites.values():
             if len(parts) > 1 and usable:
                 own = [homes[name] for name in parts if homes[name] not in ("cpu", "disk")]
-                runs |= dict.fromkeys(parts, own[0] if own else usable[0])
+                device = own[0] if own else usable[0]
+                runs |= dict.fromkeys(parts, (device, device))
         return runs
 
     def _by_name(self, name: str, units: Sequence[Unit], whole_units: Collection[str]) -> Plan:
@@ -244,7 +245,7 @@ class Decider:
             elif measured.reason:
                 plan = replace(plan, notes=(*plan.notes, _STEP_GUESSED.format(reason=measured.reason)))
             shapes = self._divisions.planned_shapes(workload)
-            shares = _kv_shares(plan, problem.costs_of(units))
+            shares = shares_of(plan, problem.costs_of(units))
             return Decision(plan, units, PassLimit(measured, plan, self._divisions.trial, shapes, shares))
 
         if isinstance(device_map, Plan):
@@ -319,8 +320,8 @@ class Decider:
             )
         units, whole = self._divisions.of_plan(plan)
         homes = {placement.unit: placement.home for placement in plan.placements}
-        runs = {placement.unit: placement.run_on for placement in plan.placements}
-        missing = sorted({*homes.values(), *runs.values()} - {*problem.tiers})
+        runs = {placement.unit: (placement.run_on, placement.prefill_on) for placement in plan.placements}
+        missing = sorted({*homes.values(), *plan.run_devices} - {*problem.tiers})
         if missing:
             raise DeviceMapError(
                 f"The plan uses {', '.join(missing)}, and there is {', '.join(sorted(problem.tiers))} here. Make one for this "
@@ -328,7 +329,7 @@ class Decider:
             )
         # Decided again with these homes: the plan's own figures may be of another dtype, workload or machine.
         max_slots = max((group.num_slots for group in plan.slots), default=1)
-        on_host = set(runs.values()) == {"cpu"}
+        on_host = plan.run_devices == {"cpu"}
         followed = problem.settle(units, whole, homes=homes, runs=runs, max_slots=max_slots, on_host=on_host)
         if plan.rates_from and (plan.machine, plan.rates_from) != (followed.machine, followed.rates_from):
             note = f"it was made for {plan.machine} (rates: {plan.rates_from}); the times here are for this machine"
@@ -355,28 +356,17 @@ def _brought_together(plan: Plan, groups: Sequence[tuple[str, ...]]) -> dict[str
     """Homes and devices such that units which one module uses at once run where the largest of them does; None where they do."""
     places = {place.unit: place for place in plan.placements}
     homes = {name: place.home for name, place in places.items()}
-    runs = {name: place.run_on for name, place in places.items()}
+    runs = {name: (place.run_on, place.prefill_on) for name, place in places.items()}
+    before = dict(runs)
     for group in groups:
-        largest = max(group, key=lambda name: places[name].weight_bytes)
+        if len({runs[name] for name in group}) == 1:
+            continue
+        _, device = runs[max(group, key=lambda name: places[name].weight_bytes)]
         for name in group:
-            if homes[name] == runs[name]:
-                homes[name] = runs[largest]
-            runs[name] = runs[largest]
-    are_together = all(runs[name] == place.run_on for name, place in places.items())
-    return None if are_together else {"homes": homes, "runs": runs}
-
-
-def _kv_shares(plan: Plan, costs: Costs) -> dict[str, float]:
-    """Device that runs units -> its part of the KV cache; what no unit makes is made where a pass begins."""
-    held: dict[str, int] = {}
-    for place, cost in zip(plan.placements, costs.units, strict=True):
-        if not (cost.can_gather and place.run_on == "cpu"):  # rows are looked up for nothing
-            held[place.run_on] = held.get(place.run_on, 0) + cost.kv_bytes
-    held = held or {"cpu": 0}
-    first = next((device for device in held if device != "cpu"), "cpu")
-    held[first] += max(0, costs.demand.kv_bytes - sum(held.values()))
-    total = sum(held.values())
-    return {device: size / total if total else 1.0 / len(held) for device, size in held.items()}
+            if homes[name] in runs[name]:
+                homes[name] = device
+            runs[name] = device, device
+    return None if runs == before else {"homes": homes, "runs": runs}
 
 
 def _slots_share(plan: Plan) -> float:

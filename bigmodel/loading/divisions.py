@@ -17,6 +17,7 @@ from bigmodel.device_map.rates import NOTHING, Work
 from bigmodel.device_map.trial import Trial
 from bigmodel.device_map.unit import Unit, find_units
 from bigmodel.errors import DeviceMapError
+from bigmodel.hooks.caches import cache_layer_of
 from bigmodel.loading.assembly import layout_of
 from bigmodel.models import Skeleton, example_inputs
 from bigmodel.offload.arena import ALIGN_BYTES
@@ -140,7 +141,9 @@ class Divisions:
     ) -> Costs:
         """What is to be placed: the units of a division, and what is beside them."""
         model = self._skeleton.model
-        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        modules = dict(model.named_modules(remove_duplicate=False))
+        names = list(modules)
+        keeping = [name for name, module in modules.items() if cache_layer_of(module) is not None]
         # Parts of a unit that a map divides run together: the first one's work is all of it.
         at_sites = {unit.sites: unit for unit in reversed(units)}
         works, beside = work_of_units(measured, list(at_sites.values()), names)
@@ -160,6 +163,7 @@ class Divisions:
                     prefill=work.prefill,
                     decode=work.decode,
                     kv_bytes=work.kv_bytes,
+                    can_move_cache=any(_is_in(name, unit.sites) for name in keeping),
                     experts=(experts[0].num_experts, experts[0].num_routed, round(experts[0].expert_bytes))
                     if experts
                     else None,

@@ -14,13 +14,15 @@ from torch import nn
 
 from bigmodel.device_map.cost import ModelCosts
 from bigmodel.device_map.counter import NotTriedError, tensors_in
+from bigmodel.device_map.demand import Costs
 from bigmodel.device_map.plan import Plan
 from bigmodel.device_map.trial import Trial, like
 from bigmodel.errors import DoesNotFitError
+from bigmodel.hooks.hops import Phase
 from bigmodel.offload.spill import trim_heap
 from bigmodel.units import format_bytes
 
-__all__ = ["PassLimit"]
+__all__ = ["PassLimit", "Share", "shares_of"]
 
 logger = logging.getLogger("bigmodel.loading")
 
@@ -35,6 +37,19 @@ _REMEMBERED = 256
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """One device's part in passes.
+
+    Attributes:
+        of_kv: of the KV cache, which a pass leaves or brings there.
+        phases: in which it runs units.
+    """
+
+    of_kv: float
+    phases: frozenset[Phase]
+
+
+@dataclass(frozen=True, slots=True)
 class PassLimit:
     """Refuses a pass beyond the planned workload that would not fit; called before anything is allocated.
 
@@ -46,18 +61,18 @@ class PassLimit:
         plan: what there is.
         trial: of the model.
         planned: name -> shape of the inputs that the workload's passes were tried with.
-        kv_shares: device that runs units -> its part of the KV cache.
+        shares: of the devices that run units.
     """
 
     costs: ModelCosts
     plan: Plan
     trial: Trial
     planned: Mapping[str, tuple[int, ...]]
-    kv_shares: Mapping[str, float]
+    shares: Mapping[str, Share]
     _seen: dict[object, int] = field(default_factory=dict)
 
-    def __call__(self, entry: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Look at a call.
+    def __call__(self, entry: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Phase:
+        """Look at a call, and say what kind of pass it is.
 
         Args:
             entry: the module's name in the model; "" for the root.
@@ -70,14 +85,15 @@ class PassLimit:
         given = _named(module, args, kwargs)
         shape = _token_shape(given)
         others = self._unplanned(given, shape)
+        phase = self._phase_of(given, shape)
         workload = self.plan.workload
         if shape is None or others:
             needed = self._try(entry, args, kwargs, given)
             said = ", ".join(f"{name} {_told(given[name])}" for name in given if name not in _CACHES)
             self._refuse_beyond(
-                0, needed, f"A pass with {said} needs {format_bytes(needed)}", "Make its inputs smaller"
+                phase, 0, needed, f"A pass with {said} needs {format_bytes(needed)}", "Make its inputs smaller"
             )
-            return
+            return phase
         batch_size, num_tokens, past_tokens, total = shape
         if not past_tokens:
             trim_heap()  # a new sequence: what the last one's cache left in the heap is given back before this one's comes
@@ -86,16 +102,30 @@ class PassLimit:
             and total <= workload.total_tokens
             and num_tokens <= workload.prompt_tokens
         ):
-            return
+            return phase
         kv_bytes = self.costs.kv_bytes(batch_size, total)
         activation_bytes = self.costs.activation_bytes(batch_size, num_tokens, past_tokens)
         self._refuse_beyond(
+            phase,
             kv_bytes,
             activation_bytes,
             f"A pass of {batch_size} x {num_tokens} tokens after {past_tokens} needs {format_bytes(kv_bytes)} of KV cache "
             f"and {format_bytes(activation_bytes)} of activations",
             f"Load with workload=Workload(batch_size={batch_size}, prompt_tokens={max(1, total)})",
         )
+        return phase
+
+    def _phase_of(self, given: Mapping[str, Any], shape: _Shape | None) -> Phase:
+        """A pass of as many tokens as the plan says is a prefill; so is one of other inputs."""
+        if not self.plan.prefill_from_tokens:
+            return Phase.STEP
+        if shape is None:
+            return Phase.PREFILL
+        batch_size, num_tokens, past_tokens, _ = shape
+        if not past_tokens:  # states of an encoder go into the cache in the decoder's first pass
+            encoded = [each.shape[1] for each in tensors_in(given.get("encoder_outputs")) if each.ndim == 3]
+            num_tokens = max([num_tokens, *encoded])
+        return Phase.PREFILL if batch_size * num_tokens >= self.plan.prefill_from_tokens else Phase.STEP
 
     def _unplanned(self, given: Mapping[str, Any], shape: _Shape | None) -> list[str]:
         """Names of inputs that are no tokens, go with none, and are larger than what was tried."""
@@ -142,12 +172,13 @@ class PassLimit:
             self._seen[key] = needed
         return self._seen[key]
 
-    def _refuse_beyond(self, kv_bytes: int, other_bytes: int, what: str, advice: str) -> None:
+    def _refuse_beyond(self, phase: Phase, kv_bytes: int, other_bytes: int, what: str, advice: str) -> None:
         """Refuse what some device that runs units has not left, beside what always rests there."""
-        for device, share in self.kv_shares.items():
-            needed, available = math.ceil(share * kv_bytes) + other_bytes, self._available_bytes(device)
+        for device, share in self.shares.items():
+            needed = math.ceil(share.of_kv * kv_bytes) + (other_bytes if phase in share.phases else 0)
+            available = self._available_bytes(device)
             if needed > available:
-                where = "" if device == "cpu" and len(self.kv_shares) == 1 else f" of {device}"
+                where = "" if device == "cpu" and len(self.shares) == 1 else f" of {device}"
                 raise DoesNotFitError(
                     f"{what}, and {format_bytes(max(0, available))}{where} is left beside the weights. {advice}, or give a "
                     f"larger max_memory[{device!r}].",
@@ -160,10 +191,35 @@ class PassLimit:
         """For cache and activations of a pass."""
         plan = self.plan
         if device == "cpu":
-            planned = plan.kv_bytes + plan.activation_bytes if len(self.kv_shares) == 1 else 0
+            planned = plan.kv_bytes + plan.activation_bytes if len(self.shares) == 1 else 0
             if planned:
                 return plan.limits["cpu"] - plan.estimate.peak_bytes["cpu"] + planned
         return plan.limits.get(device, 0) - plan.estimate.phase_peak_bytes["load"].get(device, 0)
+
+
+def shares_of(plan: Plan, costs: Costs) -> dict[str, Share]:
+    """By device; what of the cache no unit makes is made where a pass begins."""
+    held: dict[str, int] = {}
+    visiting: dict[str, int] = {}
+    phases: dict[str, set[Phase]] = {}
+    for place, cost in zip(plan.placements, costs.units, strict=True):
+        if cost.can_gather and place.run_on == "cpu":
+            continue  # rows are looked up for nothing
+        held[place.run_on] = held.get(place.run_on, 0) + cost.kv_bytes
+        phases.setdefault(place.run_on, set()).add(Phase.STEP)
+        phases.setdefault(place.prefill_on, set()).add(Phase.PREFILL)
+        if place.prefill_on != place.run_on:  # one unit's part at a time, and what it grows to
+            visiting[place.prefill_on] = max(visiting.get(place.prefill_on, 0), 2 * cost.kv_bytes)
+    phases = phases or {"cpu": set(Phase)}
+    first = next((device for device in phases if device != "cpu"), "cpu")
+    held[first] = held.get(first, 0) + max(0, costs.demand.kv_bytes - sum(held.values()))
+    total = sum(held.values())
+    return {
+        device: Share(
+            (held.get(device, 0) + visiting.get(device, 0)) / total if total else 1.0 / len(phases), frozenset(own)
+        )
+        for device, own in phases.items()
+    }
 
 
 _Shape = tuple[int, int, int, int]

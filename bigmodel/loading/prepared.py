@@ -220,8 +220,8 @@ class Prepared:
             )
             trim_heap()  # what planning took is given back before the weights come
             places = decision.plan.placements
-            stays = all(placement.home == placement.run_on == "cpu" for placement in places)
-            on_host = all(placement.run_on == "cpu" for placement in places)
+            on_host = decision.plan.run_devices == {"cpu"}
+            stays = on_host and all(placement.home == "cpu" for placement in places)
             check = decision.check_pass if decision.plan.slots or here.states_host_limit or not on_host else None
             unified = {each.device for each in here.machine.accelerators if each.is_unified}
             assembly.carry_out(

@@ -10,25 +10,27 @@ from torch import nn
 
 from bigmodel.device_map.plan import Plan
 from bigmodel.device_map.unit import Unit
-from bigmodel.hooks.hops import Route
+from bigmodel.hooks.hops import Phase, Route, Site
 
 __all__ = ["move_buffers", "route_of", "run_devices", "site_devices"]
 
 
-def run_devices(plan: Plan) -> dict[str, torch.device]:
+def run_devices(plan: Plan, phase: Phase = Phase.STEP) -> dict[str, torch.device]:
     """Unit name -> the device that computes it."""
-    return {placement.unit: torch.device(placement.run_on) for placement in plan.placements}
+    return {
+        place.unit: torch.device(place.run_on if phase is Phase.STEP else place.prefill_on) for place in plan.placements
+    }
 
 
 def site_devices(
-    model: nn.Module, plan: Plan, units: Sequence[Unit], unified: Collection[str] = ()
+    model: nn.Module, plan: Plan, units: Sequence[Unit], unified: Collection[str] = (), phase: Phase = Phase.STEP
 ) -> dict[str, torch.device]:
     """Name of a module -> the device that its forward runs on, for all modules that use weights by themselves.
 
     Those are the sites of units, and tables that look rows up in a weight that another unit fetches for itself (an embedding
     that is tied to a head): they do so where the weight rests.
     """
-    runs = run_devices(plan)
+    runs = run_devices(plan, phase)
     rests = {
         place.unit: runs[place.unit]
         if place.home not in ("cpu", "disk") or (place.run_on in unified and place.home == "cpu")
@@ -46,8 +48,13 @@ def site_devices(
     return devices
 
 
-def route_of(model: nn.Module, units: Sequence[Unit], devices: Mapping[str, torch.device]) -> Route | None:
-    """Where a pass goes; None where all of it is on the host.
+def route_of(
+    model: nn.Module,
+    units: Sequence[Unit],
+    devices: Mapping[str, torch.device],
+    prefill_devices: Mapping[str, torch.device],
+) -> Route | None:
+    """Where passes go; None where all of them are on the host.
 
     A pass begins on the first accelerator that runs something. Modules that stand in a row (in a list of modules, which has no
     forward of its own) hand what they give to the next one where it is; everything else goes back to where the pass began,
@@ -56,21 +63,30 @@ def route_of(model: nn.Module, units: Sequence[Unit], devices: Mapping[str, torc
     Args:
         model: the root.
         units: in order of definition.
-        devices: of `site_devices`.
+        devices, prefill_devices: of `site_devices`, for steps and for prefill passes.
     """
     order = [site for unit in units for site in unit.sites if site]
-    main = next((devices[site] for site in order if devices[site].type != "cpu"), None)
+    # What runs on accelerators in steps does so in prefill passes too.
+    main = next((prefill_devices[site] for site in order if prefill_devices[site].type != "cpu"), None)
     if main is None:
         return None
-    sites: dict[str, tuple[nn.Module, torch.device, torch.device | None]] = {}
-    if set(devices.values()) != {main}:
-        modules = dict(model.named_modules(remove_duplicate=False))
-        following = dict(itertools.pairwise(order))
+    if {*devices.values(), *prefill_devices.values()} == {main}:
+        return Route(main)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    following = dict(itertools.pairwise(order))
+
+    def sites(devices: Mapping[str, torch.device]) -> dict[str, Site]:
+        found = {}
         for site, device in devices.items():
             parent = site.rpartition(".")[0]
             is_in_row = parent == following.get(site, "").rpartition(".")[0] and _is_row(modules[parent])
-            sites[site] = (modules[site], device, None if is_in_row or device == main else main)
-    return Route(main, sites)
+            found[site] = Site(device, None if is_in_row or device == main else main)
+        return found
+
+    own = {site: modules[site] for site in devices}
+    if devices == prefill_devices:
+        return Route(main, own, sites(devices))
+    return Route(main, own, sites(devices), sites(prefill_devices))
 
 
 def move_buffers(model: nn.Module, devices: Mapping[str, torch.device], main: torch.device) -> None:

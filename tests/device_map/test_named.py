@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -301,6 +302,38 @@ def test_what_the_cpu_would_gain_is_said(llama):
     assert not any("allow_cpu_compute" in note for note in allowed.notes)
     whole = bigmodel.make_plan(llama, machine(1), SMALL)
     assert not any("allow_cpu_compute" in note for note in whole.notes)
+
+
+def test_a_long_prompt_runs_on_the_card_and_the_tokens_after_it_where_their_weights_rest(llama):
+    # Host memory gives 80 GB/s, the link 20: a token is computed sooner than its weights are there; 2,048 of them are not.
+    here = replace(machine(1), host_rates=Rates.roofline(80e9, {"bfloat16": 2e12}, 5e-6))
+    here = replace(here, accelerators=(replace(here.accelerators[0], h2d_bytes_per_s=2e10),))
+    limits = {0: "4GB", "cpu": "64GB"}
+    workload = bigmodel.Workload(prompt_tokens=2048, new_tokens=256)
+    plan = bigmodel.make_plan(llama, here, workload, max_memory=limits, allow_cpu_compute=True)
+    moving = [place for place in plan.placements if place.run_on != place.prefill_on]
+    assert {(place.home, place.run_on, place.prefill_on) for place in moving} == {("cpu", "cpu", "cuda:0")}
+    assert len(moving) > 16
+    layer = moving[0].weight_bytes
+    assert plan.streamed_bytes_from("cpu", in_prefill=True) == plan.streamed_bytes_from("cpu") + len(moving) * layer
+    # A layer is 13.5 GFLOP of 32 tokens: 6.8 ms on the host, 22 ms over the link; and so the host's way to 100 tokens or so.
+    assert 60 <= plan.prefill_from_tokens <= 130
+    assert all(size <= plan.limits[tier] for tier, size in plan.estimate.peak_bytes.items())
+    # Activations of the whole prompt are on the card; what the host holds of it is one token's, and the cache.
+    cache_bytes = len(moving) * 2 * 8 * 128 * 2 * workload.total_tokens
+    steps = plan.estimate.phase_peak_bytes["decode"]["cpu"] - plan.estimate.phase_peak_bytes["load"]["cpu"]
+    assert cache_bytes <= steps < cache_bytes + plan.activation_bytes / 4
+    told = plan.explain()
+    assert f"run on cpu, from {plan.prefill_from_tokens} tokens a pass on cuda:0" in told
+    assert "the first pass streams" in told
+    assert bigmodel.Plan.from_json(plan.to_json()) == plan
+    for others in ({"allow_cpu_compute": False}, {"workload": replace(workload, prompt_tokens=1)}):
+        options = {"workload": workload, "allow_cpu_compute": True} | others
+        plain = bigmodel.make_plan(llama, here, max_memory=limits, **options)
+        assert all(place.run_on == place.prefill_on for place in plain.placements)
+        assert plain.prefill_from_tokens == 0
+        if "workload" not in others:
+            assert plain.estimate.time_per_token_s > plan.estimate.time_per_token_s
 
 
 def test_of_several_tiers_that_are_short_all_are_to_be_raised(llama):

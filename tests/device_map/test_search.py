@@ -15,7 +15,7 @@ from bigmodel.device_map.planner import decide, predict
 from bigmodel.device_map.rates import Rates
 from bigmodel.device_map.search import Search
 from bigmodel.device_map.simulation import simulate
-from bigmodel.device_map.tables import Tables, size_classes
+from bigmodel.device_map.tables import Choice, Tables, size_classes
 from bigmodel.errors import DoesNotFitError
 
 GB = 10**9
@@ -49,6 +49,7 @@ def random_problem(draw, num_units, num_accelerators=2):
     for number in range(num_units):
         size = int(draw.choice([1e9, 1e9, 2e8, draw.uniform(1e8, 2e9)]))
         options = {"can_gather": True} if number == 0 and draw.random() < 0.3 else {}
+        options |= {"can_move_cache": number % 4 != 3}
         flops, kv = draw.uniform(1e11, 3e12), draw.choice([0, int(1e8)])
         units.append(cost(f"u.{number}", size, prefill_flops=flops, kv_bytes=kv, **options))
     demand = Demand(kv_bytes=sum(unit.kv_bytes for unit in units), activation_bytes=10**7, buffer_bytes=0)
@@ -68,7 +69,8 @@ def plan_of(costs, limits, choices, num_slots):
     """A plan put together by hand, so that `predict` is asked as a user would ask it."""
     classes = size_classes(costs.units)
     lanes = {}
-    for unit, size_class, (home, device) in zip(costs.units, classes, choices, strict=True):
+    for unit, size_class, (home, run_on, prefill_on) in zip(costs.units, classes, choices, strict=True):
+        device = run_on if home != run_on else prefill_on
         if home != device and not (unit.can_gather and (home, device) == ("disk", "cpu")):
             lanes.setdefault((device, size_class), []).append(unit)
     groups = tuple(
@@ -76,8 +78,7 @@ def plan_of(costs, limits, choices, num_slots):
         for (device, _), members in lanes.items()
     )
     placements = tuple(
-        Placement(unit.unit.name, home, device, device, unit.weight_bytes)
-        for unit, (home, device) in zip(costs.units, choices, strict=True)
+        Placement(unit.unit.name, *choice, unit.weight_bytes) for unit, choice in zip(costs.units, choices, strict=True)
     )
     return Plan(
         placements=placements,
@@ -95,12 +96,20 @@ def plan_of(costs, limits, choices, num_slots):
 
 
 def open_choices(costs, machine, allow_cpu_compute):
-    devices = [each.device for each in machine.accelerators] + (["cpu"] if allow_cpu_compute else [])
+    accelerators = [each.device for each in machine.accelerators]
+    devices = accelerators + (["cpu"] if allow_cpu_compute else [])
     for unit in costs.units:
-        choices = [(d, d) for d in devices] + [(h, d) for d in devices for h in ("cpu", "disk") if h != d]
+        pairs = [(d, d) for d in devices] + [(h, d) for d in devices for h in ("cpu", "disk") if h != d]
         if unit.can_gather and not allow_cpu_compute:
-            choices += [("cpu", "cpu"), ("disk", "cpu")]
+            pairs += [("cpu", "cpu"), ("disk", "cpu")]
+        choices = [Choice.at(*pair) for pair in pairs]
+        if allow_cpu_compute and costs.workload.num_steps and (unit.can_move_cache or not unit.kv_bytes):
+            choices += [Choice("cpu", "cpu", device) for device in accelerators]
         yield choices
+
+
+def choices_in(plan):
+    return [Choice(place.home, place.run_on, place.prefill_on) for place in plan.placements]
 
 
 def brute_force(costs, machine, limits, allow_cpu_compute):
@@ -182,30 +191,31 @@ def local_search(search, current, num_slots, draw):
 
 
 @pytest.mark.parametrize(
-    ("num_units", "num_accelerators"),
+    ("num_units", "num_accelerators", "allow_cpu_compute"),
     [
-        (8, 2),
-        (20, 1),
-        pytest.param(40, 2, marks=pytest.mark.slow),
-        pytest.param(80, 4, marks=pytest.mark.slow),
-        (60, 0),
+        (8, 2, False),
+        (20, 1, False),
+        (12, 1, True),
+        pytest.param(40, 2, False, marks=pytest.mark.slow),
+        pytest.param(30, 2, True, marks=pytest.mark.slow),
+        pytest.param(80, 4, False, marks=pytest.mark.slow),
+        (60, 0, False),
     ],
 )
-def test_no_random_map_and_no_named_map_is_better(num_units, num_accelerators):
+def test_no_random_map_and_no_named_map_is_better(num_units, num_accelerators, allow_cpu_compute):
     draw = random.Random(num_units)
     machine = random_machine(draw, num_accelerators)
     costs, limits = random_problem(draw, num_units, num_accelerators)
-    plan = decide(costs, machine, limits)
+    plan = decide(costs, machine, limits, allow_cpu_compute=allow_cpu_compute)
     found = seconds(plan)
     choices = (
-        list(open_choices(costs, machine, False))
+        list(open_choices(costs, machine, allow_cpu_compute))
         if num_accelerators
-        else [[("cpu", "cpu"), ("disk", "cpu")] for _ in costs.units]
+        else [[Choice.at("cpu", "cpu"), Choice.at("disk", "cpu")] for _ in costs.units]
     )
     tables = Tables(costs, machine, choices)
     search = Search(tables, limits)
-    pairs = [(place.home, place.run_on) for place in plan.placements]
-    chosen = [each.index(pair) for each, pair in zip(choices, pairs, strict=True)]
+    chosen = [each.index(choice) for each, choice in zip(choices, choices_in(plan), strict=True)]
     num_tried = 0
     while num_tried < 2000:
         maps, slots = [], []
@@ -226,12 +236,11 @@ def test_no_random_map_and_no_named_map_is_better(num_units, num_accelerators):
     for name in NAMED if num_accelerators else ():
         homes = homes_of(name, costs, machine, limits, num_slots=2)
         try:
-            named = decide(costs, machine, limits, homes=homes)
+            named = decide(costs, machine, limits, homes=homes, allow_cpu_compute=allow_cpu_compute)
         except DoesNotFitError:
             continue
         assert found <= seconds(named) * (1 + 1e-9)
-        pairs = [(place.home, place.run_on) for place in named.placements]
-        current = [each.index(pair) for each, pair in zip(choices, pairs, strict=True)]
+        current = [each.index(choice) for each, choice in zip(choices, choices_in(named), strict=True)]
         num_slots = max((group.num_slots for group in named.slots), default=1)
         assert found <= local_search(search, current, num_slots, draw) * (1 + 1e-9)
 

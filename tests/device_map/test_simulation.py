@@ -11,7 +11,7 @@ from bigmodel.device_map.machine import Accelerator, Machine
 from bigmodel.device_map.planner import decide, timeline
 from bigmodel.device_map.rates import Rates
 from bigmodel.device_map.simulation import simulate
-from bigmodel.device_map.tables import Tables
+from bigmodel.device_map.tables import Choice, Tables
 
 GB = 10**9
 COPY_S = 2.74 / 40
@@ -54,7 +54,7 @@ def step_s(homes, runs, *, num_accelerators=1):
 def simulated_s(homes, *, c, num_slots):
     """With exactly so many slots, whatever the planner thinks of fewer."""
     units = [cost(f"u.{n}", LAYER) for n in range(len(homes))]
-    tables = Tables(problem(units), machine(c=c), [[(home, "cuda:0")] for home in homes])
+    tables = Tables(problem(units), machine(c=c), [[Choice.at(home, "cuda:0")] for home in homes])
     outcome = simulate(tables, np.zeros((1, len(homes)), np.int64), np.array([num_slots]))
     return float(outcome.step_s[0])
 

@@ -11,23 +11,23 @@ def play(schedule, entries):
 
 
 def test_before_anything_was_seen_it_is_the_order_of_definition():
-    assert list(Schedule(4).upcoming(6)) == [0, 1, 2, 3, 0, 1]
+    assert list(Schedule(range(4)).upcoming(6)) == [0, 1, 2, 3, 0, 1]
 
 
 def test_the_first_pass_is_followed_from_where_it_is():
-    schedule = Schedule(4)
+    schedule = Schedule(range(4))
     play(schedule, [0, 1])
     assert list(schedule.upcoming(3)) == [2, 3, 0]
 
 
 def test_the_end_of_a_pass_leads_to_the_beginning_of_the_next():
-    schedule = Schedule(4)
+    schedule = Schedule(range(4))
     play(schedule, [2, 0, 3, 1, 2])
     assert list(schedule.upcoming(5)) == [0, 3, 1, 2, 0]
 
 
 def test_a_unit_used_twice_is_followed_by_what_its_context_says():
-    schedule = Schedule(3)
+    schedule = Schedule(range(3))
     play(schedule, [0, 2, 1, 2, 0, 2])
     assert list(schedule.upcoming(3)) == [1, 2, 0]
     schedule.entered(1)
@@ -36,13 +36,13 @@ def test_a_unit_used_twice_is_followed_by_what_its_context_says():
 
 
 def test_a_branch_is_followed_as_it_was_taken_last():
-    schedule = Schedule(4)
+    schedule = Schedule(range(4))
     play(schedule, [0, 1, 3, 0, 1, 3, 0, 2, 3, 0])
     assert list(schedule.upcoming(2)) == [2, 3]
 
 
 def test_an_encoder_leads_to_its_decoder_and_the_decoder_to_itself():
-    schedule = Schedule(4)
+    schedule = Schedule(range(4))
     play(schedule, [0, 1, 2, 3, 2, 3, 2, 3])
     assert list(schedule.upcoming(4)) == [2, 3, 2, 3]
     play(schedule, [0, 1])
@@ -50,7 +50,7 @@ def test_an_encoder_leads_to_its_decoder_and_the_decoder_to_itself():
 
 
 def test_it_forgets_what_is_old_and_stays_right():
-    schedule = Schedule(5)
+    schedule = Schedule(range(5))
     for _ in range(200):
         play(schedule, [4, 2, 0, 1, 3])
     assert list(schedule.upcoming(5)) == [4, 2, 0, 1, 3]

@@ -3,12 +3,13 @@
 import contextlib
 import gc
 import itertools
+import re
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
-from families import each_family, inputs_for, make_checkpoint, resident
+from families import FAMILIES, each_family, inputs_for, make_checkpoint, resident
 from simulated import COMPILER, counts, simulated
 
 import bigmodel
@@ -370,6 +371,81 @@ def test_units_that_the_plan_computes_on_the_cpu_run_there_with_their_cache(tmp_
         assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
         cache = model(input_ids=ids, use_cache=True).past_key_values
         assert [layer.keys.device.type for layer in cache.layers] == ["sim", "cpu", "cpu", "sim"]
+
+
+def with_steps_on_the_cpu(folder, devices):
+    """load_sharded's arguments: all layers rest in host memory; every other one is computed there in steps."""
+    chosen = arguments("in host memory", folder, devices)
+    plan = bigmodel.make_plan(folder, workload=SMALL, **chosen)
+    at_rest = [place.unit for place in plan.placements if place.home == "cpu" != place.run_on]
+    layers = {name for name in at_rest if re.search(r"(layers|block|blocks|h)\.\d+$", name)}
+    moving = set(sorted(layers)[::2]) or set(at_rest)
+    placements = [replace(place, run_on="cpu") if place.unit in moving else place for place in plan.placements]
+    return {"device_map": replace(plan, placements=tuple(placements)), "max_memory": chosen["max_memory"]}, moving
+
+
+@pytest.mark.parametrize(
+    "family", each_family([each for each in FAMILIES if each not in ("bert", "vit")], ("llama", "t5"))
+)
+@torch.no_grad()
+def test_a_prompt_may_run_on_an_accelerator_and_the_tokens_after_it_on_the_cpu(family, devices, tmp_path):
+    folder = make_checkpoint(family, tmp_path)
+    chosen, moving = with_steps_on_the_cpu(folder, devices)
+    model = load(folder, **chosen)
+    plan = bigmodel.plan_of(model)
+    assert {place.unit for place in plan.placements if place.run_on == "cpu" != place.prefill_on} == moving
+    assert 1 < plan.prefill_from_tokens <= 32
+    inputs = {name: value for name, value in inputs_for(family).items() if name != "decoder_input_ids"}
+    for options in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
+        if options and family == "mamba":
+            continue
+        expected = resident(folder).generate(**inputs, max_new_tokens=5, do_sample=False, **options)
+        for _ in range(2):
+            assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False, **options), expected)
+
+
+@torch.no_grad()
+def test_what_steps_compute_on_the_cpu_is_copied_for_prompts_alone(device, tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    chosen, moving = with_steps_on_the_cpu(folder, [device])
+    whole, model = resident(folder), load(folder, **chosen)
+    numbers = sorted(int(name.rpartition(".")[2]) for name in moving)
+    weight_bytes = sum(place.weight_bytes for place in bigmodel.plan_of(model).placements if place.unit in moving)
+    prompt = torch.arange(2 * 16).reshape(2, 16)
+    expected, found = (each(input_ids=prompt, use_cache=True) for each in (whole, model))
+    before, copied = bigmodel.stats_of(model).copied_bytes, []
+    for tokens in (1, 1, 1, 16, 1, 1):
+        # On the host whenever a pass is over; and the caller keeps the cache that he holds.
+        layers = found.past_key_values.layers
+        assert [number for number, layer in enumerate(layers) if layer.keys.device.type == "cpu"] == numbers
+        ids = torch.ones(2, tokens, dtype=torch.int64)
+        expected = whole(input_ids=ids, past_key_values=expected.past_key_values, use_cache=True)
+        found = model(input_ids=ids, past_key_values=found.past_key_values, use_cache=True)
+        assert torch.equal(found.logits, expected.logits)
+        after = bigmodel.stats_of(model).copied_bytes
+        copied.append(after - before)
+        before = after
+    # A prompt fetches them; in steps they need no slot, and the others keep theirs.
+    assert copied[3] >= weight_bytes
+    assert copied[1] == copied[2] == copied[5] == 0
+
+
+@torch.no_grad()
+def test_adapters_follow_their_layer_from_the_accelerator_to_the_cpu(device, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder = make_checkpoint("llama", tmp_path)
+
+    def adapted(model):
+        torch.manual_seed(3)
+        config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        return peft.get_peft_model(model, config).eval().requires_grad_(False)
+
+    chosen, _ = with_steps_on_the_cpu(folder, [device])
+    ids = torch.ones(2, 12, dtype=torch.int64)
+    expected = adapted(resident(folder)).generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    model = adapted(load(folder, **chosen))
+    for _ in range(2):
+        assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False), expected)
 
 
 @needs_compiler
