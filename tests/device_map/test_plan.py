@@ -48,8 +48,9 @@ WRONG = [
     ("placements.0.parameters", [1]),
     *(("slots.0.num_slots", value) for value in (0, -1, 17, True, 1.5, HUGE)),
     *(("slots.0.units", value) for value in ([1], "abc", None)),
-    *((name, value) for name in ("placements.0.weight_bytes", "slots.0.slot_bytes", "kv_bytes", "limits.cpu", "ring_bytes", "prefill_from_tokens",
-        "estimate.peak_bytes.cpu", "estimate.baseline_bytes") for value in (-1, True, 1.5, 2**63, "1", None)),
+    *((name, value) for name in ("placements.0.weight_bytes", "slots.0.slot_bytes", "kv_bytes", "limits.cpu", "ring_bytes",
+        "prefill_from_tokens", "estimate.peak_bytes.cpu", "estimate.baseline_bytes")
+        for value in (-1, True, 1.5, 2**63, "1", None)),
     *((name, value) for name in ("estimate.ttft_s", "estimate.tokens_per_s", "alternatives.0.seconds", "gains_s.cpu")
         for value in (float("nan"), float("inf"), "1", True, HUGE)),
     ("estimate.load_s", -1),
