@@ -104,7 +104,7 @@ class Costs:
         prefill, decode: work of a pass outside all units.
         hidden_bytes: that one token of one sequence hands from one unit to the next.
         num_readers: threads that read at once; each has a buffer where reads cannot go straight into place.
-        ring_bytes: of the host's buffers between files and accelerators, where there are any.
+        ring_bytes: of the host's buffers on the way to accelerators, where there are any.
     """
 
     units: tuple[UnitCost, ...]

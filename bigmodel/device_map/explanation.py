@@ -89,7 +89,7 @@ def holdings(plan: Plan, tier: str) -> list[tuple[str, int]]:
     return [
         ("weights that stay", plan.resident_bytes),
         slots,
-        ("host buffers between disk and accelerators", ring),
+        ("host buffers on the way to accelerators", ring),
         ("read buffers", plan.staging_bytes),
         *running,
         ("buffers", plan.buffer_bytes),

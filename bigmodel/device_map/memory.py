@@ -116,10 +116,11 @@ class Memory:
         return peaks
 
     def has_ring(self, maps: Ints) -> Any:
-        """[candidates] whether weights go from files to an accelerator: what rests there does, while it is loaded."""
-        tables, columns = self._tables, self._columns
-        fed = tables.is_from_disk[columns, maps] & (tables.copied_bytes[columns, maps] > 0)
-        return (fed | (tables.home[columns, maps] > 0)).any(axis=1)
+        """[candidates] whether weights go to an accelerator through the ring: for each use, or while they are loaded.
+
+        Also from host memory: it may turn out that it cannot be page-locked.
+        """
+        return (self._tables.run[:, self._columns, maps] > 0).any(axis=(0, 2))
 
     def excess(self, maps: Ints, num_slots: Ints) -> Floats:
         """Bytes beyond the limits: [candidates]; 0 for a map that fits."""

@@ -168,7 +168,7 @@ class Plan:
         notes: what a reader should know, such as units that stay although the map sends them to disk.
         alternatives: the next best maps.
         gains_s: tier -> seconds that the workload would take less with one more GB of it.
-        ring_bytes: of the host's buffers between files and accelerators.
+        ring_bytes: of the host's buffers on the way to accelerators.
         prefill_from_tokens: a pass of at least so many tokens, in all its sequences, runs where `prefill_on` says, a shorter one
             where `run_on` does; 0 where both say the same of every unit.
     """

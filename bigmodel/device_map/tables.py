@@ -64,7 +64,6 @@ class Tables:
         run: [phases, units, choices] number of the device that runs it; the phases are prefill and decode.
         is_fetched: [phases, units, choices].
         fetch_to: [units, choices] number of the device that it is fetched to, where it is; else of the one that runs it.
-        is_from_disk: [units, choices].
         compute: [phases, units, choices] seconds.
         read: [units, choices] seconds of the disk.
         copied_bytes: [units, choices] over the link of the device that it is fetched to.
@@ -90,7 +89,6 @@ class Tables:
         self.run: Ints = np.zeros((2, *shape), np.int64)
         self.is_fetched = np.zeros((2, *shape), bool)
         self.fetch_to: Ints = np.zeros(shape, np.int64)
-        self.is_from_disk = np.zeros(shape, bool)
         self.compute: Floats = np.zeros((2, *shape))
         self.read: Floats = np.zeros(shape)
         self.copied_bytes: Floats = np.zeros(shape)
@@ -116,7 +114,6 @@ class Tables:
                         continue
                     self.fetch_to[u, c] = at
                     if home == DISK:
-                        self.is_from_disk[u, c] = True
                         self.read[u, c] = (unit.read_bytes or unit.slot_bytes) / machine.disk_read_bytes_per_s
                     if device != "cpu" and device not in unified:
                         self.copied_bytes[u, c] = unit.slot_bytes

@@ -194,7 +194,9 @@ class Assembly:
             if layouts or travellers:
                 reader = self._reader(travellers, layouts.values(), links)
             slabs: Mapping[str, torch.Tensor] = {}
+            stores: dict[str, Store] = {}
             slab_bytes = 0
+            keeps_reader = bool(layouts)
             places: dict[str, Mapping[str, int]] = {
                 name: layout.places if runs[name].type == "cpu" else layout.device_places
                 for name, layout in layouts.items()
@@ -204,6 +206,10 @@ class Assembly:
                 bindings |= self._put_across(across, travellers)
                 slabs, slab_bytes = across.slabs, across.host_bytes
                 places |= across.places
+                stores |= dict.fromkeys(slabs, SlabStore(slabs, reader if across.needs_ring else None))
+                keeps_reader |= across.needs_ring
+            if reader is not None:
+                stores |= dict.fromkeys(layouts, DiskStore(reader, layouts))
             for unit in crossing_units:
                 self._move_initialised(unit.parameters, runs[unit.name])
             self._place(load.finish() if early is None else load.give(staying))
@@ -213,8 +219,8 @@ class Assembly:
             route = route_of(self._model, units, devices, prefill_devices)
             if route is not None:
                 move_buffers(self._model, devices, route.main)
-            streamer = self._streamer(plan, units, layouts, slabs, places, bindings, links, reader)
-            if reader is not None and not layouts:
+            streamer = self._streamer(plan, units, layouts, slabs, places, bindings, links, stores)
+            if reader is not None and not keeps_reader:
                 reader.close()  # all that it was for is read
         except BaseException:
             if reader is not None:
@@ -360,15 +366,12 @@ class Assembly:
         places: Mapping[str, Mapping[str, int]],
         bindings: Mapping[str, Binding],
         links: Mapping[torch.device, Link],
-        reader: Reader | None,
+        stores: Mapping[str, Store],
     ) -> Streamer | None:
         lane_of = {name: number for number, group in enumerate(plan.slots) for name in group.units}
         units = _streamed(plan, all_units)
         if not units:
             return None
-        stores: dict[str, Store] = dict.fromkeys(slabs, SlabStore(slabs))
-        if reader is not None:
-            stores |= dict.fromkeys(layouts, DiskStore(reader, layouts))
         lanes: list[list[Arena | DeviceMemory]] = []
         for group in plan.slots:
             device = torch.device(group.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,13 +12,16 @@ from bigmodel.checkpoint.spec import Source
 from bigmodel.offload.arena import ALIGN_BYTES, Arena
 from bigmodel.offload.converted import run_conversion
 from bigmodel.offload.direct import DirectReads
-from bigmodel.offload.link import DeviceMemory, Link, page_lock
+from bigmodel.offload.link import RING_BYTES, DeviceMemory, Link, page_lock
 from bigmodel.offload.ranges import PACKED_ALIGN_BYTES, Layout, lay_out
 from bigmodel.offload.reader import BLOCK_BYTES, GAP_BYTES, Reader, Ticket
 from bigmodel.offload.spill import trim_heap
 from bigmodel.progress import Report
+from bigmodel.units import format_bytes
 
 __all__ = ["Crossing", "Traveller"]
+
+logger = logging.getLogger("bigmodel.offload")
 
 _POLL_S = 0.05
 
@@ -56,7 +60,8 @@ class _Slab:
 class Crossing:
     """Begins to read when it is made; `finish` gives the tensors.
 
-    All that rests in host memory is one page-locked arena; each unit in it is as its slot will be, so that one copy does.
+    All that rests in host memory is one page-locked arena; each unit in it is as its slot will be, so that one copy does. Where
+    page-locking is refused a warning says so.
 
     Args:
         units: what accelerators run and does not rest on disk.
@@ -68,6 +73,7 @@ class Crossing:
         slabs: unit name -> uint8 tensor of host memory, for those that rest there.
         places: unit name -> parameter name -> first byte in the unit's slab.
         host_bytes: of all of them.
+        needs_ring: whether they must be copied through the ring, because page-locking was refused.
     """
 
     def __init__(
@@ -83,8 +89,7 @@ class Crossing:
         on_host = [slab for slab in self._slabs if slab.unit.stays_on_host]
         self.host_bytes = sum(slab.nbytes for slab in on_host)
         arena = Arena(self.host_bytes)
-        if on_host:
-            page_lock(arena, on_host[0].unit.link.device)
+        self.needs_ring = bool(on_host) and not _is_locked(arena, on_host[0].unit.link.device)
         at_byte = 0
         for slab in self._slabs:
             name = slab.unit.name
@@ -144,6 +149,21 @@ class Crossing:
                     tensors[name].copy_(outputs[name].to(source.dtype).reshape(source.shape))
             del outputs
             trim_heap()
+
+
+def _is_locked(arena: Arena, device: torch.device) -> bool:
+    error = page_lock(arena, device)
+    if error:
+        logger.warning(
+            "%s of host memory could not be page-locked (CUDA error %d): at each use, weights are copied through %s of buffers "
+            "on their way to %s, which takes processor time and memory bandwidth. Raise the limit on locked memory (ulimit -l), "
+            "or state less max_memory['cpu'].",
+            format_bytes(arena.nbytes),
+            error,
+            format_bytes(RING_BYTES),
+            device,
+        )
+    return not error
 
 
 def _slab(unit: Traveller) -> _Slab:

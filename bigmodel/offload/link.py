@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from bigmodel.offload.arena import ALIGN_BYTES, Arena
-from bigmodel.units import format_bytes
 
 __all__ = ["RING_BYTES", "Chunk", "DeviceMemory", "Link", "Ring", "page_lock"]
 
@@ -22,6 +21,8 @@ logger = logging.getLogger("bigmodel.offload")
 # most, and what a direct read needs around it.
 _NUM_CHUNKS, _CHUNK_BYTES = 8, (16 << 20) + 2 * ALIGN_BYTES
 RING_BYTES = _NUM_CHUNKS * _CHUNK_BYTES
+# Of torch's own pinned memory, which is rounded up to powers of two: it holds one buffer less, and takes no more.
+_PINNED_BYTES = 1 << (RING_BYTES.bit_length() - 1)
 # cudaHostRegisterPortable: for all devices, not only for the current one.
 _PORTABLE = 1
 
@@ -104,19 +105,18 @@ class Chunk:
 
 
 class Ring:
-    """Buffers between files and accelerators, used in turn: while some are copied the next ones are read.
+    """Buffers on the way to accelerators, used in turn: while some are copied the next ones are filled.
 
     Args:
         device: one of the accelerators.
     """
 
     def __init__(self, device: torch.device) -> None:
-        arena = Arena(RING_BYTES)
-        page_lock(arena, device)
+        tensor = _ring_memory(device)
         self._chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
-        for start in range(0, RING_BYTES, _CHUNK_BYTES):
-            end = start + _CHUNK_BYTES
-            self._chunks.put(Chunk(arena.memory[start:end], arena.tensor[start:end]))
+        for start in range(0, tensor.numel() - _CHUNK_BYTES + 1, _CHUNK_BYTES):
+            chunk = tensor[start : start + _CHUNK_BYTES]
+            self._chunks.put(Chunk(chunk.numpy().data, chunk))
 
     @contextlib.contextmanager
     def chunk(self) -> Iterator[Chunk]:
@@ -131,31 +131,53 @@ class Ring:
             self._chunks.put(chunk)
 
 
-def page_lock(arena: Arena, device: torch.device) -> bool:
+def page_lock(arena: Arena, device: torch.device) -> int:
     """Make host memory known to CUDA's driver, so that copies from it run at the link's rate and beside the computation.
 
     In place: torch's own pinned tensors are rounded up to powers of two.
 
     Args:
         arena: the memory, released by the driver just before it goes.
-        device: an accelerator; nothing is done for other kinds than CUDA's.
+        device: an accelerator.
 
     Returns:
-        Whether it is page-locked. Where the system refuses, copies are slower, and wait for each other.
+        CUDA's error, where the system refuses: the host would wait for each copy. Otherwise 0, also where there is nothing to
+        do, as for other kinds of accelerators.
     """
-    if arena.nbytes == 0 or device.type != "cuda":
-        return False
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime = _runtime_of(device)
+    if arena.nbytes == 0 or runtime is None:
+        return 0
     address = arena.tensor.data_ptr()
-    status = int(runtime.cudaHostRegister(address, arena.nbytes, _PORTABLE))
-    if status:
+    error = int(runtime.cudaHostRegister(address, arena.nbytes, _PORTABLE))
+    if error:
+        # The runtime keeps it for the next check of a kernel's launch, which would raise: this one.
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device=device)
+        return error
+    arena.before_release(lambda: runtime.cudaHostUnregister(address))
+    return 0
+
+
+def _runtime_of(device: torch.device) -> Any:
+    """CUDA's functions; None for other kinds of accelerators."""
+    return torch.cuda.cudart() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+def _ring_memory(device: torch.device) -> torch.Tensor:
+    """Bytes from a multiple of ALIGN_BYTES on: page-locked in place, or torch's own pinned memory where that is refused."""
+    arena = Arena(RING_BYTES)
+    error = page_lock(arena, device)
+    if not error:
+        return arena.tensor
+    try:
+        with torch.inference_mode(False):
+            pinned = torch.empty(_PINNED_BYTES, dtype=torch.uint8, pin_memory=True)
+            return pinned[-pinned.data_ptr() % ALIGN_BYTES :]
+    except RuntimeError:
         logger.warning(
-            "%s of host memory could not be page-locked (CUDA error %d): copies to %s will be slower. Raise the limit on locked "
-            "memory (ulimit -l), or state less max_memory['cpu'].",
-            format_bytes(arena.nbytes),
-            status,
+            "No host memory could be page-locked (CUDA error %d): weights are copied to %s at a part of the link's rate. Raise "
+            "the limit on locked memory (ulimit -l).",
+            error,
             device,
         )
-        return False
-    arena.before_release(lambda: runtime.cudaHostUnregister(address))
-    return True
+        return arena.tensor

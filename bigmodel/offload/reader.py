@@ -1,4 +1,4 @@
-"""Reader threads: fill slabs from files, many large reads at once, straight into their destination.
+"""Reader threads: fill slabs from files, many large reads at once, straight into their destination; and slots from slabs.
 
 Each block is read in one of two ways, whichever the kernel can serve from where the bytes are: a buffered read where they
 are already in the page cache, a direct one (O_DIRECT, no page cache) where they are not. A cyclic scan of more bytes than
@@ -11,16 +11,17 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy
 import torch
 
 from bigmodel.checkpoint.stamp import FileStamp
 from bigmodel.errors import ReadError, StreamingError
 from bigmodel.offload import page_cache
 from bigmodel.offload.arena import ALIGN_BYTES, Arena
-from bigmodel.offload.link import DeviceMemory, Ring
+from bigmodel.offload.link import Chunk, DeviceMemory, Ring
 from bigmodel.offload.ranges import Block, Layout
 
 __all__ = ["BLOCK_BYTES", "GAP_BYTES", "Reader", "Ticket", "check_stamp", "read_fully"]
@@ -70,7 +71,7 @@ class Ticket:
 
 
 class Reader:
-    """A few threads that fill slabs.
+    """A few threads that fill slabs, and accelerators' memory.
 
     Args:
         num_threads: reads in flight.
@@ -87,7 +88,7 @@ class Reader:
         bounce_bytes: int = 0,
         ring: Ring | None = None,
     ) -> None:
-        self._queue: deque[tuple[Ticket, Block, _Slab | _Across] | None] = deque()
+        self._queue: deque[tuple[Ticket, Block | _Piece, _Slab | _Across] | None] = deque()
         self._ring = ring
         self._ready = threading.Condition(threading.Lock())
         self._stamps = stamps
@@ -121,17 +122,32 @@ class Reader:
             is_urgent: goes before everything that waits.
             at_byte: where in the slab the layout begins; a multiple of ALIGN_BYTES, and 0 on an accelerator.
         """
-        ticket = Ticket(name, len(layout.blocks))
-        if not layout.blocks:
-            ticket.done.set()
-            return ticket
         target: _Slab | _Across
         if isinstance(slab, DeviceMemory):
             target = _Across(slab, layout.lead)
         else:
             end = at_byte + layout.nbytes
             target = _Slab(slab.memory[at_byte:end], slab.tensor[at_byte:end])
-        items = [(ticket, block, target) for block in layout.blocks]
+        return self._submit(name, layout.blocks, target, is_urgent)
+
+    def submit_copy(self, name: str, source: torch.Tensor, memory: DeviceMemory, *, is_urgent: bool = False) -> Ticket:
+        """Begin to fill an accelerator's memory from the host's, through the ring.
+
+        Args:
+            name: the unit, for errors.
+            source: uint8, on the host; not written to until the ticket is done.
+            memory: at least as long.
+            is_urgent: goes before everything that waits.
+        """
+        pieces = [_Piece(source, start) for start in range(0, source.numel(), BLOCK_BYTES)]
+        return self._submit(name, pieces, _Across(memory, 0), is_urgent)
+
+    def _submit(self, name: str, blocks: Sequence[Block | _Piece], target: _Slab | _Across, is_urgent: bool) -> Ticket:
+        ticket = Ticket(name, len(blocks))
+        if not blocks:
+            ticket.done.set()
+            return ticket
+        items = [(ticket, block, target) for block in blocks]
         with self._ready:
             if is_urgent:
                 self._queue.extendleft(reversed(items))
@@ -171,9 +187,14 @@ class Reader:
                 if ticket.is_cancelled and ticket.error is None:
                     ticket.error = ReadError(f"The read of {ticket.name} was given up for another unit.")
                 if ticket.error is None:
-                    if bounce is None and target.needs_bounce(block):
-                        bounce = Arena(self._bounce_bytes)
-                    self._read(block, target, bounce)
+                    if isinstance(block, _Piece):
+                        assert isinstance(target, _Across)
+                        assert self._ring is not None
+                        target.copy(block, self._ring)
+                    else:
+                        if bounce is None and target.needs_bounce(block):
+                            bounce = Arena(self._bounce_bytes)
+                        self._read(block, target, bounce)
             except BaseException as error:  # a thread's error belongs to whoever waits for its ticket
                 ticket.error = error
             finally:
@@ -217,6 +238,14 @@ def _finish(ticket: Ticket, target: _Slab | _Across) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class _Piece:
+    """A block of host memory: what is copied at once."""
+
+    source: torch.Tensor
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Slab:
     """Host memory that is filled."""
 
@@ -257,7 +286,6 @@ class _Across:
         return block.cast_to is not None
 
     def read(self, fd: int, block: Block, bounce: Arena | None, ring: Ring, *, is_direct: bool) -> None:
-        memory = self.memory
         with ring.chunk() as chunk:
             if block.cast_to is not None:
                 assert bounce is not None
@@ -268,8 +296,20 @@ class _Across:
                 values = _read_around(fd, block, chunk.memory, chunk.tensor, is_direct=is_direct)
             into = block.into - self.lead
             values, into = values[max(0, -into) :], max(0, into)
-            memory.link.copy(values, memory.tensor[into : into + values.numel()], memory.after)
-            chunk.copied = memory.link.mark_copied()
+            self._send(values, into, chunk)
+
+    def copy(self, piece: _Piece, ring: Ring) -> None:
+        with ring.chunk() as chunk:
+            source = piece.source[piece.start : piece.start + BLOCK_BYTES]
+            values = chunk.tensor[: source.numel()]
+            # Without the interpreter's lock, and by this thread alone.
+            numpy.copyto(values.numpy(), source.numpy())
+            self._send(values, piece.start, chunk)
+
+    def _send(self, values: torch.Tensor, into: int, chunk: Chunk) -> None:
+        memory = self.memory
+        memory.link.copy(values, memory.tensor[into : into + values.numel()], memory.after)
+        chunk.copied = memory.link.mark_copied()
 
     def mark_filled(self) -> torch.Event:
         return self.memory.link.mark_copied()

@@ -221,6 +221,9 @@ def test_peaks_are_sums_that_can_be_written_down():
         "prefill": {"cuda:0": device + 2_000 + 180, "cpu": host},
         "decode": {"cuda:0": device + 2_000 + 361, "cpu": host},
     }
+    # The ring is there for whatever an accelerator runs: what rests on the host may prove to be impossible to page-lock.
+    on_host = planner.decide(problem_, machine, limits, homes=dict.fromkeys(homes, "cpu"), max_slots=2)
+    assert on_host.estimate.peak_bytes["cpu"] == RESERVE_BYTES + 90 + sum(1000 + n for n in range(5)) + 64 + 4 * 16
     everything = planner.decide(problem_, HOST, {"cpu": 1 << 50, "disk": 0})
     resting = RESERVE_BYTES + 90 + sum(1000 + n for n in range(5)) + 4 * 16
     assert everything.estimate.phase_peak_bytes == {

@@ -6,14 +6,16 @@ import threading
 
 import pytest
 import torch
+from simulated import COMPILER, simulated
 
 from bigmodel.checkpoint.spec import Extent, Source
 from bigmodel.checkpoint.stamp import FileStamp
 from bigmodel.errors import DoesNotFitError, ReadError, StreamingError
 from bigmodel.offload import page_cache
 from bigmodel.offload.arena import Arena
+from bigmodel.offload.link import DeviceMemory, Link, Ring
 from bigmodel.offload.ranges import lay_out
-from bigmodel.offload.reader import Reader
+from bigmodel.offload.reader import BLOCK_BYTES, Reader
 
 NBYTES = 3 * (1 << 20) + 123
 
@@ -131,3 +133,19 @@ def test_memory_that_cannot_be_mapped_is_refused_with_its_size():
     with pytest.raises(DoesNotFitError, match=r"TiB of host memory could not be mapped") as caught:
         Arena(1 << 56)
     assert caught.value.needed_bytes >= 1 << 56
+
+
+@pytest.mark.skipif(COMPILER is None, reason="simulated accelerators need a C++ compiler")
+def test_host_memory_longer_than_the_ring_is_copied_through_it():
+    """While a buffer is copied nothing else is written into it."""
+    source = torch.arange(10 * BLOCK_BYTES // 8 + 5).view(torch.uint8)[3:]
+    with simulated(1, link_bytes_per_s=1.5e8):
+        memory = DeviceMemory(source.numel(), Link(torch.device("sim:0")))
+        reader = Reader(num_threads=4, stamps={}, ring=Ring(memory.link.device))
+        try:
+            ticket = reader.submit_copy("layers.7", source, memory)
+            ticket.wait()
+            memory.link.wait(ticket.filled)
+            assert torch.equal(memory.tensor.cpu(), source)
+        finally:
+            reader.close()
