@@ -66,6 +66,7 @@ int num_devices = 0;
 bool is_virtual = false;
 bool is_unified = false;
 double host_s = 0;  // of the virtual clock: nothing begins before the host asked for it
+int64_t num_missing_events = 0;
 thread_local int current_device = 0;
 
 // Memory of a device: when it was last written and read, in seconds of the virtual clock.
@@ -408,17 +409,20 @@ at::Tensor adopted(const at::Tensor& made, int device) {
 
 void begin_reading(const at::Tensor& tensor, double at_s, const char* what) {
   const auto found = uses.find(tensor.storage().data());
+  const bool is_ordered = found == uses.end() || at_s >= found->second.written_s;
+  num_missing_events += !is_ordered;
   TORCH_CHECK(
-      found == uses.end() || at_s >= found->second.written_s, what, " reads memory of ", tensor.device(), " at ", at_s,
-      " s that is written until ", found->second.written_s, " s: an event is missing");
+      is_ordered, what, " reads memory of ", tensor.device(), " at ", at_s, " s that is written until ",
+      found->second.written_s, " s: an event is missing");
 }
 
 void begin_writing(const at::Tensor& tensor, double at_s, const char* what) {
   const auto found = uses.find(tensor.storage().data());
+  const bool is_ordered = found == uses.end() || at_s >= std::max(found->second.written_s, found->second.read_s);
+  num_missing_events += !is_ordered;
   TORCH_CHECK(
-      found == uses.end() || at_s >= std::max(found->second.written_s, found->second.read_s), what, " writes memory of ",
-      tensor.device(), " at ", at_s, " s that is in use until ", std::max(found->second.written_s, found->second.read_s),
-      " s: an event is missing");
+      is_ordered, what, " writes memory of ", tensor.device(), " at ", at_s, " s that is in use until ",
+      std::max(found->second.written_s, found->second.read_s), " s: an event is missing");
 }
 
 // An operator on a device's default stream.
@@ -761,6 +765,7 @@ void configure(int64_t count, bool with_virtual_clock) {
   }
   uses.clear();
   host_s = 0;
+  num_missing_events = 0;
   num_devices = static_cast<int>(count);
   is_virtual = with_virtual_clock;
 }
@@ -786,6 +791,11 @@ double seconds(int64_t device) {
   return std::max(host_s, queue.at_s);
 }
 
+int64_t missing_events() {
+  std::lock_guard<std::mutex> held(lock);
+  return num_missing_events;
+}
+
 TORCH_LIBRARY(sim, m) {
   m.def("device_count() -> int", [] { return static_cast<int64_t>(num_devices); });
   m.def("current_device() -> int", [] { return static_cast<int64_t>(current_device); });
@@ -793,6 +803,7 @@ TORCH_LIBRARY(sim, m) {
   m.def("set_device(int device, int limit, float link_bytes_per_s, float operator_s) -> ()", &set_device);
   m.def("counts(int device) -> int[]", &counts);
   m.def("seconds(int device) -> float", &seconds);
+  m.def("missing_events() -> int", &missing_events);
 }
 
 const bool is_registered = [] {
