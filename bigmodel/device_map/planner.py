@@ -169,7 +169,8 @@ def _choices(
         open_to = [Choice.at(device, device) for device in devices]
         if not cost.must_stay and not all_resident:
             open_to += [Choice.at(home, device) for device in devices for home in ("cpu", DISK) if home != device]
-            if "cpu" in devices and has_both_phases and (cost.can_move_cache or not cost.kv_bytes):
+            can_change = (cost.can_move_cache or not cost.kv_bytes) and "" not in cost.unit.sites
+            if "cpu" in devices and has_both_phases and can_change:
                 open_to += [Choice("cpu", "cpu", device) for device in accelerators if device not in unified]
         if cost.can_gather and not all_resident and "cpu" not in devices:
             # Rows are looked up where they are: no arithmetic.

@@ -193,10 +193,16 @@ class Divisions:
         )
 
     def used_together(self, units: Sequence[Unit]) -> list[tuple[str, ...]]:
-        """Names of units that one module uses at once: a head whose weight is an embedding's, and whose bias is not."""
+        """Names of units that one module uses at once.
+
+        Such are the parts of a block that a map divides, and a head whose weight is an embedding's, and whose bias is not.
+        """
         unit_of = {name: unit.name for unit in units for name in unit.parameters}
         first_names = {parameter: name for name, parameter in self._parameters.items()}
-        groups = set()
+        parts: dict[tuple[str, ...], list[str]] = {}
+        for unit in units:
+            parts.setdefault(tuple(unit.sites), []).append(unit.name)
+        groups = {tuple(names) for names in parts.values()}
         for module in self._skeleton.model.modules():
             own = [first_names[each] for each in module._parameters.values() if each is not None]
             groups.add(tuple(dict.fromkeys(unit_of[name] for name in own if name in unit_of)))

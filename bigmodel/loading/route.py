@@ -27,8 +27,8 @@ def site_devices(
 ) -> dict[str, torch.device]:
     """Name of a module -> the device that its forward runs on, for all modules that use weights by themselves.
 
-    Those are the sites of units, and tables that look rows up in a weight that another unit fetches for itself (an embedding
-    that is tied to a head): they do so where the weight rests.
+    Those are the sites of units (the root, "", where it is one), and tables that look rows up in a weight that another unit
+    fetches for itself (an embedding that is tied to a head): they do so where the weight rests.
     """
     runs = run_devices(plan, phase)
     rests = {
@@ -37,7 +37,7 @@ def site_devices(
         else torch.device("cpu")
         for place in plan.placements
     }
-    devices = {site: runs[unit.name] for unit in units for site in unit.sites if site}
+    devices = {site: runs[unit.name] for unit in units for site in unit.sites}
     unit_of = {name: unit for unit in units for name in unit.parameters}
     first_names = {parameter: name for name, parameter in model.named_parameters()}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -56,9 +56,9 @@ def route_of(
 ) -> Route | None:
     """Where passes go; None where all of them are on the host.
 
-    A pass begins on the first accelerator that runs something. Modules that stand in a row (in a list of modules, which has no
-    forward of its own) hand what they give to the next one where it is; everything else goes back to where the pass began,
-    because code between units combines it with what is there.
+    A pass begins where the root uses weights by itself, or on the first accelerator that runs something. Modules that stand in
+    a row (in a list of modules, which has no forward of its own) hand what they give to the next one where it is; everything
+    else goes back to where the pass began, because code between units combines it with what is there.
 
     Args:
         model: the root.
@@ -67,9 +67,10 @@ def route_of(
     """
     order = [site for unit in units for site in unit.sites if site]
     # What runs on accelerators in steps does so in prefill passes too.
-    main = next((prefill_devices[site] for site in order if prefill_devices[site].type != "cpu"), None)
-    if main is None:
+    first = next((device for device in prefill_devices.values() if device.type != "cpu"), None)
+    if first is None:
         return None
+    main = devices.get("", first)
     if {*devices.values(), *prefill_devices.values()} == {main}:
         return Route(main)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -78,12 +79,14 @@ def route_of(
     def sites(devices: Mapping[str, torch.device]) -> dict[str, Site]:
         found = {}
         for site, device in devices.items():
+            if not site:
+                continue  # a pass begins and ends there
             parent = site.rpartition(".")[0]
             is_in_row = parent == following.get(site, "").rpartition(".")[0] and _is_row(modules[parent])
             found[site] = Site(device, None if is_in_row or device == main else main)
         return found
 
-    own = {site: modules[site] for site in devices}
+    own = {site: modules[site] for site in devices if site}
     if devices == prefill_devices:
         return Route(main, own, sites(devices))
     return Route(main, own, sites(devices), sites(prefill_devices))

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, each_family, inputs_for, make_checkpoint, resident
+from safetensors.torch import save_file
 from simulated import COMPILER, counts, simulated
 
 import bigmodel
@@ -304,6 +305,87 @@ def test_nothing_is_left_of_a_model_that_nobody_holds(device, tmp_path):
     assert torch.accelerator.memory_allocated(device) > before
     del model
     assert torch.accelerator.memory_allocated(device) == before
+
+
+class Between(torch.nn.Module):
+    """Code between its parts combines what they give."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(96, 64)
+        self.second, self.third = (torch.nn.Linear(64, 64) for _ in range(2))
+
+    def forward(self, ids):
+        x = self.table(ids)
+        self.device_between = x.device
+        return self.third(x + self.second(x))
+
+
+class Single(torch.nn.Module):
+    """All of it is one unit."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.part = torch.nn.Parameter(torch.rand(96, 64)), torch.nn.Linear(64, 64)
+
+    def forward(self, ids):
+        return self.part(self.table[ids])
+
+
+class Around(Single):
+    """The root uses a weight by itself, before its blocks and after them."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, ids):
+        x = self.table[ids]
+        for block in self.blocks:
+            x = block(x)
+        return x @ self.table.T
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("kind", "homes"),
+    [
+        (Between, {"table": "sim:0", "second": "sim:1", "third": "sim:1"}),
+        (Single, {"": "sim:1"}),
+        (Single, {"": "disk"}),
+        (Single, {"table": "sim:0", "part": "sim:1"}),
+        (Around, {"": "sim:0", "table": "sim:1"}),
+        (Around, {"": "disk", "table": "sim:1"}),
+    ],
+)
+@torch.no_grad()
+def test_a_plain_module_of_any_shape_runs_on_any_devices(kind, homes, tmp_path):
+    torch.manual_seed(3)
+    reference = kind().requires_grad_(False)
+    path = tmp_path / "plain.safetensors"
+    save_file(reference.state_dict(), path)
+    ids = inputs_for("llama")["input_ids"]
+    with simulated(2):
+        limits = dict.fromkeys(["sim:0", "sim:1"], ROOM) | {"cpu": "4GiB"}
+        model = load(path, model=kind, device_map=homes, max_memory=limits)
+        for _ in range(2):
+            assert torch.equal(model(ids), reference(ids))
+        assert getattr(model, "device_between", torch.device("sim:0")) == torch.device("sim:0")
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_block_that_a_map_divides_runs_on_one_device(tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    expected = resident(folder)(**inputs_for("llama")).logits
+    with simulated(2):
+        limits = dict.fromkeys(["sim:0", "sim:1"], ROOM) | {"cpu": "4GiB"}
+        homes = {"": "sim:0", "model.layers.1.mlp": "sim:1", "model.layers.2.mlp": "cpu", "model.layers.2": "sim:1"}
+        model = load(folder, device_map=homes, max_memory=limits)
+        runs = {place.unit: place.run_on for place in bigmodel.plan_of(model).placements}
+        assert runs["model.layers.1 (sim:0)"] == runs["model.layers.1 (sim:1)"]
+        assert runs["model.layers.2 (cpu)"] == runs["model.layers.2 (sim:1)"] == "sim:1"
+        assert torch.equal(model(**inputs_for("llama")).logits, expected)
 
 
 @pytest.mark.parametrize("kind", ["in host memory", "everywhere", "on the device"])
