@@ -62,13 +62,13 @@ class MemoryStore:
     def fetch(self, unit: str, slot: Arena | DeviceMemory, *, is_urgent: bool) -> Ticket:
         self.fetched.append(unit)
         ticket = Ticket(unit, 1)
-        thread = threading.Thread(target=self._fill, args=(unit, slot, ticket))
+        thread = threading.Thread(target=self._fill, args=(unit, slot, ticket, self.delay_s))
         self.threads.append(thread)
         thread.start()
         return ticket
 
-    def _fill(self, unit: str, slot: Arena | DeviceMemory, ticket: Ticket) -> None:
-        time.sleep(self.delay_s)
+    def _fill(self, unit: str, slot: Arena | DeviceMemory, ticket: Ticket, delay_s: float) -> None:
+        time.sleep(delay_s)
         if unit in self.broken:
             ticket.error = OSError("disk on fire")
         elif isinstance(slot, DeviceMemory):
