@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,10 +28,23 @@ def source(tmp_path):
     return Source("w", torch.uint8, (NBYTES,), torch.uint8, (Extent(str(path), 7, NBYTES, 0),))
 
 
+def content_of(source, is_cached):
+    """Of its file, which is then in the page cache, or not."""
+    with open(source.extents[0].file, "rb") as file:
+        content = file.read()
+        os.fsync(file.fileno())
+        if not is_cached:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        cached = page_cache.cached_fraction(file.fileno(), 0, len(content))
+    if (cached == 1.0) is not is_cached:
+        pytest.skip("this file system does not give up its page cache")
+    return content
+
+
 def read(source, stamps=None, block_bytes=1 << 20):
     layout = lay_out([source], block_bytes=block_bytes, gap_bytes=0)
     slab = Arena(layout.nbytes)
-    reader = Reader(num_threads=3, stamps=stamps or {})
+    reader = Reader(num_threads=3, stamps=stamps or {}, bounce_bytes=layout.staging_bytes)
     try:
         reader.submit("layers.7", layout, slab).wait()
     finally:
@@ -40,16 +54,16 @@ def read(source, stamps=None, block_bytes=1 << 20):
 
 @pytest.mark.parametrize("is_cached", [False, True])
 def test_direct_and_buffered_reads_give_the_same_bytes(source, is_cached):
-    path = source.extents[0].file
-    with open(path, "rb") as file:
-        content = file.read()
-        os.fsync(file.fileno())
-        if not is_cached:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        cached = page_cache.cached_fraction(file.fileno(), 0, len(content))
-    if (cached == 1.0) is not is_cached:
-        pytest.skip("this file system does not give up its page cache")
+    content = content_of(source, is_cached)
     assert read(source).numpy().tobytes() == content[7 : 7 + NBYTES]
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_what_is_put_together_is_read_around_what_stands_before_it(source, is_cached):
+    content = content_of(source, is_cached)
+    path = source.extents[0].file
+    parts = (Extent(path, 5001, 300, 0), Extent(path, 7, 200, 300))
+    assert read(replace(source, shape=(500,), extents=parts)).numpy().tobytes() == content[5001:5301] + content[7:207]
 
 
 def test_a_file_cut_after_load_is_named(source):
@@ -84,6 +98,24 @@ def test_a_reader_recovers_after_an_error(source, tmp_path):
         with pytest.raises(ReadError):
             failing.wait()
         fine.wait()
+    finally:
+        reader.close()
+
+
+def test_what_was_given_up_before_it_began_is_not_read(source, tmp_path):
+    os.mkfifo(tmp_path / "slow")  # a reader that opens it waits until somebody writes
+    slow = Source("v", torch.uint8, (9,), torch.uint8, (Extent(str(tmp_path / "slow"), 0, 9, 0),))
+    layouts = [lay_out([each], block_bytes=1 << 20, gap_bytes=0) for each in (slow, source)]
+    slabs = [Arena(layout.nbytes) for layout in layouts]
+    reader = Reader(num_threads=1, stamps={})
+    try:
+        reader.submit("slow", layouts[0], slabs[0])
+        ticket = reader.submit("layers.7", layouts[1], slabs[1])
+        ticket.cancel()
+        (tmp_path / "slow").write_bytes(b"")
+        with pytest.raises(ReadError, match=r"layers\.7 was given up"):
+            ticket.wait()
+        assert not slabs[1].tensor.any()
     finally:
         reader.close()
 
