@@ -69,13 +69,16 @@ class MemoryStore:
 
     def _fill(self, unit: str, slot: Arena | DeviceMemory, ticket: Ticket, delay_s: float) -> None:
         time.sleep(delay_s)
-        if unit in self.broken:
-            ticket.error = OSError("disk on fire")
-        elif isinstance(slot, DeviceMemory):
-            slot.link.copy(self.content[unit], slot.tensor[:UNIT_BYTES], slot.after)
-            ticket.filled = slot.link.mark_copied()
-        else:
-            slot.tensor[:UNIT_BYTES].copy_(self.content[unit])
+        try:
+            if unit in self.broken:
+                raise OSError("disk on fire")
+            if isinstance(slot, DeviceMemory):
+                slot.link.copy(self.content[unit], slot.tensor[:UNIT_BYTES], slot.after)
+                ticket.filled = slot.link.mark_copied()
+            else:
+                slot.tensor[:UNIT_BYTES].copy_(self.content[unit])
+        except (OSError, RuntimeError) as error:  # belongs to whoever waits
+            ticket.error = error
         ticket.num_left = 0
         ticket.done.set()
 

@@ -106,8 +106,9 @@ def test_an_exception_in_the_middle_leaves_the_model_usable():
     assert attachment.stats().num_passes == 1
 
 
-def test_an_interrupt_that_no_hook_sees_leaves_the_model_usable():
-    model, reference, _, _ = streamed_stack(num_slots=2)
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_an_interrupt_that_no_hook_sees_leaves_the_model_usable(num_slots):
+    model, reference, _, _ = streamed_stack(num_slots=num_slots)
 
     def interrupt(module, args):
         raise KeyboardInterrupt
@@ -143,9 +144,20 @@ def test_a_read_that_was_given_up_is_never_taken_for_done(num_slots):
         slot.state, slot.unit = type(slot.state).FILLING, None
         if forget_ticket:
             slot.ticket = None
-        for _ in range(2):
-            assert torch.equal(model(X), reference(X))
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                assert torch.equal(model(X), reference(X))
             store.close()  # waits for it
+
+
+@pytest.mark.parametrize("place", ["host"], indirect=True)
+def test_a_slot_is_given_on_when_nothing_writes_into_it_any_more():
+    model, reference, _, store = streamed_stack(num_slots=1, delay_s=0.1)
+    model.blocks[0](X)  # the next one is on its way
+    store.delay_s = 0.0
+    assert torch.equal(model.blocks[3](X), reference.blocks[3](X))
+    store.close()
+    assert torch.equal(model.blocks[4](X), reference.blocks[4](X))
 
 
 def test_a_failed_read_surfaces_with_the_units_name_and_can_be_tried_again():
