@@ -557,7 +557,8 @@ class Call {
     if (device_ < 0) {
       device_ = asked_ >= 0 ? asked_ : current_device;
     }
-    const bool takes_host = name_.find("aten::index") == 0 || name_.find("aten::_index_put") == 0;
+    const auto begins = [this](const char* with) { return name_.find(with) == 0; };
+    const bool takes_host = begins("aten::index.") || begins("aten::index_put") || begins("aten::_index_put");
     TORCH_CHECK(
         !has_host_tensor_ || takes_host || reads_.empty(), "Expected all tensors to be on the same device, but found at least two ",
         "devices, sim:", device_, " and cpu! (", name_, ")");
