@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import itertools
+import json
 import re
 import threading
 from dataclasses import replace
@@ -10,12 +11,13 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, each_family, inputs_for, make_checkpoint, resident
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from simulated import COMPILER, counts, simulated
 
 import bigmodel
 from bigmodel.device_map.demand import CONTEXT_BYTES
 from bigmodel.errors import DoesNotFitError, MoveRefusedError, ReadError
+from bigmodel.loading.route import move_buffers
 from bigmodel.offload.link import Link
 
 SMALL = bigmodel.Workload(batch_size=2, prompt_tokens=16, new_tokens=8)
@@ -307,6 +309,90 @@ def test_nothing_is_left_of_a_model_that_nobody_holds(device, tmp_path):
     assert torch.accelerator.memory_allocated(device) == before
 
 
+@needs_compiler
+@torch.no_grad()
+def test_nothing_is_left_of_a_model_that_goes_while_its_weights_are_copied(tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    with simulated(1, link_bytes_per_s=5e6):
+        gc.collect()  # of other tests
+        before = torch.accelerator.memory_allocated("sim:0")
+        model = load(folder, **arguments("in host memory", folder, ["sim:0"]))
+        model(**inputs_for("llama"))
+        del model
+        assert torch.accelerator.memory_allocated("sim:0") == before
+
+
+@pytest.mark.parametrize("kind", ["on the device", "in host memory"])
+def test_reader_threads_end_when_all_that_is_in_files_was_read(kind, device, tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    before = set(threading.enumerate())
+    model = load(folder, **arguments(kind, folder, [device]))
+    assert set(threading.enumerate()) == before
+    assert bigmodel.plan_of(model).slots or kind == "on the device"
+
+
+def test_a_load_that_fails_on_its_way_to_the_device_leaves_nothing_running(device, tmp_path, monkeypatch):
+    folder = make_checkpoint("llama", tmp_path)
+    before = set(threading.enumerate())
+
+    def fail(*_):
+        raise RuntimeError("the link is down")
+
+    monkeypatch.setattr(Link, "copy", fail)
+    with pytest.raises(ReadError, match="the link is down"):
+        load(folder, **arguments("on the device", folder, [device]))
+    assert set(threading.enumerate()) == before
+
+
+def test_weights_in_host_memory_are_told(device, tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    model = load(folder, **arguments("in host memory", folder, [device]))
+    on_host = sum(place.weight_bytes for place in bigmodel.plan_of(model).placements if place.home == "cpu")
+    assert on_host <= bigmodel.stats_of(model).resident_bytes < 1.3 * on_host
+
+
+@pytest.mark.parametrize("kind", ["on the device", "in host memory", "on disk"])
+@torch.no_grad()
+def test_a_weight_begins_where_the_device_s_allocator_would_have_put_it(kind, device, tmp_path):
+    """Which kernel a product takes, and so its last bits, may depend on that."""
+    folder = make_checkpoint("llama", tmp_path)
+    model = load(folder, **arguments(kind, folder, [device]))
+    seen = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, _: seen.append(module.weight.data_ptr() % 256))
+    model(**inputs_for("llama"))
+    assert seen == [0] * 29
+
+
+@pytest.mark.parametrize("kind", ["on the device", "in host memory", "on disk"])
+@torch.no_grad()
+def test_a_cast_on_the_way_to_the_device_gives_what_from_pretrained_gives(kind, device, tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    whole = resident(folder, dtype=torch.bfloat16)
+    model = load(folder, dtype="bfloat16", **arguments(kind, folder, [device]))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    expected = whole.to(device)(**on(inputs_for("llama"), device)).logits.cpu()
+    assert torch.equal(model(**inputs_for("llama")).logits, expected)
+
+
+@torch.no_grad()
+def test_weights_that_are_in_no_file_run_where_their_unit_does(device, tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    missing = "model.layers.1.mlp.up_proj.weight"
+    for file in folder.glob("*.safetensors"):
+        save_file({name: tensor for name, tensor in load_file(file).items() if name != missing}, file, {"format": "pt"})
+    for index in folder.glob("*.index.json"):
+        content = json.loads(index.read_text())
+        del content["weight_map"][missing]
+        index.write_text(json.dumps(content))
+    model = load(folder, strict=False, **arguments("on the device", folder, [device]))
+    found = model(**inputs_for("llama")).logits
+    whole = resident(make_checkpoint("llama", tmp_path / "whole"))
+    whole.get_parameter(missing).copy_(model.get_parameter(missing))
+    assert torch.equal(found, whole.to(device)(**on(inputs_for("llama"), device)).logits.cpu())
+
+
 class Between(torch.nn.Module):
     """Code between its parts combines what they give."""
 
@@ -386,6 +472,16 @@ def test_a_block_that_a_map_divides_runs_on_one_device(tmp_path):
         assert runs["model.layers.1 (sim:0)"] == runs["model.layers.1 (sim:1)"]
         assert runs["model.layers.2 (cpu)"] == runs["model.layers.2 (sim:1)"] == "sim:1"
         assert torch.equal(model(**inputs_for("llama")).logits, expected)
+
+
+def test_a_buffer_that_modules_share_is_moved_once(device):
+    model = torch.nn.ModuleList(torch.nn.Module() for _ in range(2))
+    buffer = torch.ones(3)
+    for module in model:
+        module.register_buffer("mask", buffer)
+    move_buffers(model, {}, torch.device(device))
+    assert model[0].mask is model[1].mask
+    assert torch.equal(model[0].mask, buffer.to(device))
 
 
 @pytest.mark.parametrize("kind", ["in host memory", "everywhere", "on the device"])
@@ -531,9 +627,10 @@ def test_adapters_follow_their_layer_from_the_accelerator_to_the_cpu(device, tmp
 
 
 @needs_compiler
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
 @torch.no_grad()
-def test_nothing_is_copied_where_host_and_device_are_one_memory(tmp_path):
-    folder = make_checkpoint("llama", tmp_path)
+def test_nothing_is_copied_where_host_and_device_are_one_memory(family, tmp_path):
+    folder = make_checkpoint(family, tmp_path)
     expected = resident(folder)(**inputs_for("llama")).logits
     with simulated(1, memory_bytes=8 << 30, is_unified=True):
         model = load(folder)
@@ -542,7 +639,7 @@ def test_nothing_is_copied_where_host_and_device_are_one_memory(tmp_path):
         assert {place.run_on for place in plan.placements} == {"sim:0"}
         assert torch.equal(model(**inputs_for("llama")).logits, expected)
         assert (bigmodel.stats_of(model) - before).copied_bytes == 0
-        on_host = load(folder, device_map={"": "cpu", "lm_head": "sim:0"})
+        on_host = load(folder, device_map={"": "cpu", "model.norm": "sim:0"})
         assert not bigmodel.plan_of(on_host).slots
         assert torch.equal(on_host(**inputs_for("llama")).logits, expected)
 
