@@ -18,10 +18,10 @@ from bigmodel.device_map.trial import Trial
 from bigmodel.device_map.unit import Unit, find_units
 from bigmodel.errors import DeviceMapError
 from bigmodel.hooks.caches import cache_layer_of
-from bigmodel.loading.assembly import layout_of
 from bigmodel.models import Skeleton, example_inputs
 from bigmodel.offload.arena import ALIGN_BYTES
 from bigmodel.offload.link import RING_BYTES
+from bigmodel.offload.reader import layout_of
 from bigmodel.offload.resident import NUM_READERS
 
 __all__ = ["Divisions"]

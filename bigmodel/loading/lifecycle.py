@@ -13,7 +13,7 @@ from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.plan import Plan
 from bigmodel.errors import DoesNotFitError, InvalidArgumentError
 from bigmodel.hooks.stats import StreamStats
-from bigmodel.loading.assembly import assembled, forget, own_generation_config
+from bigmodel.loading.assembled import assembled, forget, own_generation_config
 from bigmodel.loading.marks import unmark_dispatched
 from bigmodel.models import revert_of
 from bigmodel.offload.resident import ResidentLoad

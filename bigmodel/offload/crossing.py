@@ -13,8 +13,8 @@ from bigmodel.offload.arena import ALIGN_BYTES, Arena
 from bigmodel.offload.converted import run_conversion
 from bigmodel.offload.direct import DirectReads
 from bigmodel.offload.link import RING_BYTES, DeviceMemory, Link, page_lock
-from bigmodel.offload.ranges import PACKED_ALIGN_BYTES, Layout, lay_out
-from bigmodel.offload.reader import BLOCK_BYTES, GAP_BYTES, Reader, Ticket
+from bigmodel.offload.ranges import PACKED_ALIGN_BYTES, Layout
+from bigmodel.offload.reader import Reader, Ticket, layout_of
 from bigmodel.offload.spill import trim_heap
 from bigmodel.progress import Report
 from bigmodel.units import format_bytes
@@ -167,8 +167,7 @@ def _is_locked(arena: Arena, device: torch.device) -> bool:
 
 
 def _slab(unit: Traveller) -> _Slab:
-    plain = [source for source in unit.sources if source.conversion is None]
-    layout = lay_out(plain, block_bytes=BLOCK_BYTES, gap_bytes=GAP_BYTES, for_accelerator=True)
+    layout = layout_of(unit.sources, for_accelerator=True)
     places, end = dict(layout.places), layout.nbytes
     for source in unit.sources:
         if source.conversion is not None:

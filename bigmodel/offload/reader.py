@@ -17,24 +17,31 @@ from dataclasses import dataclass, field
 import numpy
 import torch
 
+from bigmodel.checkpoint.spec import Source
 from bigmodel.checkpoint.stamp import FileStamp
 from bigmodel.errors import ReadError, StreamingError
 from bigmodel.offload import page_cache
 from bigmodel.offload.arena import ALIGN_BYTES, Arena
 from bigmodel.offload.link import Chunk, DeviceMemory, Ring
-from bigmodel.offload.ranges import Block, Layout
+from bigmodel.offload.ranges import Block, Layout, lay_out
 
-__all__ = ["BLOCK_BYTES", "GAP_BYTES", "Reader", "Ticket", "check_stamp", "read_fully"]
+__all__ = ["BLOCK_BYTES", "Reader", "Ticket", "check_stamp", "layout_of", "read_fully"]
 
 # Measured (NVMe behind a virtual machine): 8 MiB blocks with two or more readers reach the device's rate; reading a gap of
 # 128 KiB costs less than a second request.
 BLOCK_BYTES = 8 << 20
-GAP_BYTES = 128 << 10
+_GAP_BYTES = 128 << 10
 # A block that is at least this much in the page cache is copied from there: 0.03-0.2 s/GB instead of a device read.
 _CACHED_ENOUGH = 0.95
 # torch splits an elementwise operation over its threads from 32768 elements on.
 _SERIAL_ELEMENTS = 32256
 _STOP = None
+
+
+def layout_of(sources: Sequence[Source], *, for_accelerator: bool = False) -> Layout:
+    """The layout of parameters in a slot or a slab; those that need a conversion are left out."""
+    plain = [source for source in sources if source.conversion is None]
+    return lay_out(plain, block_bytes=BLOCK_BYTES, gap_bytes=_GAP_BYTES, for_accelerator=for_accelerator)
 
 
 @dataclass(eq=False, slots=True)

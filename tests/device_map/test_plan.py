@@ -121,10 +121,10 @@ def on_accelerators(count: int, *, on_disk: bool = False, room: int = 2_000_000,
     return decide(problem(costs, demand, ring_bytes=RING_BYTES), replace(HOST, accelerators=devices), limits, **options)
 
 
-def halves() -> dict[str, str]:
+def halves() -> dict[str, tuple[str, str]]:
     """Half of what `on_accelerators` has runs on the CPU."""
     names = ["embed", *(f"layers.{number}" for number in range(12)), "head"]
-    return {name: "cuda:0" if number % 2 else "cpu" for number, name in enumerate(names)}
+    return {name: ("cuda:0" if number % 2 else "cpu",) * 2 for number, name in enumerate(names)}
 
 
 PLANS = {

@@ -45,7 +45,7 @@ def step_s(homes, runs, *, num_accelerators=1):
         machine(num_accelerators, c=0.1),
         limits,
         homes={f"u.{n}": home for n, home in enumerate(homes)},
-        runs={f"u.{n}": device for n, device in enumerate(runs)},
+        runs={f"u.{n}": (device, device) for n, device in enumerate(runs)},
         max_slots=2,
     )
     return plan.estimate.time_per_token_s
@@ -98,7 +98,7 @@ def test_links_that_share_a_root_are_no_faster_together():
     units = [cost(f"u.{n}", LAYER) for n in range(20)]
     limits = {"cuda:0": 1 << 50, "cuda:1": 1 << 50, "cpu": 1 << 50, "disk": 0}
     homes = {f"u.{n}": "cpu" for n in range(20)}
-    runs = {f"u.{n}": f"cuda:{n % 2}" for n in range(20)}
+    runs = {f"u.{n}": (f"cuda:{n % 2}",) * 2 for n in range(20)}
     times = []
     for together in (2 * H2D, H2D):
         shared = machine(2, c=0.1, h2d_bytes_per_s_all=together)
