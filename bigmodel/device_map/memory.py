@@ -109,9 +109,9 @@ class Memory:
         )
         peaks[:, 0] += np.where(is_alone, kv_share * self._kv_beside, 0.0)
         if num_devices > 1:
-            if self._kv_beside:  # what no unit makes is made where the model begins
-                first = is_used[:, 1:] & (np.cumsum(is_used[:, 1:], axis=1) == 1)
-                peaks[:, 1:-1] += np.where(first, kv_share * self._kv_beside, 0.0)
+            if self._kv_beside:  # what no unit makes is made where a pass begins
+                main = np.take_along_axis(run, (run > 0).argmax(axis=1)[:, None], axis=1)
+                peaks[:, 1:-1] += np.where(main == np.arange(1, num_devices), kv_share * self._kv_beside, 0.0)
             peaks[:, 0] += np.where(self.has_ring(maps), tables.costs.ring_bytes, 0.0)
         return peaks
 

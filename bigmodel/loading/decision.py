@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -252,7 +253,7 @@ class Decider:
             return settled(*self._follow(device_map, problem))
         error: DoesNotFitError | None = None
         divisions = iter(self._divisions)
-        for units in divisions:
+        for units in itertools.chain(divisions, self._divisions.last_resorts()):
             try:
                 plan, settled_units = problem.decide(device_map, units)
             except DoesNotFitError as too_large:

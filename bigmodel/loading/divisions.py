@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
@@ -31,9 +32,9 @@ class Divisions:
     """Iterates over the divisions of one model, each finer than the one before; tells their costs.
 
     Args:
-        skeleton: the model, and where its bytes are.
+        skeleton: the model, where its bytes are, and which modules it wants kept whole: only `last_resorts` divides those.
         fingerprint: of the checkpoint; None where a module is planned for by itself, and its parameters' sizes count.
-        no_split: class names of modules that are never divided.
+        no_split: class names of modules that are never divided, whatever the model says.
         baseline_bytes: what the interpreter holds, outside the budget.
 
     Attributes:
@@ -52,18 +53,29 @@ class Divisions:
         self._no_split = frozenset(no_split)
         self._baseline_bytes = baseline_bytes
         self._parameters = dict(self._skeleton.model.named_parameters())
+        self._sizes = {name: parameter.nbytes for name, parameter in self._parameters.items()}
 
     def __iter__(self) -> Iterator[tuple[Unit, ...]]:
         """The model's units; then finer and finer ones, as far as there are any."""
-        model = self._skeleton.model
-        sizes = {name: parameter.nbytes for name, parameter in self._parameters.items()}
-        units = find_units(model, sizes=sizes, no_split=self._no_split)
+        no_split = self._no_split | self._skeleton.no_split
+        units = find_units(self._skeleton.model, sizes=self._sizes, no_split=no_split)
         yield units
+        yield from self._finer(units, no_split)
+
+    def last_resorts(self) -> Iterator[tuple[Unit, ...]]:
+        """Finer ones still, for where nothing fits otherwise: they divide what the model wants kept whole."""
+        if self._skeleton.no_split - self._no_split:
+            *_, units = iter(self)
+            yield from self._finer(units, self._no_split)
+
+    def _finer(self, units: tuple[Unit, ...], no_split: Collection[str]) -> Iterator[tuple[Unit, ...]]:
         while True:
             largest = max(
-                (sum(sizes.get(name, 0) for name in unit.parameters) for unit in units if not unit.encloses), default=0
+                (sum(self._sizes[name] for name in unit.parameters) for unit in units if not unit.encloses), default=0
             )
-            finer = find_units(model, sizes=sizes, max_unit_bytes=max(1, largest // 2), no_split=self._no_split)
+            finer = find_units(
+                self._skeleton.model, sizes=self._sizes, max_unit_bytes=max(1, largest // 2), no_split=no_split
+            )
             if len(finer) <= len(units) or largest <= 1:
                 return
             units = finer
@@ -78,7 +90,7 @@ class Divisions:
             for placement in plan.placements
             for name in placement.parameters
         }
-        for whole in self:
+        for whole in itertools.chain(self, self.last_resorts()):
             by_parameter = {
                 name: parts.get(name) or homes_of_units.get(unit.name, "") for unit in whole for name in unit.parameters
             }

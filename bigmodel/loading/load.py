@@ -56,7 +56,8 @@ def load_sharded(
         allow_cpu_compute: beside an accelerator, whether units may run on the CPU, which rounds differently.
         offload_folder: where weights that must be converted are kept; a private cache if None.
         model: an nn.Module with its parameters on meta, or a callable that builds one; None for the class in config.json.
-        no_split_module_classes: classes whose modules are never divided into smaller units, beside the model's own.
+        no_split_module_classes: classes whose modules are never divided into smaller units; the model's own are where nothing
+            fits otherwise.
         revision, subfolder, variant: as in from_pretrained.
         key_mapping: regular expression -> replacement for checkpoint keys.
         strict: whether missing and unexpected weights are errors; if False they are initialised and listed, or ignored.

@@ -126,9 +126,9 @@ def make_plan_and_timeline(
                 raise InvalidArgumentError(
                     f"{', '.join(given)} say how to read a checkpoint, and a module was given. Leave them out, or give a path."
                 )
-            named = frozenset(getattr(path_or_model, "_no_split_modules", None) or ()) | frozenset(no_split or ())
+            named = frozenset(getattr(path_or_model, "_no_split_modules", None) or ())
             skeleton = Skeleton(model=path_or_model, sources={}, initialised=(), unexpected=(), no_split=named)
-            decide = Decider(Divisions(skeleton, fingerprint=None, no_split=named, baseline_bytes=0), report)
+            decide = Decider(Divisions(skeleton, fingerprint=None, no_split=no_split or (), baseline_bytes=0), report)
         plan = decide(
             device_map,
             here.limits,

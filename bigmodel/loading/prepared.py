@@ -176,7 +176,7 @@ class Prepared:
                 Divisions(
                     skeleton,
                     fingerprint=checkpoint.fingerprint or None,
-                    no_split=skeleton.no_split | frozenset(no_split or ()),
+                    no_split=no_split or (),
                     baseline_bytes=baseline_bytes,
                 ),
                 here.progress,
