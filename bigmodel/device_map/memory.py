@@ -110,7 +110,7 @@ class Memory:
         peaks[:, 0] += np.where(is_alone, kv_share * self._kv_beside, 0.0)
         if num_devices > 1:
             if self._kv_beside:  # what no unit makes is made where a pass begins
-                main = np.take_along_axis(run, (run > 0).argmax(axis=1)[:, None], axis=1)
+                main = np.take_along_axis(run[0], (run[0] > 0).argmax(axis=1)[:, None], axis=1)
                 peaks[:, 1:-1] += np.where(main == np.arange(1, num_devices), kv_share * self._kv_beside, 0.0)
             peaks[:, 0] += np.where(self.has_ring(maps), tables.costs.ring_bytes, 0.0)
         return peaks
