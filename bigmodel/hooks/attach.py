@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import types
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -86,18 +87,20 @@ class Attachment:
                 if not devices and self._main is not None:
                     devices = dict.fromkeys(Phase, self._main)
                 hook = _UnitHook(self, number, name, devices)
-                self._handles.append(module.register_forward_pre_hook(hook.enter, prepend=True, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(hook.leave, always_call=True))
+                self._handles.append(
+                    module.register_forward_pre_hook(_opaque(hook.enter), prepend=True, with_kwargs=True)
+                )
+                self._handles.append(module.register_forward_hook(_opaque(hook.leave), always_call=True))
         for module, way in ways.items():
             hops = SiteHops(self._hops, module, way)
             self._site_hops.append((weakref.ref(module), hops))
-            self._handles.append(module.register_forward_pre_hook(hops.enter, prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(hops.leave, with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(_opaque(hops.enter), prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(_opaque(hops.leave), with_kwargs=True))
         # After the units' own hooks, so that a root that is a unit begins its pass first and ends it last.
         for name, module in {**entries, "": model}.items():
-            begin = functools.partial(self._begin_pass, name)
+            begin = functools.partial(_opaque(self._begin_pass), name)
             self._handles.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._end_pass, always_call=True))
+            self._handles.append(module.register_forward_hook(_opaque(self._end_pass), always_call=True))
         if refuses_moves:
             model.__dict__["_apply"] = _MoveGuard(model)
         if streamer is not None:
@@ -312,6 +315,11 @@ class _PassLock:
 
     def __exit__(self, *exc: object) -> None:
         self.release()
+
+
+def _opaque(hook: Any) -> Any:
+    """A bound method that torch.compile calls and does not look into: what it finds there is another thing in each pass."""
+    return types.MethodType(torch.compiler.disable(hook.__func__), hook.__self__)  # type: ignore[no-untyped-call]
 
 
 def _is_calling(thread: threading.Thread) -> bool:

@@ -34,6 +34,7 @@ __all__ = ["build_skeleton", "build_without_weights", "import_libraries", "load_
 
 def import_libraries() -> None:
     """Import what every load uses, so that memory measured afterwards is the load's own."""
+    import torch._dynamo  # noqa: F401
     import transformers  # noqa: F401
     from torch._subclasses import fake_tensor  # noqa: F401
 
