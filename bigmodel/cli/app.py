@@ -76,6 +76,9 @@ DeviceMap = Annotated[
         """[bold]'{"": "disk", "lm_head": "cpu"}'[/bold], or a file with such an object or a saved plan.""",
     ),
 ]
+AllowCpuCompute = Annotated[
+    bool, typer.Option("--allow-cpu-compute", help="Beside accelerators, let the CPU run what rests in host memory.")
+]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, or a torch dtype such as bfloat16.")]
 Revision = Annotated[
     str | None, typer.Option("--revision", rich_help_panel="Checkpoint", help="Branch, tag or commit of a Hub repo.")
@@ -148,7 +151,26 @@ def run(
     ] = 128,
     max_memory: MaxMemory = None,
     device_map: DeviceMap = "auto",
+    allow_cpu_compute: AllowCpuCompute = False,
     dtype: Dtype = "auto",
+    lookup: Annotated[
+        bool,
+        typer.Option(
+            "--lookup",
+            rich_help_panel="Guesses",
+            help="Guess tokens from what followed the same ones earlier in the text, and check many in one pass: "
+            "faster where text is repeated, as in summaries and edits.",
+        ),
+    ] = False,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            "--draft",
+            metavar="PATH",
+            rich_help_panel="Guesses",
+            help="A smaller model, kept in memory, whose guesses are checked many in one pass.",
+        ),
+    ] = None,
     sample: Annotated[
         bool,
         typer.Option("--sample", rich_help_panel="Sampling", help="Draw tokens at random instead of the likeliest."),
@@ -177,6 +199,8 @@ def run(
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     with _told_in_a_sentence(with_traceback):
         check_sampling(sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        if lookup and draft is not None:
+            raise InvalidArgumentError("--lookup and --draft both guess tokens. Give one of them.")
         text = read_prompt(prompt, prompt_file)
         limits = parse_limits(max_memory)
         where = parse_device_map(device_map)
@@ -184,19 +208,32 @@ def run(
         import torch
 
         from bigmodel.checkpoint.resolve import locate
+        from bigmodel.cli.drafts import MOST_GUESSES, Draft, lookup_options
         from bigmodel.cli.text import TextStream, encode_prompt, load_tokenizer
         from bigmodel.footprint import PeakFootprint, footprint_bytes
 
         folder = locate(path, revision=revision, subfolder=subfolder, variant=variant).folder
         tokenizer = load_tokenizer(folder, subfolder=subfolder, trust_remote_code=trust_remote_code)
         inputs = encode_prompt(tokenizer, text, chat=chat)
-        workload = bigmodel.Workload(prompt_tokens=inputs["input_ids"].shape[1], new_tokens=max_new_tokens)
+        prompt_tokens = inputs["input_ids"].shape[1]
+        if lookup or draft is not None:  # passes that check guesses are planned as well
+            prompt_tokens = max(prompt_tokens, MOST_GUESSES + 1)
+        workload = bigmodel.Workload(prompt_tokens=prompt_tokens, new_tokens=max_new_tokens)
         before_bytes = footprint_bytes()
         with PeakFootprint() as memory:
+            guesser = None
+            if draft is not None:
+                own = load_tokenizer(locate(draft).folder, trust_remote_code=trust_remote_code)
+                options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+                guesser = Draft.load(
+                    draft, tokenizer, own, limits, workload, progress=False if quiet else None, **options
+                )
+                limits = guesser.limits_beside()
             model = bigmodel.load_sharded(
                 path,
                 device_map=where,
                 max_memory=limits,
+                allow_cpu_compute=allow_cpu_compute,
                 dtype=dtype,
                 workload=workload,
                 revision=revision,
@@ -214,12 +251,17 @@ def run(
                 torch.manual_seed(seed)
             stream = TextStream(tokenizer, _write)
             options = _generation_options(model, sample, sampling) | {"max_new_tokens": max_new_tokens}
+            if lookup:
+                options |= lookup_options(plan)
+            if guesser is not None:
+                options |= guesser.options(plan, tokenizer)
             stats, start_s, end_s = _generate(model, inputs, stream, options)
         _write("\n")
         if not quiet:
             baseline_bytes = max(before_bytes, plan.estimate.baseline_bytes)
             peak_bytes = max(0, memory.peak_bytes - baseline_bytes) + stats.mapped_bytes
-            typer.echo(_figures(stream, stats, start_s, end_s, peak_bytes, plan), err=True)
+            draft_plan = None if guesser is None else guesser.plan
+            typer.echo(_figures(stream, stats, start_s, end_s, peak_bytes, plan, draft_plan), err=True)
 
 
 @app.command(
@@ -260,10 +302,7 @@ def plan(
         str | None,
         typer.Option("--machine", metavar="FILE", help="A machine file, or the name of one that comes with bigmodel."),
     ] = None,
-    allow_cpu_compute: Annotated[
-        bool,
-        typer.Option("--allow-cpu-compute", help="Beside accelerators, let the CPU run what rests in host memory."),
-    ] = False,
+    allow_cpu_compute: AllowCpuCompute = False,
     as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON, as --device-map reads it.")] = False,
     html_file: Annotated[
         str | None,
@@ -424,7 +463,15 @@ def _generation_options(model: Any, sample: bool, sampling: Mapping[str, float |
     return options
 
 
-def _figures(stream: TextStream, stats: StreamStats, start_s: float, end_s: float, peak_bytes: int, plan: Plan) -> str:
+def _figures(
+    stream: TextStream,
+    stats: StreamStats,
+    start_s: float,
+    end_s: float,
+    peak_bytes: int,
+    plan: Plan,
+    draft: Plan | None,
+) -> str:
     """The last line of a run: TTFT, tokens/s, bytes read per token, share of the time waiting, peak and budget."""
     import torch
 
@@ -434,11 +481,13 @@ def _figures(stream: TextStream, stats: StreamStats, start_s: float, end_s: floa
     decode_s = stream.last_token_s - stream.first_token_s
     if stream.num_tokens > 1 and decode_s > 0:
         parts.append(f"{(stream.num_tokens - 1) / decode_s:.2f} tokens/s over {stream.num_tokens} tokens")
+    if 0 < stats.num_passes < stream.num_tokens:
+        parts.append(f"{stream.num_tokens / stats.num_passes:.2f} tokens per pass")
     if stats.copied_bytes:
         parts.append(f"{format_bytes(stats.copied_bytes / stream.num_tokens)} copied per token")
     parts.append(f"{format_bytes(stats.read_bytes / stream.num_tokens)} read per token")
     parts.append(f"{stats.stall_s / (end_s - start_s):.0%} of the time waiting for weights")
-    limit_bytes = plan.limits.get("cpu")
+    limit_bytes = (plan if draft is None else draft).limits.get("cpu")  # a draft is loaded first
     budget = f" of {format_bytes(limit_bytes)} allowed" if limit_bytes is not None else ""
     parts.append(f"peak memory {format_bytes(peak_bytes)}{budget}")
     for device in sorted(plan.run_devices - {"cpu"}):

@@ -121,6 +121,8 @@ class Estimate:
         time_per_token_s: of a step in the middle of what is generated, for all sequences.
         tokens_per_s: of all sequences, while they are generated.
         binds: phase ("prefill", "decode") -> the resource that works longest in it.
+        pass_s: tokens of each sequence -> seconds of a pass in the middle of what is generated that takes so many at once,
+            as where guessed tokens are checked.
     """
 
     peak_bytes: Mapping[str, int]
@@ -131,6 +133,7 @@ class Estimate:
     tokens_per_s: float | None = None
     binds: Mapping[str, str] = field(default_factory=dict)
     phase_peak_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    pass_s: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,7 +281,8 @@ class Plan:
         )
         fields["slots"] = tuple(SlotGroup(**each | {"units": tuple(each["units"])}) for each in fields["slots"])
         fields["workload"] = Workload(**fields["workload"])
-        fields["estimate"] = Estimate(**fields["estimate"])
+        pass_s = {int(tokens): seconds for tokens, seconds in fields["estimate"].get("pass_s", {}).items()}
+        fields["estimate"] = Estimate(**fields["estimate"] | {"pass_s": pass_s})
         fields["notes"] = tuple(fields.get("notes", ()))
         fields["alternatives"] = tuple(Alternative(**each) for each in fields.get("alternatives", ()))
         return cls(**fields)

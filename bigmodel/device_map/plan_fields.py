@@ -19,6 +19,10 @@ def _is_device(value: Any) -> bool:
     return value == "cpu" or (isinstance(value, str) and own_device_name(value) == value)
 
 
+def _is_number_of_tokens(value: Any) -> bool:
+    return isinstance(value, str) and value.isdecimal() and value.isascii() and len(value) < 10
+
+
 _DEVICE = satisfying("'cpu' or an accelerator such as 'cuda:0'", _is_device)
 _TIER = satisfying(
     "'cpu', 'disk' or an accelerator such as 'cuda:0'", lambda value: value == "disk" or _is_device(value)
@@ -48,6 +52,7 @@ _ESTIMATE = {
     "tokens_per_s": _SECONDS,
     "binds": mapped(text),
     "phase_peak_bytes": mapped(_SIZES),
+    "pass_s": mapped(number(0, _MOST_NUMBER), key=satisfying("a number of tokens", _is_number_of_tokens)),
 }
 _NEEDED = {
     "placements": listed(_PLACEMENT),

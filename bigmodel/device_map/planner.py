@@ -19,10 +19,12 @@ from bigmodel.errors import DeviceMapError, DoesNotFitError
 from bigmodel.progress import Report
 from bigmodel.units import format_bytes
 
-__all__ = ["advise", "decide", "predict", "timeline"]
+__all__ = ["advise", "decide", "pass_times", "predict", "timeline"]
 
 _MORE_BYTES = 10**9
 _ALTERNATIVES, _TOLD_APART = 4, 1e-3
+# Tokens of a pass that checks guesses, as many as anybody guesses at once.
+_CHECKED_TOKENS = (1, 2, 3, 5, 9, 17, 25, 33, 49, 65)
 
 
 def decide(
@@ -108,6 +110,25 @@ def timeline(plan: Plan, costs: Costs, machine: Machine) -> list[Step]:
     steps: list[Step] = []
     simulate(tables, maps, slots, record=steps)
     return steps
+
+
+def pass_times(plan: Plan, costs: Costs, machine: Machine) -> dict[int, float]:
+    """Tokens of each sequence -> seconds of a steady pass that takes so many at once.
+
+    What a unit takes is taken to be a line through a step and the first pass; as far as that line goes.
+    """
+    tables, _, maps, slots = _of_plan(plan, costs, machine)
+    step, first = ([array[phase].copy() for array in (tables.compute, tables.glue, tables.hop)] for phase in (1, 0))
+    found = {}
+    for tokens in _CHECKED_TOKENS:
+        if tokens > max(1, costs.workload.prompt_tokens):
+            break
+        share = (tokens - 1) / max(1, costs.workload.prompt_tokens - 1)
+        tables.compute[1], tables.glue[1], tables.hop[1] = (
+            at_one + share * (at_all - at_one) for at_one, at_all in zip(step, first, strict=True)
+        )
+        found[tokens] = float(simulate(tables, maps, slots).step_s[0])
+    return found
 
 
 def advise(plan: Plan, costs: Costs, machine: Machine, *, allow_cpu_compute: bool = False) -> Plan:

@@ -17,7 +17,7 @@ from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.maps import divide_by_home, resolve_map
 from bigmodel.device_map.named import NAMED, homes_of
 from bigmodel.device_map.plan import MAX_SLOTS, Plan, Workload
-from bigmodel.device_map.planner import advise, decide, timeline
+from bigmodel.device_map.planner import advise, decide, pass_times, timeline
 from bigmodel.device_map.simulation import Step
 from bigmodel.device_map.unit import Unit
 from bigmodel.errors import DeviceMapError, DoesNotFitError, join_some
@@ -240,6 +240,8 @@ class Decider:
         def settled(plan: Plan, units: tuple[Unit, ...]) -> Decision:
             if with_advice and device_map == "auto":
                 plan = advise(plan, problem.costs_of(units), machine, allow_cpu_compute=allow_cpu_compute)
+            pass_s = pass_times(plan, problem.costs_of(units), machine)
+            plan = replace(plan, estimate=replace(plan.estimate, pass_s=pass_s))
             measured = problem.measured
             if not measured.is_measured:
                 plan = replace(plan, notes=(*plan.notes, _GUESSED.format(reason=measured.reason)))
