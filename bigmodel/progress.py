@@ -14,12 +14,12 @@ from bigmodel.units import format_bytes
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["MEASURING", "PLANNING", "Report", "progress_bar"]
+__all__ = ["GENERATING", "MEASURING", "PLANNING", "Report", "progress_bar"]
 
 PATIENCE_S = 1.0
 """Work that ends sooner shows no bar: it would only flicker."""
 
-MEASURING, PLANNING = "measuring the machine", "planning"
+MEASURING, PLANNING, GENERATING = "measuring the machine", "planning", "answering"
 """Phases whose progress is counted in steps, all others' in bytes."""
 
 
@@ -31,7 +31,7 @@ class Report(Protocol):
 
         Args:
             phase: what is being done, such as ``"reading weights"``; each phase has its own bar.
-            done: bytes done so far; steps, where the phase is `MEASURING` or `PLANNING`.
+            done: bytes done so far; steps, where the phase is `MEASURING`, `PLANNING` or `GENERATING`.
             total: likewise in all; 0 where it is not known.
         """
 
@@ -108,6 +108,8 @@ def _start_display() -> Progress:
         def render(self, task: Task) -> Text:
             if task.description in (MEASURING, PLANNING):
                 return Text(f"{task.percentage:.0f}%")
+            if task.description == GENERATING:
+                return Text(f"{task.completed:.0f} of {task.total or 0:.0f}")
             text = format_bytes(task.completed)
             if task.total is not None:
                 text += f" of {format_bytes(task.total)}"

@@ -11,9 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +21,7 @@ import typer
 
 import bigmodel
 from bigmodel.cli.arguments import (
+    check_guesses,
     check_sampling,
     parse_batch_size,
     parse_device_map,
@@ -29,13 +29,11 @@ from bigmodel.cli.arguments import (
     read_prompt,
     write_page,
 )
+from bigmodel.cli.prompts import read_prompts
 from bigmodel.errors import BigModelError, DoesNotFitError, InvalidArgumentError
-from bigmodel.units import format_bytes
 
 if TYPE_CHECKING:
-    from bigmodel.cli.text import TextStream
-    from bigmodel.device_map.plan import Plan
-    from bigmodel.hooks.stats import StreamStats
+    pass
 
 __all__ = ["app", "main"]
 
@@ -137,6 +135,8 @@ bigmodel run ./model --prompt-file question.txt --max-memory cpu=8GiB > answer.t
 
 bigmodel run org/name --prompt "Once" --sample --temperature 0.8 --seed 1
 
+bigmodel run ./model --prompts questions.jsonl --output answers.jsonl
+
 The text goes to stdout; the plan, progress and figures go to stderr."""
 )
 def run(
@@ -144,6 +144,24 @@ def run(
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue or to answer.")] = None,
     prompt_file: Annotated[
         str | None, typer.Option("--prompt-file", metavar="FILE", help="A file that holds it; - reads stdin.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            rich_help_panel="Many prompts",
+            help='Answer each line of a file, an object such as {"prompt": "..."}, as many at once as is fastest; - reads stdin.',
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            rich_help_panel="Many prompts",
+            help="Where the answers go, a line each. The same command goes on where it was interrupted. Default: stdout.",
+        ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[
@@ -199,69 +217,40 @@ def run(
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     with _told_in_a_sentence(with_traceback):
         check_sampling(sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        if lookup and draft is not None:
-            raise InvalidArgumentError("--lookup and --draft both guess tokens. Give one of them.")
-        text = read_prompt(prompt, prompt_file)
+        check_guesses(lookup=lookup, draft=draft, prompts=prompts, output=output)
+        text = None if prompts is not None else read_prompt(prompt, prompt_file)
+        lines = [] if prompts is None else read_prompts(prompts, prompt or prompt_file)
+        load = {
+            "device_map": parse_device_map(device_map),
+            "allow_cpu_compute": allow_cpu_compute,
+            "dtype": dtype,
+            "revision": revision,
+            "subfolder": subfolder,
+            "variant": variant,
+            "offload_folder": offload_folder,
+            "trust_remote_code": trust_remote_code,
+        }
         limits = parse_limits(max_memory)
-        where = parse_device_map(device_map)
 
-        import torch
+        from bigmodel.cli.running import Settings, answer, answer_all
 
-        from bigmodel.checkpoint.resolve import locate
-        from bigmodel.cli.drafts import MOST_GUESSES, Draft, lookup_options
-        from bigmodel.cli.text import TextStream, encode_prompt, load_tokenizer
-        from bigmodel.footprint import PeakFootprint, footprint_bytes
-
-        folder = locate(path, revision=revision, subfolder=subfolder, variant=variant).folder
-        tokenizer = load_tokenizer(folder, subfolder=subfolder, trust_remote_code=trust_remote_code)
-        inputs = encode_prompt(tokenizer, text, chat=chat)
-        prompt_tokens = inputs["input_ids"].shape[1]
-        if lookup or draft is not None:  # passes that check guesses are planned as well
-            prompt_tokens = max(prompt_tokens, MOST_GUESSES + 1)
-        workload = bigmodel.Workload(prompt_tokens=prompt_tokens, new_tokens=max_new_tokens)
-        before_bytes = footprint_bytes()
-        with PeakFootprint() as memory:
-            guesser = None
-            if draft is not None:
-                own = load_tokenizer(locate(draft).folder, trust_remote_code=trust_remote_code)
-                options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-                guesser = Draft.load(
-                    draft, tokenizer, own, limits, workload, progress=False if quiet else None, **options
-                )
-                limits = guesser.limits_beside()
-            model = bigmodel.load_sharded(
-                path,
-                device_map=where,
-                max_memory=limits,
-                allow_cpu_compute=allow_cpu_compute,
-                dtype=dtype,
-                workload=workload,
-                revision=revision,
-                subfolder=subfolder,
-                variant=variant,
-                offload_folder=offload_folder,
-                trust_remote_code=trust_remote_code,
-                progress=False if quiet else None,
-            )
-            _refuse_without_generate(model, path)
-            plan = bigmodel.plan_of(model)
-            if not quiet:
-                typer.echo(plan.explain(), err=True)
-            if seed is not None:
-                torch.manual_seed(seed)
-            stream = TextStream(tokenizer, _write)
-            options = _generation_options(model, sample, sampling) | {"max_new_tokens": max_new_tokens}
-            if lookup:
-                options |= lookup_options(plan)
-            if guesser is not None:
-                options |= guesser.options(plan, tokenizer)
-            stats, start_s, end_s = _generate(model, inputs, stream, options)
-        _write("\n")
-        if not quiet:
-            baseline_bytes = max(before_bytes, plan.estimate.baseline_bytes)
-            peak_bytes = max(0, memory.peak_bytes - baseline_bytes) + stats.mapped_bytes
-            draft_plan = None if guesser is None else guesser.plan
-            typer.echo(_figures(stream, stats, start_s, end_s, peak_bytes, plan, draft_plan), err=True)
+        settings = Settings(
+            path=path,
+            load=load,
+            limits=limits,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            lookup=lookup,
+            draft=draft,
+            sampling=sampling if sample else None,
+            seed=seed,
+            tell=_say_nothing if quiet else _say,
+            is_quiet=quiet,
+        )
+        if text is not None:
+            answer(settings, text, _write)
+        else:
+            answer_all(settings, lines, output)
 
 
 @app.command(
@@ -424,73 +413,16 @@ def _status_of(error: Exception) -> int:
     return 2 if isinstance(error, InvalidArgumentError) else 1
 
 
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _say_nothing(text: str) -> None:
+    pass
+
+
 def _write(text: str) -> None:
     """Text on its way to a person or a pipe: at once, and whatever stdout's encoding cannot show as a question mark."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
-
-
-def _refuse_without_generate(model: Any, path: str) -> None:
-    if not hasattr(model, "generate") or not model.can_generate():
-        raise InvalidArgumentError(
-            f"{path} is a {type(model).__name__}, which does not generate text. "
-            "Load it with bigmodel.load_sharded and call it."
-        )
-
-
-def _generate(
-    model: Any, inputs: Mapping[str, Any], stream: TextStream, options: Mapping[str, Any]
-) -> tuple[StreamStats, float, float]:
-    """What the run did, and when it began and ended."""
-    before = bigmodel.stats_of(model)
-    start_s = time.perf_counter()
-    model.generate(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, **options, streamer=stream)
-    end_s = time.perf_counter()
-    stats = bigmodel.stats_of(model) - before
-    logger.info("generated %d tokens in %.2f s, %s", stream.num_tokens, end_s - start_s, stats)
-    return stats, start_s, end_s
-
-
-def _generation_options(model: Any, sample: bool, sampling: Mapping[str, float | None]) -> dict[str, Any]:
-    """What generate is asked for. The model's own sampling defaults count when it samples, and only then."""
-    options: dict[str, Any] = {"do_sample": sample, "num_beams": 1}  # a stream cannot take back what a beam drops
-    if sample:
-        options |= {name: value for name, value in sampling.items() if value is not None}
-    if model.generation_config.pad_token_id is None:
-        end = model.generation_config.eos_token_id
-        options["pad_token_id"] = end[0] if isinstance(end, list) else end  # what generate does too, without saying so
-    return options
-
-
-def _figures(
-    stream: TextStream,
-    stats: StreamStats,
-    start_s: float,
-    end_s: float,
-    peak_bytes: int,
-    plan: Plan,
-    draft: Plan | None,
-) -> str:
-    """The last line of a run: TTFT, tokens/s, bytes read per token, share of the time waiting, peak and budget."""
-    import torch
-
-    if stream.first_token_s is None or stream.last_token_s is None:
-        return "no token was generated"
-    parts = [f"TTFT {stream.first_token_s - start_s:.2f} s"]
-    decode_s = stream.last_token_s - stream.first_token_s
-    if stream.num_tokens > 1 and decode_s > 0:
-        parts.append(f"{(stream.num_tokens - 1) / decode_s:.2f} tokens/s over {stream.num_tokens} tokens")
-    if 0 < stats.num_passes < stream.num_tokens:
-        parts.append(f"{stream.num_tokens / stats.num_passes:.2f} tokens per pass")
-    if stats.copied_bytes:
-        parts.append(f"{format_bytes(stats.copied_bytes / stream.num_tokens)} copied per token")
-    parts.append(f"{format_bytes(stats.read_bytes / stream.num_tokens)} read per token")
-    parts.append(f"{stats.stall_s / (end_s - start_s):.0%} of the time waiting for weights")
-    limit_bytes = (plan if draft is None else draft).limits.get("cpu")  # a draft is loaded first
-    budget = f" of {format_bytes(limit_bytes)} allowed" if limit_bytes is not None else ""
-    parts.append(f"peak memory {format_bytes(peak_bytes)}{budget}")
-    for device in sorted(plan.run_devices - {"cpu"}):
-        held = format_bytes(torch.accelerator.max_memory_reserved(torch.device(device)))
-        parts.append(f"{device} {held} of {format_bytes(plan.limits[device])} allowed, context not counted")
-    return ", ".join(parts)

@@ -15,7 +15,15 @@ from bigmodel.units import parse_bytes
 if TYPE_CHECKING:
     from bigmodel.device_map.plan import Plan
 
-__all__ = ["check_sampling", "parse_batch_size", "parse_device_map", "parse_limits", "read_prompt", "write_page"]
+__all__ = [
+    "check_guesses",
+    "check_sampling",
+    "parse_batch_size",
+    "parse_device_map",
+    "parse_limits",
+    "read_prompt",
+    "write_page",
+]
 
 _MOST_DIGITS = 30
 
@@ -30,6 +38,16 @@ def check_sampling(
         raise InvalidArgumentError(f"--temperature is {temperature}. Give a number above 0, or leave --sample out.")
     if top_p is not None and not 0 < top_p <= 1:
         raise InvalidArgumentError(f"--top-p is {top_p}. Give a number above 0 and at most 1.")
+
+
+def check_guesses(*, lookup: bool, draft: str | None, prompts: str | None, output: str | None) -> None:
+    """Refuses two kinds of guesses at once, guesses for many prompts, and a file for the answer to one."""
+    if lookup and draft is not None:
+        raise InvalidArgumentError("--lookup and --draft both guess tokens. Give one of them.")
+    if prompts is not None and (lookup or draft is not None):
+        raise InvalidArgumentError("--lookup and --draft guess for one text at a time. Leave them out with --prompts.")
+    if output is not None and prompts is None:
+        raise InvalidArgumentError("--output is for the answers to --prompts. Redirect stdout for the answer to one.")
 
 
 def read_prompt(prompt: str | None, prompt_file: str | None) -> str:

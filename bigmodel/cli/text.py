@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from bigmodel.errors import CheckpointError, InvalidArgumentError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TextStream", "encode_prompt", "load_tokenizer"]
+__all__ = ["TextStream", "encode_prompt", "load_tokenizer", "padded"]
 
 UNFINISHED = "\ufffd"
 """What a tokenizer shows for a character whose last bytes are in a token yet to come."""
@@ -83,6 +83,21 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     if inputs["input_ids"].numel() == 0:
         raise InvalidArgumentError("The prompt is empty: it gives 0 tokens. Give at least one.")
     return inputs
+
+
+def padded(sequences: Sequence[torch.Tensor], padding: int) -> dict[str, torch.Tensor]:
+    """Sequences of token ids, int64 [tokens] each, as generate takes them: filled up before their beginning.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, both int64 [sequences, longest].
+    """
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), padding, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, longest - len(sequence) :] = sequence
+        mask[row, longest - len(sequence) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 class TextStream:

@@ -25,7 +25,7 @@ from bigmodel.loading.divisions import Divisions
 from bigmodel.loading.pass_limit import PassLimit, shares_of
 from bigmodel.progress import Report
 
-__all__ = ["Decider", "Decision", "DeviceMap", "refuse_unknown"]
+__all__ = ["MOST_SEQUENCES", "Decider", "Decision", "DeviceMap", "refuse_unknown"]
 
 DeviceMap = str | Mapping[str, Any] | Plan
 
@@ -33,7 +33,7 @@ _AUTOMATIC = ("auto", *NAMED)
 # A finer division must promise this much: more units are more work of a kind that no rate knows.
 _FINER_GAIN = 0.97
 # Twice as many sequences must give this much more, and there are never more than so many.
-_BATCH_GAIN, _MOST_SEQUENCES = 1.03, 4096
+_BATCH_GAIN, MOST_SEQUENCES = 1.03, 4096
 # A map that has a name is filled again with smaller limits so many times, where what it left did not suffice.
 _NAMED_ATTEMPTS = 6
 _GUESSED = "activations and KV cache are estimates, because no pass could be tried ({reason})"
@@ -216,6 +216,7 @@ class Decider:
         is_loaded: bool = False,
         allow_cpu_compute: bool = False,
         with_advice: bool = False,
+        most_sequences: int = MOST_SEQUENCES,
     ) -> Decision:
         """Where every unit rests and runs.
 
@@ -227,6 +228,7 @@ class Decider:
             is_loaded: all weights are in memory already: the plan says what that takes, and refuses nothing.
             allow_cpu_compute: beside accelerators, whether units may run on the CPU.
             with_advice: whether the plan says what more memory would gain, which takes as long again.
+            most_sequences: where the workload's batch size is "auto".
 
         Raises:
             DeviceMapError: names or tiers that are not there, or a plan of something else.
@@ -234,7 +236,7 @@ class Decider:
         """
         refuse_unknown(device_map, machine)
         if workload.batch_size == "auto":
-            workload = self._best_batch(device_map, limits, workload, machine, allow_cpu_compute)
+            workload = self._best_batch(device_map, limits, workload, machine, allow_cpu_compute, most_sequences)
         problem = _Problem(self._divisions, self._progress, limits, workload, machine, allow_cpu_compute, is_loaded)
 
         def settled(plan: Plan, units: tuple[Unit, ...]) -> Decision:
@@ -282,11 +284,12 @@ class Decider:
         workload: Workload,
         machine: Machine,
         allow_cpu_compute: bool,
+        most: int,
     ) -> Workload:
         """The batch with the most tokens per second: doubled from one while that gains something and fits, then by half."""
         best: tuple[float, Workload] | None = None
         batch_size, step = 1, 1
-        while batch_size <= _MOST_SEQUENCES:
+        while True:
             tried = replace(workload, batch_size=batch_size)
             try:
                 plan = self(device_map, limits, tried, machine, allow_cpu_compute=allow_cpu_compute).plan
@@ -301,9 +304,9 @@ class Decider:
             if best is not None and rate < _BATCH_GAIN * best[0]:
                 break
             best = rate, tried
-            if not step:
+            if not step or batch_size >= most:
                 break
-            batch_size, step = 2 * batch_size, batch_size
+            batch_size, step = min(2 * batch_size, most), batch_size
         assert best is not None
         return best[1]
 

@@ -13,7 +13,7 @@ from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.plan import Plan, Workload
 from bigmodel.device_map.simulation import Step
 from bigmodel.errors import InvalidArgumentError
-from bigmodel.loading.decision import Decider, DeviceMap
+from bigmodel.loading.decision import MOST_SEQUENCES, Decider, DeviceMap
 from bigmodel.loading.divisions import Divisions
 from bigmodel.loading.prepared import Here, Prepared, refuse_strange
 from bigmodel.models import Skeleton
@@ -101,9 +101,13 @@ def make_plan_and_timeline(
     max_memory: Mapping[int | str, int | str] | None,
     device_map: DeviceMap,
     allow_cpu_compute: bool,
+    most_sequences: int = MOST_SEQUENCES,
     **reading: Any,
 ) -> tuple[Plan, Callable[[], list[Step]]]:
-    """`make_plan`, whose keyword arguments `reading` are, and what gives the predicted timeline of the plan."""
+    """`make_plan`, whose keyword arguments `reading` are, and what gives the predicted timeline of the plan.
+
+    `most_sequences` limits a batch size that is "auto".
+    """
     reading = _READING | reading
     refuse_strange(workload, reading["no_split_module_classes"])
     with torch.inference_mode(False), torch.device("cpu"), progress_bar() as report:
@@ -136,6 +140,7 @@ def make_plan_and_timeline(
             here.machine,
             allow_cpu_compute=allow_cpu_compute,
             with_advice=True,
+            most_sequences=most_sequences,
         ).plan
         return plan, lambda: decide.timeline(plan, here.machine)
 

@@ -1,0 +1,262 @@
+"""A run: a model is loaded for what it is asked, generates, and what that took is told."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import bigmodel
+from bigmodel.checkpoint.resolve import locate
+from bigmodel.cli.drafts import MOST_GUESSES, Draft, lookup_options
+from bigmodel.cli.prompts import Answers
+from bigmodel.cli.text import TextStream, encode_prompt, load_tokenizer, padded
+from bigmodel.errors import InvalidArgumentError
+from bigmodel.footprint import PeakFootprint, footprint_bytes
+from bigmodel.loading.planning import make_plan_and_timeline
+from bigmodel.progress import GENERATING, progress_bar
+from bigmodel.units import format_bytes
+
+if TYPE_CHECKING:
+    from bigmodel.device_map.plan import Plan
+    from bigmodel.hooks.stats import StreamStats
+
+__all__ = ["Settings", "answer", "answer_all"]
+
+logger = logging.getLogger("bigmodel.cli")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run is asked for, whatever its prompts are.
+
+    Attributes:
+        path, load: of the model, and how it is loaded; `load` is what `load_sharded` takes beside limits and workload.
+        limits: as `max_memory`.
+        chat: whether prompts go into the model's chat template.
+        max_new_tokens: of each answer.
+        lookup, draft: what guesses tokens: the text itself, or the model at a path.
+        sampling: what generate is asked for where it samples; None where it does not.
+        seed: of the draws.
+        tell: called with what is said about a run: the plan, figures.
+        is_quiet: no progress is shown.
+    """
+
+    path: str
+    load: Mapping[str, Any]
+    tell: Callable[[str], None]
+    limits: Mapping[int | str, int] | None = None
+    chat: bool = False
+    max_new_tokens: int = 128
+    lookup: bool = False
+    draft: str | None = None
+    sampling: Mapping[str, float | None] | None = None
+    seed: int | None = None
+    is_quiet: bool = False
+
+    @property
+    def progress(self) -> bool | None:
+        """As `load_sharded` takes it."""
+        return False if self.is_quiet else None
+
+
+def answer(settings: Settings, prompt: str, write: Callable[[str], None]) -> None:
+    """Write the text that a model generates after a prompt, as it comes."""
+    tokenizer = _tokenizer_of(settings)
+    inputs = encode_prompt(tokenizer, prompt, chat=settings.chat)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    if settings.lookup or settings.draft is not None:  # passes that check guesses are planned as well
+        prompt_tokens = max(prompt_tokens, MOST_GUESSES + 1)
+    workload = bigmodel.Workload(prompt_tokens=prompt_tokens, new_tokens=settings.max_new_tokens)
+    with _loaded(settings, workload, tokenizer) as run:
+        stream = TextStream(tokenizer, write)
+        if settings.seed is not None:
+            torch.manual_seed(settings.seed)
+        start_s = time.perf_counter()
+        run.generate(inputs, streamer=stream)
+        end_s = time.perf_counter()
+    write("\n")
+    if stream.first_token_s is None or stream.last_token_s is None:
+        settings.tell("no token was generated")
+        return
+    parts = [f"TTFT {stream.first_token_s - start_s:.2f} s"]
+    decode_s = stream.last_token_s - stream.first_token_s
+    if stream.num_tokens > 1 and decode_s > 0:
+        parts.append(f"{(stream.num_tokens - 1) / decode_s:.2f} tokens/s over {stream.num_tokens} tokens")
+    settings.tell(", ".join([*parts, *run.figures(stream.num_tokens, end_s - start_s)]))
+
+
+def answer_all(settings: Settings, prompts: Sequence[Mapping[str, Any]], output: str | None) -> None:
+    """Write an answer to every prompt that has none yet, in order, as many at once as the plan finds fastest.
+
+    Args:
+        settings: without `lookup` and `draft`, which guess for one text at a time.
+        prompts: of `read_prompts`.
+        output: a file that is continued; stdout if None.
+    """
+    tokenizer = _tokenizer_of(settings)
+    encoded = [encode_prompt(tokenizer, each["prompt"], chat=settings.chat)["input_ids"][0] for each in prompts]
+    answers = Answers(output, prompts)
+    try:
+        waiting = range(answers.num_done, len(prompts))
+        if answers.num_done:
+            settings.tell(f"{answers.num_done} of {len(prompts)} prompts were answered before")
+        if not waiting:
+            return
+        longest = max(len(encoded[number]) for number in waiting)
+        workload = _fastest_workload(settings, longest, len(waiting))
+        num_tokens, start_s = 0, time.perf_counter()
+        with _loaded(settings, workload, tokenizer) as run, progress_bar(settings.progress) as report:
+            for first in range(waiting.start, waiting.stop, workload.num_sequences):
+                batch = range(first, min(first + workload.num_sequences, waiting.stop))
+                if settings.seed is not None:  # a run that goes on draws as one that was never interrupted
+                    torch.manual_seed(settings.seed + first)
+                inputs = padded([encoded[number] for number in batch], _padding_of(tokenizer, run.model))
+                texts, counts = run.texts(inputs)
+                answers.write(
+                    [
+                        {**prompts[number], "text": text, "num_tokens": count}
+                        for number, text, count in zip(batch, texts, counts, strict=True)
+                    ]
+                )
+                num_tokens += sum(counts)
+                report(GENERATING, batch.stop - waiting.start, len(waiting))
+            end_s = time.perf_counter()
+        parts = [f"{len(waiting)} prompts, {workload.num_sequences} at once"]
+        parts.append(f"{num_tokens / (end_s - start_s):.2f} tokens/s over {num_tokens} tokens")
+        settings.tell(", ".join([*parts, *run.figures(max(1, num_tokens), end_s - start_s)]))
+    finally:
+        answers.close()
+
+
+@dataclass(eq=False)
+class _Run:
+    """A model that was loaded for a run."""
+
+    model: Any
+    plan: Plan
+    tokenizer: Any
+    options: Mapping[str, Any]
+    draft: Plan | None
+    before: StreamStats
+    baseline_bytes: int
+    peak_bytes: int = 0
+    stats: StreamStats | None = field(default=None)
+
+    def generate(self, inputs: Mapping[str, torch.Tensor], **options: Any) -> torch.Tensor:
+        """Token ids, int64 [sequences, tokens]: what `generate` gives."""
+        there = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        tokens: torch.Tensor = self.model.generate(**there, **self.options, **options)
+        return tokens
+
+    def texts(self, inputs: Mapping[str, torch.Tensor]) -> tuple[list[str], list[int]]:
+        """What is generated for each sequence, and how many tokens that is."""
+        is_encoder_decoder = getattr(self.model.config, "is_encoder_decoder", False)
+        tokens = self.generate(inputs).cpu()[:, 1 if is_encoder_decoder else inputs["input_ids"].shape[1] :]
+        ends = self.model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
+        own = [_until(row.tolist(), ends) for row in tokens]
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in own], [len(row) for row in own]
+
+    def figures(self, num_tokens: int, seconds: float) -> list[str]:
+        """What a run moved and held."""
+        stats, plan = self.stats, self.plan
+        assert stats is not None
+        parts = []
+        if 0 < stats.num_passes < num_tokens and self.options.keys() & {"assistant_model", "prompt_lookup_num_tokens"}:
+            parts.append(f"{num_tokens / stats.num_passes:.2f} tokens per pass")
+        if stats.copied_bytes:
+            parts.append(f"{format_bytes(stats.copied_bytes / num_tokens)} copied per token")
+        parts.append(f"{format_bytes(stats.read_bytes / num_tokens)} read per token")
+        parts.append(f"{stats.stall_s / seconds:.0%} of the time waiting for weights")
+        limit_bytes = (self.draft or plan).limits.get("cpu")  # a draft is loaded first
+        budget = f" of {format_bytes(limit_bytes)} allowed" if limit_bytes is not None else ""
+        parts.append(f"peak memory {format_bytes(self.peak_bytes + stats.mapped_bytes)}{budget}")
+        for device in sorted(plan.run_devices - {"cpu"}):
+            held = format_bytes(torch.accelerator.max_memory_reserved(torch.device(device)))
+            parts.append(f"{device} {held} of {format_bytes(plan.limits[device])} allowed, context not counted")
+        return parts
+
+
+def _tokenizer_of(settings: Settings) -> Any:
+    places = {name: settings.load[name] for name in ("revision", "subfolder", "variant")}
+    folder = locate(settings.path, **places).folder
+    trusts = settings.load["trust_remote_code"]
+    return load_tokenizer(folder, subfolder=settings.load["subfolder"], trust_remote_code=trusts)
+
+
+@contextmanager
+def _loaded(settings: Settings, workload: bigmodel.Workload, tokenizer: Any) -> Iterator[_Run]:
+    """The model for a workload; when the block is over, what it moved and held is known."""
+    before_bytes = footprint_bytes()
+    limits, draft = settings.limits, None
+    with PeakFootprint() as memory:
+        if settings.draft is not None:
+            options = {name: settings.load[name] for name in ("dtype", "trust_remote_code")}
+            own = load_tokenizer(locate(settings.draft).folder, trust_remote_code=options["trust_remote_code"])
+            draft = Draft.load(settings.draft, tokenizer, own, limits, workload, progress=settings.progress, **options)
+            limits = draft.limits_beside()
+        model = bigmodel.load_sharded(
+            settings.path, max_memory=limits, workload=workload, progress=settings.progress, **settings.load
+        )
+        if not hasattr(model, "generate") or not model.can_generate():
+            raise InvalidArgumentError(
+                f"{settings.path} is a {type(model).__name__}, which does not generate text. "
+                "Load it with bigmodel.load_sharded and call it."
+            )
+        plan = bigmodel.plan_of(model)
+        settings.tell(plan.explain())
+        options = _generation_options(model, settings)
+        if settings.lookup:
+            options |= lookup_options(plan)
+        if draft is not None:
+            options |= draft.options(plan, tokenizer)
+        baseline_bytes = max(before_bytes, plan.estimate.baseline_bytes)
+        draft_plan = None if draft is None else draft.plan
+        run = _Run(model, plan, tokenizer, options, draft_plan, bigmodel.stats_of(model), baseline_bytes)
+        yield run
+        run.stats = bigmodel.stats_of(model) - run.before
+        logger.info("generated, %s", run.stats)
+    run.peak_bytes = max(0, memory.peak_bytes - run.baseline_bytes)
+
+
+def _generation_options(model: Any, settings: Settings) -> dict[str, Any]:
+    """What generate is asked for. The model's own sampling defaults count when it samples, and only then."""
+    # A stream cannot take back what a beam drops.
+    options: dict[str, Any] = {"do_sample": settings.sampling is not None, "num_beams": 1}
+    options["max_new_tokens"] = settings.max_new_tokens
+    options |= {name: value for name, value in (settings.sampling or {}).items() if value is not None}
+    if model.generation_config.pad_token_id is None:
+        end = model.generation_config.eos_token_id
+        options["pad_token_id"] = end[0] if isinstance(end, list) else end  # what generate does too, without saying so
+    return options
+
+
+def _fastest_workload(settings: Settings, prompt_tokens: int, num_prompts: int) -> bigmodel.Workload:
+    """As many sequences at once as give the most tokens per second, and no more than there are."""
+    workload = bigmodel.Workload(batch_size="auto", prompt_tokens=prompt_tokens, new_tokens=settings.max_new_tokens)
+    device_map = settings.load["device_map"]
+    if isinstance(device_map, bigmodel.Plan):
+        return replace(workload, batch_size=min(device_map.workload.num_sequences, num_prompts))
+    plan, _ = make_plan_and_timeline(
+        settings.path, None, workload, settings.limits, most_sequences=num_prompts, **settings.load
+    )
+    return plan.workload
+
+
+def _padding_of(tokenizer: Any, model: Any) -> int:
+    """The token before shorter prompts; attention does not see it."""
+    ends = model.generation_config.eos_token_id
+    candidates = (tokenizer.pad_token_id, ends[0] if isinstance(ends, list) else ends, 0)
+    return next(int(token) for token in candidates if token is not None)
+
+
+def _until(tokens: list[int], ends: set[int | None]) -> list[int]:
+    """A sequence's own tokens: up to its end, which counts."""
+    end = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:end]
