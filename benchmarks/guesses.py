@@ -22,8 +22,8 @@ PARTS = ("lookup", "batch")
 # A text that is to be copied, as in an edit; the answer is 92 tokens of the real model.
 TEXT = (
     "The harbour at Lindau was built in 1856. It has a lighthouse, thirty-three metres high, and a marble lion that looks out "
-    "over the lake. Ships from Bregenz, Konstanz and Rorschach land there in summer. The lighthouse can be climbed, and from its top "
-    "one sees the mountains of three countries. In winter the harbour is quiet, and fog lies over the water until noon."
+    "over the lake. Ships from Bregenz, Konstanz and Rorschach land there in summer. The lighthouse can be climbed, and from its "
+    "top one sees the mountains of three countries. In winter the harbour is quiet, and fog lies over the water until noon."
 )
 PROMPT = f"Repeat the following text exactly, word for word, and nothing else.\n\n{TEXT}"
 NEW_TOKENS = 120

@@ -173,7 +173,8 @@ class _Run:
         if stats.copied_bytes:
             parts.append(f"{format_bytes(stats.copied_bytes / num_tokens)} copied per token")
         parts.append(f"{format_bytes(stats.read_bytes / num_tokens)} read per token")
-        parts.append(f"{stats.stall_s / seconds:.0%} of the time waiting for weights")
+        if plan.run_devices <= {"cpu"}:  # an accelerator waits by itself, and the host does not see it
+            parts.append(f"{stats.stall_s / seconds:.0%} of the time waiting for weights")
         limit_bytes = (self.draft or plan).limits.get("cpu")  # a draft is loaded first
         budget = f" of {format_bytes(limit_bytes)} allowed" if limit_bytes is not None else ""
         parts.append(f"peak memory {format_bytes(self.peak_bytes + stats.mapped_bytes)}{budget}")

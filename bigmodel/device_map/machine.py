@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -337,7 +338,9 @@ def _probe_accelerators(host_bytes: int) -> tuple[Accelerator, ...]:
     for index in range(torch.accelerator.device_count()):
         properties = backend.get_device_properties(index) if hasattr(backend, "get_device_properties") else None
         is_unified = kind.type == "mps" or bool(getattr(properties, "is_integrated", False))
-        free = backend.mem_get_info(index)[0] if hasattr(backend, "mem_get_info") else 0
+        free = 0
+        with contextlib.suppress(RuntimeError):  # CUDA's, where others have left no room for a context
+            free = backend.mem_get_info(index)[0] if hasattr(backend, "mem_get_info") else 0
         held = backend.memory_reserved(index) if hasattr(backend, "memory_reserved") else 0
         name = backend.get_device_name(index) if hasattr(backend, "get_device_name") else kind.type
         found.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 __all__ = ["Schedule"]
 
@@ -40,21 +40,20 @@ class Schedule:
         if len(history) > 2 * self._keep:
             self._forget()
 
-    def upcoming(self, num_units: int) -> Iterator[int]:
-        """The next entries, the soonest first; at most `num_units`, with repetitions where a unit comes twice."""
+    def upcoming(self, num_units: int) -> list[int]:
+        """The next entries, the soonest first; `num_units` of them, with repetitions where a unit comes twice."""
+        found: list[int] = []
         context = self._history[-_CONTEXT:]
-        position: int | None = None
-        for _ in range(num_units if self._units else 0):
-            if position is None or position >= len(self._history):
-                position = self._find(context)
+        while self._units and len(found) < num_units:
+            position = self._find(context)
             if position is None:
                 after = self._place.get(context[-1], -1) + 1 if context else 0
-                following = self._units[after % len(self._units)]
-            else:
-                following = self._history[position]
-                position += 1
-            yield following
-            context = [*context, following][-_CONTEXT:]
+                following = [self._units[after % len(self._units)]]
+            else:  # as it went on the last time, to the end of what was seen
+                following = self._history[position : position + num_units - len(found)]
+            found += following
+            context = [*context, *following[-_CONTEXT:]][-_CONTEXT:]
+        return found
 
     def _find(self, context: list[int]) -> int | None:
         for length in range(min(_CONTEXT, len(context)), 0, -1):

@@ -52,7 +52,7 @@ class Slot:
     def mark_free(self) -> None:
         """Let the next copy come after the device's work up to now. On the host, work is done when its call returns."""
         if isinstance(self.memory, DeviceMemory):
-            self.memory.after = self.memory.link.mark_computed()
+            self.memory.mark_free()
 
 
 class DataBinding:

@@ -14,7 +14,7 @@ class StreamStats:
     Attributes:
         num_passes: forward passes that were completed: of the root, or of a part that was called by itself (an encoder).
         pass_s: wall seconds inside passes.
-        stall_s: wall seconds in which the computation waited for weights.
+        stall_s: wall seconds in which the computation on the host waited for weights; an accelerator waits by itself, uncounted.
         num_reads: units that were read into a slot.
         read_bytes: bytes read from files for them.
         num_hits: entries that found their unit in a slot, or on its way there.

@@ -180,10 +180,11 @@ class Streamer:
         self._is_closed = True
         self.reset()
         self._store.close()
-        for link in {
-            slot.memory.link for lane in self._lanes for slot in lane if isinstance(slot.memory, DeviceMemory)
-        }:
-            link.drain()
+        for memory in (slot.memory for lane in self._lanes for slot in lane):
+            if isinstance(memory, DeviceMemory):
+                memory.link.drain()
+                if memory.after is not None:  # the work of a stream that the allocator does not know of
+                    memory.link.wait(memory.after)
         for lane in self._lanes:
             for slot in lane:
                 slot.views.clear()
@@ -260,10 +261,7 @@ class Streamer:
 
     def _distances(self) -> dict[int, int]:
         """Unit number -> entries until its next predicted use, the soonest first."""
-        distance: dict[int, int] = {}
-        for ahead, number in enumerate(self._schedule.upcoming(len(self._units))):
-            distance.setdefault(number, ahead)
-        return distance
+        return {number: ahead for ahead, number in enumerate(dict.fromkeys(self._schedule.upcoming(len(self._units))))}
 
     def _free_slot(self, lane: int, distance: dict[int, int], *, later_than: int) -> Slot | None:
         """An empty slot, or the one whose weights are needed last, if that is later than `later_than` entries ahead."""

@@ -31,6 +31,7 @@ from bigmodel.models import (
     import_libraries,
     load_generation_config,
 )
+from bigmodel.offload.link import hold_to
 from bigmodel.offload.resident import ResidentLoad
 from bigmodel.offload.spill import trim_heap
 from bigmodel.progress import Report
@@ -54,6 +55,7 @@ class Here:
         machine: where the model runs.
         limits: tier -> bytes.
         states_host_limit: whether the user stated the host's, so that passes are held to it.
+        states_device_limits: the same of accelerators.
         cache_folder: where weights are kept that must be rewritten.
         allowance: what may be written, whoever writes it.
         progress: called with (phase, done bytes, total bytes).
@@ -63,6 +65,7 @@ class Here:
     machine: Machine
     limits: Mapping[str, int]
     states_host_limit: bool
+    states_device_limits: bool
     cache_folder: Path
     allowance: DiskAllowance
     progress: Report
@@ -94,6 +97,7 @@ class Here:
             machine=machine,
             limits=limits,
             states_host_limit=max_memory is not None and "cpu" in max_memory,
+            states_device_limits=max_memory is not None,
             cache_folder=cache_folder,
             allowance=DiskAllowance(limits["disk"]),
             progress=progress,
@@ -219,6 +223,8 @@ class Prepared:
                 allow_cpu_compute=here.allow_cpu_compute,
             )
             trim_heap()  # what planning took is given back before the weights come
+            for device in decision.plan.run_devices - {"cpu"} if here.states_device_limits else ():
+                hold_to(here.limits[device], torch.device(device))
             places = decision.plan.placements
             on_host = decision.plan.run_devices == {"cpu"}
             stays = on_host and all(placement.home == "cpu" for placement in places)

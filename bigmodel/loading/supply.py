@@ -112,9 +112,11 @@ class Supply:
         return Streamer(streamed, [self._lane(group, slabs) for group in self._plan.slots], Tiers(stores))
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads and what they have queued."""
         if self._reader is not None:
             self._reader.close()
+        for link in self._links.values():
+            link.drain()
 
     def _lay_out(self, sources: Mapping[str, Source]) -> dict[str, Layout]:
         """Unit name -> its layout in a slot, for those that stream from files."""

@@ -129,6 +129,8 @@ class Crossing:
                     flat = memory[start : start + source.nbytes]
                     tensors[source.name] = flat.view(source.dtype).view(source.shape)
             self._convert(tensors)
+        for link in {slab.unit.link for slab in self._slabs}:
+            link.drain()  # the ring may go, and every stream find the weights there
         return tensors
 
     def _report(self, done: int, total: int) -> None:

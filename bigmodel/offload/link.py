@@ -13,7 +13,7 @@ import torch
 
 from bigmodel.offload.arena import ALIGN_BYTES, Arena
 
-__all__ = ["RING_BYTES", "Chunk", "DeviceMemory", "Link", "Ring", "page_lock"]
+__all__ = ["RING_BYTES", "Chunk", "DeviceMemory", "Link", "Ring", "hold_to", "page_lock"]
 
 logger = logging.getLogger("bigmodel.offload")
 
@@ -23,6 +23,8 @@ _NUM_CHUNKS, _CHUNK_BYTES = 8, (16 << 20) + 2 * ALIGN_BYTES
 RING_BYTES = _NUM_CHUNKS * _CHUNK_BYTES
 # Of torch's own pinned memory, which is rounded up to powers of two: it holds one buffer less, and takes no more.
 _PINNED_BYTES = 1 << (RING_BYTES.bit_length() - 1)
+# Of the limit on an accelerator, what its context may take (300-500 MiB on CUDA by nvidia-smi).
+_CONTEXT_BYTES = 512 << 20
 # cudaHostRegisterPortable: for all devices, not only for the current one.
 _PORTABLE = 1
 
@@ -46,7 +48,13 @@ class Link:
             target: uint8, as long, on the device.
             after: what the copy waits for: the end of the work that still reads the target.
         """
-        with torch.no_grad(), self._stream:
+        # Threads enter a stream by an object of their own: it keeps what was current before.
+        stream = torch.Stream(
+            stream_id=self._stream.stream_id,
+            device_index=self._stream.device_index,
+            device_type=self._stream.device_type,
+        )
+        with torch.no_grad(), stream:
             if after is not None:
                 self._stream.wait_event(after)
             target.copy_(source, non_blocking=True)
@@ -54,6 +62,10 @@ class Link:
     def mark_copied(self) -> torch.Event:
         """An event after all copies so far."""
         return self._stream.record_event()
+
+    def writes_into(self, tensor: torch.Tensor) -> None:
+        """Let the device's allocator give the tensor's memory to others only after the copies that were queued before it went."""
+        tensor.record_stream(self._stream)
 
     def mark_computed(self) -> torch.Event:
         """An event after all work that was given to the device's current stream so far."""
@@ -86,9 +98,17 @@ class DeviceMemory:
     def __init__(self, nbytes: int, link: Link) -> None:
         self.nbytes = nbytes
         self.link = link
-        self.after: torch.Event | None = None
         with torch.inference_mode(False):
             self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=link.device)
+        link.writes_into(self.tensor)
+        # Whose memory this was may still be at work with it.
+        self.after: torch.Event | None = link.mark_computed()
+
+    def mark_free(self) -> None:
+        """Let the next copy come after the device's work up to now, whichever streams it was given to."""
+        if self.after is not None:
+            self.link.wait(self.after)
+        self.after = self.link.mark_computed()
 
     def fresh(self) -> DeviceMemory:
         """Another one, as large."""
@@ -131,6 +151,20 @@ class Ring:
             self._chunks.put(chunk)
 
 
+def hold_to(limit_bytes: int, device: torch.device) -> None:
+    """Let torch's allocator hold no more than a limit: it gives back what it keeps for later before it takes more.
+
+    Otherwise blocks that a growing cache has left stay with it as long as the device has other memory.
+
+    Args:
+        limit_bytes: of all that the process has on the device, context included.
+        device: an accelerator; nothing is done for other kinds than CUDA's.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit_bytes - _CONTEXT_BYTES) / total), device)
+
+
 def page_lock(arena: Arena, device: torch.device) -> int:
     """Make host memory known to CUDA's driver, so that copies from it run at the link's rate and beside the computation.
 
@@ -148,7 +182,8 @@ def page_lock(arena: Arena, device: torch.device) -> int:
     if arena.nbytes == 0 or runtime is None:
         return 0
     address = arena.tensor.data_ptr()
-    error = int(runtime.cudaHostRegister(address, arena.nbytes, _PORTABLE))
+    with torch.accelerator.device_index(device.index):
+        error = int(runtime.cudaHostRegister(address, arena.nbytes, _PORTABLE))
     if error:
         # The runtime keeps it for the next check of a kernel's launch, which would raise: this one.
         with contextlib.suppress(RuntimeError):

@@ -67,9 +67,13 @@ class Ticket:
         """
         self.done.wait()
         if self.error is not None:
+            what = f"The weights of {self.name} could not be read: {str(self.error).rstrip('.')}."
+            if isinstance(self.error, RuntimeError):  # torch's, of a copy to an accelerator
+                raise ReadError(
+                    f"{what} If the device still works, run again; otherwise begin a new process."
+                ) from self.error
             raise ReadError(
-                f"The weights of {self.name} could not be read: {str(self.error).rstrip('.')}. "
-                "The model is still usable: mend the file or its disk and run again."
+                f"{what} The model is still usable: mend the file or its disk and run again."
             ) from self.error
 
     def cancel(self) -> None:
