@@ -488,6 +488,7 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& into, bool is_non
     if (!is_virtual && link_s > 0) {
       std::this_thread::sleep_for(std::chrono::duration<double>(link_s));
     }
+    c10::InferenceMode mode(target.is_inference());  // the thread that copies is in no mode
     target.copy_(source);
   };
   if (stream == 0 || is_virtual) {
