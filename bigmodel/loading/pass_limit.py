@@ -87,6 +87,8 @@ class PassLimit:
         others = self._unplanned(given, shape)
         phase = self._phase_of(given, shape)
         workload = self.plan.workload
+        if shape is None and not others and any(self._is_tried(name, value) for name, value in given.items()):
+            return phase  # what the plan was made for
         if shape is None or others:
             needed = self._try(entry, args, kwargs, given)
             said = ", ".join(f"{name} {_told(given[name])}" for name in given if name not in _CACHES)
@@ -134,7 +136,7 @@ class PassLimit:
         for name, value in given.items():
             if name in _CACHES or name in _TOKEN_INPUTS or name.endswith(_BESIDE_TOKENS):
                 continue
-            if isinstance(value, torch.Tensor) and self._is_tried(name, value):
+            if self._is_tried(name, value):
                 continue
             tensors = tensors_in(value)
             if name == "encoder_outputs" and shape is not None and all(map(self._is_encoded, tensors)):
@@ -146,9 +148,11 @@ class PassLimit:
                 small += sum(tensor.nbytes for tensor in tensors)
         return found if shape is None or small > _SMALL_BYTES or any(map(_asks_for_more, found)) else []
 
-    def _is_tried(self, name: str, tensor: torch.Tensor) -> bool:
+    def _is_tried(self, name: str, value: Any) -> bool:
         known = self.planned.get(name)
-        return known is not None and len(known) == tensor.ndim and all(map(int.__le__, tensor.shape, known))
+        if known is None or not isinstance(value, torch.Tensor):
+            return False
+        return len(known) == value.ndim and all(map(int.__le__, value.shape, known))
 
     def _is_encoded(self, tensor: torch.Tensor) -> bool:
         """Whether it is what an encoder gives for the planned tokens."""

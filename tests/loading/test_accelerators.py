@@ -270,6 +270,43 @@ def test_a_pass_beyond_the_budget_is_refused_before_it_allocates(device, tmp_pat
     assert torch.equal(model(**inputs_for("llama")).logits, expected)
 
 
+@torch.no_grad()
+def test_a_planned_pass_of_images_runs_in_exactly_what_was_planned(device, tmp_path):
+    """Which is less than the same pass takes on the host."""
+    folder = make_checkpoint("vit", tmp_path)
+    plan = bigmodel.make_plan(folder, device_map={"": "disk"}, max_memory={device: ROOM, "cpu": "4GiB"})
+    limits = {device: plan.estimate.peak_bytes[device], "cpu": "4GiB"}
+    model = bigmodel.load_sharded(folder, {"": "disk"}, max_memory=limits, progress=False)
+    inputs = {"pixel_values": inputs_for("vit")["pixel_values"][:1]}
+    expected = resident(folder).to(device)(**on(inputs, device)).logits.cpu()
+    assert torch.equal(model(**inputs).logits, expected)
+    with pytest.raises(DoesNotFitError, match="pixel_values"):
+        model(pixel_values=inputs["pixel_values"].repeat(500, 1, 1, 1))
+
+
+@pytest.mark.parametrize("kind", ["everywhere", "in host memory"])
+def test_tokens_are_the_same_in_inference_mode(kind, devices, tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    ids = inputs_for("llama")["input_ids"]
+    with torch.inference_mode():
+        expected = resident(folder).to(devices[0]).generate(ids.to(devices[0]), max_new_tokens=6, do_sample=False).cpu()
+        model = load(folder, **arguments(kind, folder, devices))
+        for _ in range(2):
+            assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
+
+
+@torch.no_grad()
+def test_what_an_encoder_gave_stays_where_the_caller_has_it(device, tmp_path):
+    folder = make_checkpoint("t5", tmp_path)
+    inputs = inputs_for("t5")
+    encoded = resident(folder).get_encoder()(input_ids=inputs["input_ids"])
+    states = encoded.last_hidden_state
+    model = load(folder, **arguments("on the device", folder, [device]))
+    model(encoder_outputs=encoded, decoder_input_ids=inputs["decoder_input_ids"])
+    assert encoded.last_hidden_state is encoded["last_hidden_state"] is states
+
+
 @pytest.mark.parametrize(
     "kind", ["everywhere", *(pytest.param(each, marks=pytest.mark.slow) for each in ("in host memory", "on disk"))]
 )
@@ -407,6 +444,15 @@ class Between(torch.nn.Module):
         return self.third(x + self.second(x))
 
 
+class Residual(Between):
+    """Code between its parts writes into what one of them was given."""
+
+    def forward(self, ids):
+        x = self.table(ids)
+        x += self.second(x)
+        return self.third(x)
+
+
 class Single(torch.nn.Module):
     """All of it is one unit."""
 
@@ -437,6 +483,7 @@ class Around(Single):
     ("kind", "homes"),
     [
         (Between, {"table": "sim:0", "second": "sim:1", "third": "sim:1"}),
+        (Residual, {"table": "sim:0", "second": "sim:1", "third": "sim:1"}),
         (Single, {"": "sim:1"}),
         (Single, {"": "disk"}),
         (Single, {"table": "sim:0", "part": "sim:1"}),
@@ -455,6 +502,8 @@ def test_a_plain_module_of_any_shape_runs_on_any_devices(kind, homes, tmp_path):
         limits = dict.fromkeys(["sim:0", "sim:1"], ROOM) | {"cpu": "4GiB"}
         model = load(path, model=kind, device_map=homes, max_memory=limits)
         for _ in range(2):
+            assert torch.equal(model(ids), reference(ids))
+        with torch.inference_mode():
             assert torch.equal(model(ids), reference(ids))
         assert getattr(model, "device_between", torch.device("sim:0")) == torch.device("sim:0")
 
