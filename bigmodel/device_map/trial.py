@@ -52,7 +52,7 @@ class Tried:
         peak_bytes: the most that it holds beside the weights, its inputs and its cache.
         kv_bytes: of the cache that it returned.
         then_bytes: as `peak_bytes`, of the pass tried after it.
-        device_bytes: the most that either of the two holds on an accelerator.
+        device_bytes: the most that either of the two holds on an accelerator; a copy of the first one's inputs too.
         kv: name of a module -> bytes of the cache that its forward made.
         first, then: work of the two.
         is_cached: whether the first returned a cache.
@@ -149,12 +149,14 @@ class Trial:
                 weights |= {name: _empty(buffer) for name, buffer in buffers.items()}
                 counter.leave_out(weights.values())
                 args, kwargs = make_call()
-                counter.leave_out(tensors_in((args, kwargs)))
+                given = tensors_in((args, kwargs))
+                given_bytes = sum(tensor.nbytes for tensor in given)
+                counter.leave_out(given)
                 with _collector_off(), _owners_told(tally, module, entry), counter:
                     output = torch.func.functional_call(module, weights, args, kwargs)
                     cache = _cache_in(output, module)
                     held = storages_in(cache)
-                    peak_bytes, device_bytes = counter.taken_bytes(held), counter.device_bytes(held)
+                    peak_bytes, device_bytes = counter.taken_bytes(held), given_bytes + counter.device_bytes(held)
                     made: dict[str, int] = {}
                     for key, nbytes in held.items():
                         made[counter.maker(key)] = made.get(counter.maker(key), 0) + nbytes

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, each_family, inputs_for, make_checkpoint, resident
 from safetensors.torch import load_file, save_file
 from simulated import COMPILER, counts, simulated
@@ -196,6 +197,22 @@ def test_a_device_never_holds_more_than_the_plan_says(kind, tmp_path):
         ids = torch.ones(2, 16, dtype=torch.int64)
         model.generate(ids, max_new_tokens=8, do_sample=False)
         del model, held, other
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_device_has_room_for_a_copy_of_what_a_pass_is_given(tmp_path):
+    """Images may be as large as what a model makes of them."""
+    config = transformers.ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    pixels = torch.rand(2, 3, 224, 224)
+    with simulated(1):
+        gc.collect()  # of other tests
+        before = counts(0).used_bytes
+        model = load(tmp_path, device_map={"": "sim:0"}, max_memory={"sim:0": ROOM, "cpu": "4GiB"})
+        model(pixel_values=pixels)
+        stated = bigmodel.plan_of(model).estimate.peak_bytes["sim:0"] - CONTEXT_BYTES
+        assert counts(0).peak_bytes - before <= stated
 
 
 @needs_compiler
