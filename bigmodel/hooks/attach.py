@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from bigmodel.errors import ForkedError, GradientRefusedError, MoveRefusedError, StreamingError
+from bigmodel.hooks.caches import move_cache
 from bigmodel.hooks.hops import Hops, Phase, Route, SiteHops, first_device, moved
 from bigmodel.hooks.stats import StreamStats
 from bigmodel.hooks.streamer import Streamer
@@ -175,6 +176,8 @@ class Attachment:
         if self._main is None:
             return None
         self._came_from = first_device((args, kwargs))
+        if not self._site_hops:  # one device runs all
+            move_cache((args, kwargs), None, self._main)
         return self._hops.into_pass(args, self._main), self._hops.into_pass(kwargs, self._main)
 
     def _end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -23,17 +23,17 @@ def cache_layers_of(module: nn.Module) -> frozenset[int]:
     return frozenset(number for number in numbers if number is not None)
 
 
-def move_cache(given: Any, layers: Iterable[int], device: torch.device) -> None:
+def move_cache(given: Any, layers: Iterable[int] | None, device: torch.device) -> None:
     """Put some layers of every cache among a module's inputs on a device. The cache stays the same object.
 
     Args:
         given: the positional and keyword inputs.
-        layers: numbers in the caches.
+        layers: numbers in the caches; all of them if None.
         device: where their tensors go; those that are there already stay.
     """
     for cache in _caches_in(given):
         parts = cache.layers
-        for number in layers:
+        for number in range(len(parts)) if layers is None else layers:
             if number < len(parts):
                 _move_tensors(vars(parts[number]), device)
                 if isinstance(getattr(parts[number], "device", None), torch.device):

@@ -159,27 +159,29 @@ def first_device(values: Any) -> torch.device | None:
 class SiteHops:
     """The hooks of one module: its inputs go to the device that runs it, its output to where the next ones are.
 
-    Where phases run it on different devices, its part of the cache is at home on the device of steps: a prefill pass brings
-    it along, and takes it back when the module is done. Its buffers follow it.
+    Its part of the cache comes too, where somebody else has filled it. Where phases run the module on different devices, that
+    part is at home on the device of steps: a prefill pass brings it along, and takes it back when the module is done. Its buffers
+    follow it.
     """
 
-    __slots__ = ("_buffers_on", "_hops", "_layers", "_ways")
+    __slots__ = ("_buffers_on", "_changes", "_hops", "_layers", "_ways")
 
     def __init__(self, hops: Hops, module: nn.Module, ways: Mapping[Phase, Site]) -> None:
         self._hops, self._ways = hops, dict(ways)
-        devices = {site.device for site in ways.values()}
-        self._layers: Collection[int] | None = cache_layers_of(module) if len(devices) > 1 else None
+        self._changes = len({site.device for site in ways.values()}) > 1
+        self._layers: Collection[int] = cache_layers_of(module)
         self._buffers_on = ways[Phase.STEP].device
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         device = self._ways[self._hops.phase].device
-        if self._layers is not None:
+        if self._layers:
             move_cache((args, kwargs), self._layers, device)
+        if self._changes:
             self.move_buffers(module, device)
         return self._hops.to(args, device), self._hops.to(kwargs, device)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._layers is not None:
+        if self._changes and self._layers:
             move_cache((args, kwargs), self._layers, self._ways[Phase.STEP].device)
         after = self._ways[self._hops.phase].after
         return moved(output, after) if after is not None else None

@@ -201,6 +201,26 @@ def test_a_device_never_holds_more_than_the_plan_says(kind, tmp_path):
 
 @needs_compiler
 @torch.no_grad()
+def test_a_device_has_room_for_the_experts_that_a_step_copies(tmp_path):
+    """On accelerators transformers' generate lets steps run on copies of the experts that were chosen."""
+    config = transformers.MixtralConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=8, vocab_size=512, eos_token_id=None,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    workload = bigmodel.Workload(batch_size=8, prompt_tokens=4, new_tokens=4)
+    options = {"device_map": {"": "sim:0"}, "max_memory": {"sim:0": ROOM, "cpu": "4GiB"}, "workload": workload}
+    with simulated(1):
+        gc.collect()  # of other tests
+        before = counts(0).used_bytes
+        model = load(tmp_path, **options)
+        model.generate(torch.ones(8, 4, dtype=torch.int64), max_new_tokens=4, do_sample=False)
+        stated = bigmodel.plan_of(model).estimate.peak_bytes["sim:0"] - CONTEXT_BYTES
+        assert counts(0).peak_bytes - before <= stated
+
+
+@needs_compiler
+@torch.no_grad()
 def test_a_device_has_room_for_a_copy_of_what_a_pass_is_given(tmp_path):
     """Images may be as large as what a model makes of them."""
     config = transformers.ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -615,6 +635,23 @@ def test_units_that_the_plan_computes_on_the_cpu_run_there_with_their_cache(tmp_
         assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
         cache = model(input_ids=ids, use_cache=True).past_key_values
         assert [layer.keys.device.type for layer in cache.layers] == ["sim", "cpu", "cpu", "sim"]
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_a_cache_that_was_filled_elsewhere_is_used_on(family, devices, tmp_path):
+    folder = make_checkpoint(family, tmp_path)
+    whole, inputs = resident(folder), inputs_for(family)
+    model = load(folder, **arguments("everywhere", folder, devices))
+    expected, found = whole(**inputs, use_cache=True), whole(**inputs, use_cache=True)
+    name = "decoder_input_ids" if family == "t5" else "input_ids"
+    for _ in range(2):
+        more = {name: expected.logits[:, -1:].argmax(-1)}
+        if family == "t5":
+            more["encoder_outputs"] = (expected.encoder_last_hidden_state,)
+        expected = whole(**more, past_key_values=expected.past_key_values, use_cache=True)
+        found = model(**more, past_key_values=found.past_key_values, use_cache=True)
+        assert torch.equal(found.logits, expected.logits)
 
 
 def with_steps_on_the_cpu(folder, devices):
