@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
-import threading
 import time
 import types
 import weakref
@@ -20,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from bigmodel.errors import ForkedError, GradientRefusedError, MoveRefusedError, StreamingError
 from bigmodel.hooks.caches import move_cache
 from bigmodel.hooks.hops import Hops, Phase, Route, SiteHops, first_device, moved
+from bigmodel.hooks.pass_lock import PassLock, num_calls
 from bigmodel.hooks.stats import StreamStats
 from bigmodel.hooks.streamer import Streamer
 
@@ -69,7 +68,7 @@ class Attachment:
         self._check_pass = check_pass
         self._sizes = sizes
         self._pid = os.getpid()
-        self._lock = _PassLock()
+        self._lock = PassLock()
         self._opener: nn.Module | None = None  # whose call is the pass under way
         self._num_inside = 0  # calls of it inside of it
         self._pass_started_s = 0.0
@@ -152,10 +151,10 @@ class Attachment:
     ) -> tuple[Any, Any] | None:
         self._refuse_fork()
         if self._opener is not None and self._lock.is_mine():
-            num_calls = _num_calls(self._opener)
-            if module is not self._opener and num_calls > 0:
+            depth = num_calls(self._opener)
+            if module is not self._opener and depth > 0:
                 return None  # a part of the pass under way
-            if module is self._opener and num_calls > 1:
+            if module is self._opener and depth > 1:
                 self._num_inside += 1
                 return None
             # An interrupt (Ctrl-C) ended a pass where no hook saw it: what it left is put to rest now.
@@ -278,71 +277,9 @@ class _UnitHook:
             )
 
 
-class _PassLock:
-    """One pass at a time; re-entrant; taken over from a thread that died, or was interrupted, in the middle of one.
-
-    torch runs release hooks after exceptions, but not after Ctrl-C: a thread that took the lock for a pass and is in no
-    module's call any more has lost its pass. As a context manager the lock is held for something else, and never taken over.
-    """
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition(threading.Lock())
-        self._owner: threading.Thread | None = None
-        self._is_for_pass = True
-        self.depth = 0
-
-    def acquire(self, *, is_for_pass: bool = True) -> None:
-        me = threading.current_thread()
-        with self._condition:
-            while self._owner is not None and self._owner is not me:
-                if self._is_for_pass and not _is_calling(self._owner):
-                    self.depth = 0
-                    break
-                self._condition.wait(timeout=0.2)
-            self._owner, self._is_for_pass = me, is_for_pass
-            self.depth += 1
-
-    def release(self) -> None:
-        with self._condition:
-            self.depth -= 1
-            if self.depth <= 0:
-                self.depth = 0
-                self._owner = None
-                self._condition.notify()
-
-    def is_mine(self) -> bool:
-        return self._owner is threading.current_thread()
-
-    def __enter__(self) -> None:
-        self.acquire(is_for_pass=False)
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
-
-
 def _opaque(hook: Any) -> Any:
     """A bound method that torch.compile calls and does not look into: what it finds there is another thing in each pass."""
     return types.MethodType(torch.compiler.disable(hook.__func__), hook.__self__)  # type: ignore[no-untyped-call]
-
-
-def _is_calling(thread: threading.Thread) -> bool:
-    """Whether a thread is inside a module's call."""
-    frame = sys._current_frames().get(thread.ident or 0)
-    while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _num_calls(module: nn.Module) -> int:
-    """How many calls of a module this thread is in."""
-    count, frame = 0, sys._getframe()
-    while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
-            count += 1
-        frame = frame.f_back  # type: ignore[assignment]
-    return count
 
 
 def _any_requires_grad(values: Any) -> bool:
