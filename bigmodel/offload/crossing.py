@@ -88,22 +88,22 @@ class Crossing:
         self.places: dict[str, dict[str, int]] = {}
         on_host = [slab for slab in self._slabs if slab.unit.stays_on_host]
         self.host_bytes = sum(slab.nbytes for slab in on_host)
+        # What goes on to accelerators is read while the host's memory is page-locked, which touches all of it.
+        for slab in self._slabs:
+            if not slab.unit.stays_on_host:
+                memory = DeviceMemory(slab.nbytes - slab.lead, slab.unit.link)
+                self._memory[slab.unit.name] = memory.tensor
+                self._tickets.append((slab, reader.submit(slab.unit.name, slab.layout, memory)))
         arena = Arena(self.host_bytes)
         self.needs_ring = bool(on_host) and not _is_locked(arena, on_host[0].unit.link.device)
         at_byte = 0
-        for slab in self._slabs:
+        for slab in on_host:
             name = slab.unit.name
-            if slab.unit.stays_on_host:
-                self._memory[name] = arena.tensor[at_byte : at_byte + slab.nbytes]
-                self.slabs[name] = self._memory[name][slab.lead :]
-                self.places[name] = {source: place - slab.lead for source, place in slab.places.items()}
-                ticket = reader.submit(name, slab.layout, arena, at_byte=at_byte)
-                at_byte += slab.nbytes
-            else:
-                memory = DeviceMemory(slab.nbytes - slab.lead, slab.unit.link)
-                self._memory[name] = memory.tensor
-                ticket = reader.submit(name, slab.layout, memory)
-            self._tickets.append((slab, ticket))
+            self._memory[name] = arena.tensor[at_byte : at_byte + slab.nbytes]
+            self.slabs[name] = self._memory[name][slab.lead :]
+            self.places[name] = {source: place - slab.lead for source, place in slab.places.items()}
+            self._tickets.append((slab, reader.submit(name, slab.layout, arena, at_byte=at_byte)))
+            at_byte += slab.nbytes
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Wait for the reads, convert what needs it, and return parameter name -> tensor, where it rests.
