@@ -1,483 +1,407 @@
 """A model larger than an accelerator's memory, on a real one: link, steps, first tokens, peaks, and the peers in the same memory.
 
-``python -m benchmarks.gpu``; needs no network. benchmarks/README.md says what is held equal.
+``python -m benchmarks.gpu``; needs no network. It ends before its deadline; what is left goes into another call, with the same
+``--out`` and ``--only``: checkpoints, rates and outcomes are kept there. benchmarks/README.md says what is held equal.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT, Bench, Trial
-from benchmarks.report import Figure, Report, disk_of, ratios
+from benchmarks import gpu_checkpoints
+from benchmarks.gpu_figures import add_figures
+from benchmarks.gpu_peers import PEERS, is_installed
+from benchmarks.harness import ROOT, Bench, Outcome, Trial
+from benchmarks.report import Report, commit, disk_of
 
-__all__ = ["measure_link", "run_accelerate", "run_bigmodel", "run_deepspeed", "run_group_offload", "same_bits"]
+__all__ = ["PARTS", "Session"]
 
 GIB = 1 << 30
-PROMPT_TOKENS, NUM_STEPS = 128, 6
-LONG = (512, 2048, 8192)
-BATCHES = (1, 8, 64)
-# Layers of a dense model of 34 billion parameters, as many as the memory here takes; and of BLOOM.
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 7168,
-    "intermediate_size": 20480,
-    "num_attention_heads": 56,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 64000,
-    "max_position_embeddings": 16384,
-    "dtype": "bfloat16",
-}
-BLOOM = {
-    "architectures": ["BloomForCausalLM"],
-    "model_type": "bloom",
-    "hidden_size": 14336,
-    "n_head": 112,
-    "vocab_size": 250880,
-    "dtype": "bfloat16",
-}
-SMALL = LLAMA | {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "vocab_size": 16000,
-}
-# With --quick, everything is as small as this.
-TINY = SMALL | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "vocab_size": 1024}
+# In the order of their weight, should the deadline come first.
+PARTS = ("checkpoints", "links", "decode", "peers", "prompts", "profile", "bits", "batches", "disk", "bloom")
+CHECKPOINTS = {"small": {"bits", "disk"}, "bloom": {"bloom"}}
+CHECKPOINTS["llama"] = set(PARTS) - {"checkpoints", "links", "bits", "disk", "bloom"}
+# bigmodel counts this much of an accelerator for its context: small models need it and a part of their own size.
+CONTEXT_BYTES, LEAST_SHARE = 768 << 20, 0.3
+BLOOM_SHARE = 0.6  # two of its layers are more than half of so few
+# A trial is not begun with less time than this.
+LEAST_S = 15.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Tokens, steps and batches."""
+
+    prompt_tokens: int = 128
+    num_steps: int = 6
+    prompts: tuple[int, ...] = (512, 2048, 8192)
+    batches: tuple[int | str, ...] = (8, 64, "auto")
+
+
+QUICK = Lengths(prompt_tokens=16, num_steps=2, prompts=(32, 64), batches=("auto",))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=Path(tempfile.gettempdir()) / "bm_gpu", help="folder for checkpoints"
-    )
-    parser.add_argument(
-        "--gib", type=float, help="size of the model; by default what host memory and disk allow, up to 32"
-    )
-    parser.add_argument("--share", type=float, default=0.5, help="of the model that the accelerator's memory may hold")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="a tiny model, one round, nothing written: does it run?")
-    parser.add_argument("--simulated", action="store_true", help="on a simulated accelerator: does it run?")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    arguments = parser.parse_args()
-    if arguments.simulated:
-        os.environ["BENCHMARK_SIMULATES"] = "1"
+    arguments = _parsed()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    free = min(shutil.disk_usage(arguments.out).free, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    size = 0.05 if arguments.quick else arguments.gib or min(32.0, 0.3 * free / GIB)
-    llama = _checkpoint(arguments.out, "llama", TINY if arguments.quick else LLAMA, size)
-    bloom = None if arguments.quick else _checkpoint(arguments.out, "bloom", BLOOM, min(size, 24.0))
-    small = _checkpoint(arguments.out, "small", TINY if arguments.quick else SMALL, 0.05 if arguments.quick else 1.0)
-    budget = int(arguments.share * _size_of(llama)) + 2 * GIB
-    configuration = {
-        "checkpoint": f"llama-shaped, {_size_of(llama) / 1e9:.1f} GB bf16",
-        "accelerator's memory": f"{budget / 1e9:.1f} GB",
-        "disk": disk_of(llama),
-        "rounds": arguments.rounds,
-    }
-    report = Report("gpu-quick" if arguments.quick else "gpu", configuration)
-    with Bench(balloon_bytes=0) as bench:
-        _measure(bench, report, llama, bloom, small, budget, 1 if arguments.quick else arguments.rounds)
-        print(report.markdown(bench))
-        if not arguments.quick:
-            print(f"written: {report.write(bench, arguments.results)}", file=sys.stderr)
+    with Bench(balloon_bytes=0, timeout_s=arguments.timeout) as bench:
+        session = Session(bench, arguments)
+        try:
+            session.begin()
+            for part in PARTS:
+                if part in session.parts:
+                    getattr(session, part)()
+                    session.write()
+        finally:
+            session.write()
+            print(session.report.markdown(bench))
 
 
-def _measure(
-    bench: Bench, report: Report, llama: Path, bloom: Path | None, small: Path, budget: int, num_rounds: int
-) -> None:
-    trials = {
-        "link": Trial(name="link", call="benchmarks.gpu:measure_link", arguments={}),
-        "bigmodel": _trial("bigmodel", llama, budget, long=LONG),
-        "accelerate": _trial("accelerate", llama, budget),
-        "deepspeed": _trial("deepspeed", llama, budget),
-        "group_offload": _trial("group_offload", llama, budget),
-    }
-    outcomes = bench.interleaved(list(trials.values()), num_rounds)
-    for batch_size in BATCHES[1:]:
-        trial = _trial("bigmodel", llama, budget, batch_size=batch_size)
-        trials[trial.name] = trial
-        outcomes[trial.name] = [bench.run(trial)]
-    disk = dataclasses.replace(
-        _trial("bigmodel", llama, budget, device_map={"": "disk"}), name="bigmodel, everything on disk"
+def _parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    default = Path(tempfile.gettempdir()) / "bm_gpu"
+    parser.add_argument("--out", type=Path, default=default, help="folder for checkpoints, rates and outcomes")
+    parser.add_argument("--only", choices=PARTS, action="append", default=[], help="run these parts; may be repeated")
+    parser.add_argument("--gib", type=float, help="most of a model; by default what disk and memory allow")
+    parser.add_argument(
+        "--share", type=float, default=0.5, help="of the model that the accelerator may hold: 0.4 to 0.6"
     )
-    outcomes[disk.name] = [bench.run(disk)]
-    if bloom is not None:
-        trial = dataclasses.replace(_trial("bigmodel", bloom, budget), name="bigmodel, bloom-shaped")
-        outcomes[trial.name] = [bench.run(trial)]
-    report.keep(outcomes)
-    link = [each for each in outcomes["link"] if each.error is None]
-    peak = statistics.median(each.result["bytes_per_s"] for each in link) if link else 0.0
-    for name, found in outcomes.items():
-        if name.startswith("bigmodel"):
-            _add(report, name, [each.result for each in found if each.error is None], peak)
-    mine = outcomes[trials["bigmodel"].name]
-    for other, least in (("accelerate", 4.0), ("deepspeed", 1.2), ("group_offload", 1.2)):
-        report.add(
-            Figure(
-                name=f"step over that of {other}, in the same memory",
-                values=ratios(mine, outcomes[trials[other].name]),
-                limit=1 / least,
-                unit="x",
-            )
-        )
-    equal = bench.run(Trial(name="equal bits", call="benchmarks.gpu:same_bits", arguments={"path": str(small)}))
-    values = [] if equal.error else [float(not equal.result["equal"])]
-    report.add(Figure(name="bits that differ from the whole model's", values=values, limit=0.0, is_promise=True))
-
-
-def _trial(
-    runner: str, path: Path, budget: int, *, batch_size: int = 1, long: tuple[int, ...] = (), device_map: Any = "auto"
-) -> Trial:
-    arguments: dict[str, Any] = {"path": str(path), "budget": budget, "batch_size": batch_size}
-    if runner == "bigmodel":
-        arguments |= {"long": list(long), "device_map": device_map}
-    name = runner if batch_size == 1 else f"{runner}, batch {batch_size}"
-    return Trial(name=name, call=f"benchmarks.gpu:run_{runner}", arguments=arguments, is_cold=False)
-
-
-def _add(report: Report, name: str, good: list[dict[str, Any]], peak: float) -> None:
-    def figure(what: str, value: Callable[[dict[str, Any]], float], **options: Any) -> None:
-        report.add(Figure(name=f"{name}: {what}", values=[value(each) for each in good], **options))
-
-    def step(each: dict[str, Any]) -> float:
-        return statistics.median(each["seconds"])
-
-    note = ""
-    if good:
-        last = good[-1]
-        note = f"{last['copied_bytes'] / 1e9:.2f} GB over the link, {last['read_bytes'] / 1e9:.2f} GB from disk, a step"
-        note += f"; {last['stall_s']:.3f} s stalled"
-    figure("step", step, unit=" s", note=note)
-    if peak and name == "bigmodel":
-        # A target is a most: the inverse of the efficiency.
-        figure(
-            "step over its bytes at the link's peak",
-            lambda each: step(each) * peak / each["copied_bytes"],
-            limit=1 / 0.95,
-        )
-    figure("step over predicted", lambda each: step(each) / each["predicted"]["time_per_token_s"], limit=1.1, unit="x")
-    figure(
-        "peak memory over the plan's",
-        lambda each: each["peak"] / each["stated"],
-        limit=1.0,
-        is_promise=True,
+    parser.add_argument("--rounds", type=int, help="of the decode steps, ours and the peers' (default: 2)")
+    parser.add_argument(
+        "--deadline", type=float, help="seconds after which what is left is skipped (default: 450, with --quick 110)"
     )
-    for tokens in sorted({int(key) for each in good for key in each["ttft_s"]}):
-        figure(f"first token after {tokens}", lambda each, tokens=tokens: each["ttft_s"][str(tokens)], unit=" s")  # type: ignore[misc]
-    for what in ("synchronisations", "allocations"):
-        if good and what in good[0]:
-            figure(f"{what} in a step", lambda each, what=what: float(each[what]), limit=0.0)  # type: ignore[misc]
+    parser.add_argument("--timeout", type=float, default=150.0, help="seconds that one trial may take")
+    parser.add_argument("--quick", action="store_true", help="tiny models, one round, nothing written: does it run?")
+    parser.add_argument("--simulated", action="store_true", help="on a simulated accelerator: does it run?")
+    parser.add_argument("--results", type=Path, help="folder for the result files (default: benchmarks/results)")
+    arguments = parser.parse_args()
+    if not 0.4 <= arguments.share <= 0.6:
+        parser.error(f"--share is {arguments.share}. Give 0.4 to 0.6.")
+    if arguments.deadline is None:
+        arguments.deadline = 110.0 if arguments.quick else 450.0
+    if arguments.results is None and not arguments.quick:
+        arguments.results = ROOT / "benchmarks" / "results"
+    return arguments
 
 
-# --- What runs in a process of its own
+class Session:
+    """One call of the script: its trials, and what it and earlier calls with the same settings found.
 
+    Args:
+        bench: runs the trials.
+        arguments: the command line.
 
-def measure_link() -> dict[str, Any]:
-    """Bytes/s of copies from page-locked memory, one at a time, 256 MiB each."""
-    import torch
+    Attributes:
+        parts: what is run.
+        report: of all that was found so far.
+    """
 
-    from bigmodel.offload.arena import Arena
-    from bigmodel.offload.link import DeviceMemory, Link, page_lock
+    def __init__(self, bench: Bench, arguments: argparse.Namespace) -> None:
+        self._begun_s = time.monotonic()
+        self._bench, self._arguments = bench, arguments
+        self._lengths = QUICK if arguments.quick else Lengths()
+        self.parts = set(arguments.only or PARTS)
+        self._kind = "quick-" if arguments.quick else ""
+        self._sizes = self._planned_sizes()
+        name = f"gpu{'-quick' * arguments.quick}{'-simulated' * arguments.simulated}"
+        self.report = Report(name, {})
+        self._log = _Log(arguments.out / f"{name}.jsonl", arguments.results, [commit(), arguments.share, arguments.gib])
+        self._memory = {"free_bytes": 0, "total_bytes": 0}
 
-    with _accelerator() as device:
-        num_bytes = 256 << 20
-        arena, link = Arena(num_bytes), Link(device)
-        arena.tensor.fill_(1)
-        page_lock(arena, device)
-        memory = DeviceMemory(num_bytes, link)
-        seconds = []
-        for _ in range(9):
-            start = time.perf_counter()
-            link.copy(arena.tensor, memory.tensor, None)
-            link.drain()
-            seconds.append(time.perf_counter() - start)
-        name = torch.get_device_module(device).get_device_name(0) if device.type == "cuda" else device.type
-        return {"seconds": seconds[2:], "bytes_per_s": num_bytes / statistics.median(seconds[2:]), "device": name}
+    # --- Parts
 
-
-def run_bigmodel(path: str, budget: int, batch_size: int, long: list[int], device_map: Any) -> dict[str, Any]:
-    """Decode steps, passes of long prompts, and what the model did meanwhile."""
-    import torch
-
-    import bigmodel
-
-    with _accelerator() as device, torch.no_grad():
-        workload = bigmodel.Workload(batch_size=batch_size, prompt_tokens=PROMPT_TOKENS, new_tokens=NUM_STEPS + 2)
-        start = time.perf_counter()
-        model = bigmodel.load_sharded(path, device_map, {0: budget, "cpu": "90GiB"}, workload=workload, progress=False)
-        load_s = time.perf_counter() - start
-        plan = bigmodel.plan_of(model)
-        found = _steps(model, device, batch_size, bigmodel.stats_of)
-        found["load_s"] = load_s
-        found["predicted"] = dataclasses.asdict(plan.estimate)
-        found["stated"] = plan.estimate.peak_bytes[str(device)]
-        found["peak"] = torch.accelerator.max_memory_reserved(device)
-        found |= _profiled(model, device, batch_size)
-        found["ttft_s"] = {}
-        del model
-        for tokens in long:
-            model = bigmodel.load_sharded(
-                path,
-                device_map,
-                {0: budget, "cpu": "90GiB"},
-                workload=bigmodel.Workload(prompt_tokens=tokens, new_tokens=1),
-                progress=False,
-            )
-            found["ttft_s"][str(tokens)] = _first_token(model, device, tokens)
-            del model
-    return found
-
-
-def run_accelerate(path: str, budget: int, batch_size: int) -> dict[str, Any]:
-    """transformers with the map that Accelerate makes for the same memory."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with _accelerator() as device, torch.no_grad():
-        room = {0: max(1, budget - GIB), "cpu": 90 * GIB}  # its budget is of weights alone
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map="auto", max_memory=room)
-        return _steps(model.eval(), device, batch_size, None)
-
-
-def run_deepspeed(path: str, budget: int, batch_size: int) -> dict[str, Any]:
-    """ZeRO-3 with parameters offloaded to page-locked host memory, and a prefetch bucket of two layers."""
-    import deepspeed
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig
-
-    with _accelerator() as device, torch.no_grad():
-        config = AutoConfig.from_pretrained(path)
-        layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
-        settings = {
-            "train_micro_batch_size_per_gpu": 1,
-            "bf16": {"enabled": True},
-            "zero_optimization": {
-                "stage": 3,
-                "offload_param": {"device": "cpu", "pin_memory": True},
-                "stage3_prefetch_bucket_size": 2 * layer,
-                "stage3_param_persistence_threshold": config.hidden_size,
-                "stage3_max_live_parameters": 4 * layer,
-            },
+    def begin(self) -> None:
+        """Look at the machine, make the checkpoints that the parts take, and measure the rates that plans rest on."""
+        looked = self._run("accelerator", "gpu_runs:look", {})
+        if looked is None or looked.error is not None:
+            raise SystemExit(f"{looked.error if looked else 'The deadline leaves no time'}. Nothing was measured.")
+        self._memory = looked.result
+        print(f"{looked.result['device']}, {looked.result['free_bytes'] / GIB:.1f} GiB free", file=sys.stderr)
+        wanted = {
+            name: size
+            for name, size in self._sizes.items()
+            if {"checkpoints", *CHECKPOINTS[name.removeprefix(self._kind)]} & self.parts
         }
-        os.environ |= {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29511",
+        # The tiny ones at once, and whatever is run: one of them stands for two.
+        for sizes in [self._sizes] if self._arguments.quick else [{name: wanted[name]} for name in wanted]:
+            arguments = {"out": str(self._arguments.out), "sizes": sizes}
+            self._run(f"checkpoint {', '.join(sizes)}", "gpu_checkpoints:make", arguments, simulates=False)
+        if self.parts - {"checkpoints", "profile", "bits"}:
+            folder = str(self._path("small" if self._is_there("small") else "llama"))
+            for trial, call, arguments in (
+                ("calibrate", "calibrate", {"folder": folder}),
+                ("link", "measure_link", {}),
+            ):
+                # A minute of measuring is not what --quick is for; rates are defaults then.
+                is_left_out = trial == "calibrate" and self._arguments.quick and self._arguments.only != ["links"]
+                if not is_left_out and ("links" in self.parts or trial not in self._log.found()):
+                    self._run(trial, f"gpu_runs:{call}", arguments)
+
+    def checkpoints(self) -> None:
+        """They are made already."""
+
+    def links(self) -> None:
+        """Measured already."""
+
+    def decode(self) -> None:
+        """Steps of one sequence, together with the peers where they run too; and of the model whole on the accelerator."""
+        rounds = 1 if self._arguments.quick else self._arguments.rounds or 2
+        peers = list(self._peers()) if "peers" in self.parts else []
+        failed = set()
+        for number in range(rounds):
+            ours = self._bigmodel("bigmodel", "llama", round=number)
+            if ours is None or ours.error is not None:
+                break
+            # Others take longer than all else: once is enough to be held against.
+            for name, call, arguments in peers if number == 0 or self._arguments.rounds else ():
+                if name not in failed:
+                    outcome = self._run(name, f"gpu_peers:{call}", arguments, round=number)
+                    failed |= {name} if outcome is None or outcome.error is not None else set()
+        batches = [1, *(each for each in self._lengths.batches if isinstance(each, int))]
+        self._resident("resident", "llama", batches)
+
+    def peers(self) -> None:
+        """With `decode`, round by round."""
+        if "decode" not in self.parts:
+            self.decode()
+
+    def prompts(self) -> None:
+        arguments = {**self._budget("llama"), "lengths": list(self._lengths.prompts)}
+        self._run("bigmodel, prompts", "gpu_runs:run_prompts", arguments)
+
+    def profile(self) -> None:
+        self._run("profile", "gpu_runs:profile_step", self._budget("llama"))
+
+    def bits(self) -> None:
+        arguments = {**self._budget("small"), "prompt_tokens": self._lengths.prompt_tokens}
+        self._run("equal bits", "gpu_runs:same_bits", arguments)
+
+    def batches(self) -> None:
+        for size in self._lengths.batches:
+            name = "bigmodel, best batch" if size == "auto" else f"bigmodel, batch {size}"
+            self._bigmodel(name, "llama", batch_size=size)
+
+    def disk(self) -> None:
+        """A small model whose weights all rest on disk, from files that no cache holds; the disk's own rate beside it."""
+        where = disk_of(self._arguments.out)
+        if where.startswith(("tmpfs", "ramfs")):
+            self._bench.note(f"disk: skipped, {self._arguments.out} is on {where.split()[0]}: it has no O_DIRECT")
+            return
+        path = self._path("small")
+        cold = {"is_cold": True, "files": gpu_checkpoints.files_of(path)}
+        for threads in (4, 8) if not self._arguments.quick else (4,):
+            arguments = {"path": str(path), "num_threads": threads, "block_bytes": 8 << 20, "ring_bytes": 512 << 20}
+            arguments |= {"num_passes": 2, "leave_out": []}
+            self._run(f"disk, {threads} threads", "raw_read:read_into_ring", arguments, simulates=False, **cold)
+        self._bigmodel("bigmodel, everything on disk", "small", num_steps=3, device_map={"": "disk"}, **cold)
+        if is_installed("deepspeed"):
+            folder = self._arguments.out / "nvme"
+            folder.mkdir(exist_ok=True)
+            arguments = self._steps("small") | {"num_steps": 3, "nvme_path": str(folder), "live_layers": 4}
+            self._run("deepspeed, from disk", "gpu_peers:run_deepspeed", arguments, **cold)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def bloom(self) -> None:
+        self._bigmodel("bigmodel, bloom-shaped", "bloom")
+        if not self._arguments.quick:
+            self._resident("resident, bloom-shaped", "bloom", [1])
+
+    # --- What they are made of
+
+    def write(self) -> None:
+        """Bring the report up to what was found, and write it where results are wanted."""
+        report = self.report
+        report.configuration = self._configuration()
+        report.figures, report.outcomes = [], self._log.outcomes()
+        add_figures(report, self._log.found(), with_peers=bool(self.parts & {"peers"}) or self._log.has(PEERS))
+        if self._arguments.results is not None:
+            page = report.write(self._bench, self._arguments.results)
+            print(f"written: {page}", file=sys.stderr, flush=True)
+
+    def _configuration(self) -> dict[str, str]:
+        lines = {
+            "accelerator": f"{self._memory.get('device')}, {self._memory['free_bytes'] / GIB:.1f} GiB free",
+            "checkpoints on": disk_of(self._arguments.out),
+            "deadline": f"{self._arguments.deadline:.0f} s; this call took {time.monotonic() - self._begun_s:.0f} s",
         }
-        kept = HfDeepSpeedConfig(settings)  # transformers looks for it while it loads
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-        engine = deepspeed.initialize(model=model, config=settings)[0]
-        engine.eval()
-        del kept
-        return _steps(engine.module, device, batch_size, None)
+        for name in ("llama", "bloom", "small"):
+            if self._is_there(name):
+                size, budget = gpu_checkpoints.bytes_of(self._path(name)), self._budget(name)["budget"]
+                config = json.loads((self._path(name) / "config.json").read_text())
+                layers = config.get("num_hidden_layers") or config.get("n_layer")
+                lines[f"checkpoint {name}"] = (
+                    f"{size / 1e9:.2f} GB bf16, {layers} layers, hidden {config['hidden_size']}; the accelerator may hold "
+                    f"{budget / 1e9:.2f} GB, {100 * budget / size:.0f}% of it"
+                )
+        return lines
 
+    def _planned_sizes(self) -> dict[str, int]:
+        out = self._arguments.out
+        there = sum(
+            file.stat().st_size for file in out.rglob("*.safetensors")
+        )  # counts as free: it is not written again
+        host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        host = max(host, _available_bytes())
+        sizes = gpu_checkpoints.sizes(shutil.disk_usage(out).free + there, host, is_quick=self._arguments.quick)
+        most = int((self._arguments.gib or 1 << 20) * GIB)
+        return {name: min(size, most) for name, size in sizes.items()}
 
-def run_group_offload(path: str, budget: int, batch_size: int) -> dict[str, Any]:
-    """diffusers' group offloading with a stream, one layer to a group."""
-    import torch
-    from diffusers.hooks import apply_group_offloading
-    from transformers import AutoModelForCausalLM
+    def _path(self, name: str) -> Path:
+        name = "quick-llama" if self._arguments.quick and name == "small" else f"{self._kind}{name}"
+        return Path(self._arguments.out) / name
 
-    with _accelerator() as device, torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
-        apply_group_offloading(
-            model,
-            onload_device=device,
-            offload_device=torch.device("cpu"),
-            offload_type="block_level",
-            num_blocks_per_group=1,
-            use_stream=True,
+    def _is_there(self, name: str) -> bool:
+        return (self._path(name) / "config.json").exists()
+
+    def _budget(self, name: str) -> dict[str, Any]:
+        """The checkpoint, and what the accelerator may hold: a share of this model's bytes, and no more than is free."""
+        size = gpu_checkpoints.bytes_of(self._path(name))
+        share = BLOOM_SHARE if name == "bloom" else self._arguments.share
+        budget = max(int(share * size), CONTEXT_BYTES + int(LEAST_SHARE * size))
+        return {"path": str(self._path(name)), "budget": min(budget, self._memory["free_bytes"])}
+
+    def _steps(self, name: str) -> dict[str, Any]:
+        tokens, steps = self._lengths.prompt_tokens, self._lengths.num_steps
+        return {**self._budget(name), "prompt_tokens": tokens, "num_steps": steps}
+
+    def _bigmodel(self, trial: str, name: str, *, round: int = 0, **options: Any) -> Outcome | None:
+        conditions = {key: options.pop(key) for key in ("is_cold", "files") if key in options}
+        return self._run(trial, "gpu_runs:run_bigmodel", self._steps(name) | options, round=round, **conditions)
+
+    def _resident(self, trial: str, name: str, batch_sizes: Sequence[int]) -> None:
+        size = gpu_checkpoints.bytes_of(self._path(name))
+        if 1.1 * size + 8 * GIB > self._memory["free_bytes"]:
+            self._bench.note(f"{trial}: skipped, the whole model does not fit on the accelerator: stalls are not told")
+            return
+        arguments = self._steps(name) | {"batch_sizes": list(batch_sizes)}
+        del arguments["budget"]
+        self._run(trial, "gpu_runs:run_resident", arguments)
+
+    def _peers(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        steps = self._steps("llama")
+        for peer in filter(is_installed, PEERS):
+            yield peer, f"run_{peer}", steps
+            if peer == "deepspeed":
+                yield "deepspeed, 4 layers live", "run_deepspeed", steps | {"live_layers": 4}
+
+    def _run(
+        self,
+        name: str,
+        call: str,
+        arguments: Mapping[str, Any],
+        *,
+        round: int = 0,
+        simulates: bool = True,
+        is_cold: bool = False,
+        files: Sequence[Path] = (),
+    ) -> Outcome | None:
+        """One trial, whose outcome is written at once; None where the deadline does not allow it."""
+        left = self._arguments.deadline - (time.monotonic() - self._begun_s)
+        if left < LEAST_S:
+            self._bench.note(f"{name}: skipped, the deadline of {self._arguments.deadline:.0f} s is near")
+            return None
+        if simulates:
+            arguments = dict(arguments) | {"simulates": self._arguments.simulated}
+        trial = Trial(
+            name=name,
+            call=f"benchmarks.{call}",
+            arguments=arguments,
+            files=files,
+            is_cold=is_cold,
+            # What is measured of the machine is kept beside the checkpoints, and is nobody else's.
+            environment={"XDG_CACHE_HOME": str(self._arguments.out.resolve() / "cache")},
         )
-        return _steps(model, device, batch_size, None)
-
-
-def same_bits(path: str) -> dict[str, Any]:
-    """Whether every way of resting gives the logits of the model that is whole on the accelerator."""
-    import torch
-
-    import bigmodel
-
-    with _accelerator() as device, torch.no_grad():
-        digests = []
-        for device_map in ("cuda", {"": "disk"}, {"": "cpu", "lm_head": 0}):
-            model = bigmodel.load_sharded(path, device_map, {0: "16GiB", "cpu": "16GiB"}, progress=False)
-            output = model(input_ids=_prompt(model, 1, 64).to(device), use_cache=True)
-            after = model(
-                input_ids=output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True
+        self._bench.timeout_s = min(self._arguments.timeout, left)
+        begun = time.monotonic()
+        try:
+            outcome = self._bench.run(trial)
+        except Exception as error:  # of the harness itself: the other trials run all the same
+            outcome = Outcome(
+                name=name, result=None, error=repr(error), baseline_bytes=0, peak_rise_bytes=0, cgroup_peak_bytes=None
             )
-            digests.append((output.logits.cpu(), after.logits.cpu()))
-            del model, output, after
-        equal = all(torch.equal(a, b) for other in digests[1:] for a, b in zip(digests[0], other, strict=True))
-        return {"equal": equal}
+        said = outcome.error or "ran"
+        print(f"{name}: {said} ({time.monotonic() - begun:.1f} s)", file=sys.stderr, flush=True)
+        self._log.append(outcome, round)
+        return outcome
 
 
-def _steps(model: Any, device: Any, batch_size: int, stats: Callable[[Any], Any] | None) -> dict[str, Any]:
-    import torch
+class _Log:
+    """Outcomes, one to a line, in the folder of the checkpoints, and beside the results.
 
-    output = model(input_ids=_prompt(model, batch_size, PROMPT_TOKENS).to(device), use_cache=True, logits_to_keep=1)
-    seconds: list[float] = []
-    before = stats(model) if stats is not None else None
-    for step in range(NUM_STEPS + 2):
-        token = output.logits[:, -1:].argmax(-1)
-        torch.accelerator.synchronize(device)
-        if step == 2 and stats is not None:
-            before = stats(model)
-        start = time.perf_counter()
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
-        torch.accelerator.synchronize(device)
-        if step > 1:
-            seconds.append(time.perf_counter() - start)
-    found: dict[str, Any] = {"seconds": seconds}
-    if stats is not None:
-        done = stats(model) - before
-        found |= {
-            "copied_bytes": done.copied_bytes / NUM_STEPS,
-            "read_bytes": done.read_bytes / NUM_STEPS,
-            "stall_s": done.stall_s / NUM_STEPS,
-        }
-    return found
+    Args:
+        file: where they are kept between calls.
+        results: folder where a copy grows; None for none.
+        settings: outcomes with other ones are left out.
+    """
 
+    def __init__(self, file: Path, results: Path | None, settings: list[Any]) -> None:
+        self._settings = settings
+        self._files = [file]
+        lines = file.read_text().splitlines() if file.exists() else []
+        self._entries = [entry for entry in map(_parsed_line, lines) if entry and entry["settings"] == settings]
+        self._call = 1 + max((entry["call"] for entry in self._entries), default=0)
+        if results is not None:
+            results.mkdir(parents=True, exist_ok=True)
+            copy = results / f"{file.stem}-{datetime.date.today().isoformat()}.jsonl"
+            if not copy.exists():
+                copy.write_text("".join(json.dumps(entry) + "\n" for entry in self._entries))
+            self._files.append(copy)
 
-def _profiled(model: Any, device: Any, batch_size: int) -> dict[str, int]:
-    """Synchronisations and device allocations of a steady step, by CUDA's own calls."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
+    def append(self, outcome: Outcome, round: int) -> None:
+        entry = {"settings": self._settings, "call": self._call, "round": round, "outcome": dataclasses.asdict(outcome)}
+        self._entries.append(entry)
+        for file in self._files:
+            with file.open("a") as stream:
+                stream.write(json.dumps(entry) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
 
-    if device.type != "cuda":
-        return {}
-    output = model(input_ids=_prompt(model, batch_size, 8).to(device), use_cache=True, logits_to_keep=1)
-    for _ in range(3):
-        token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
-    token = output.logits[:, -1:].argmax(-1)
-    torch.accelerator.synchronize(device)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as events:
-        model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
-    calls = [event.name for event in events.events()]
-    return {
-        "synchronisations": sum("Synchronize" in name and "WaitEvent" not in name for name in calls)
-        - 1,  # the profiler's own
-        "allocations": sum(name.startswith(("cudaMalloc", "cudaFree")) for name in calls),
-    }
+    def outcomes(self) -> dict[str, list[Outcome]]:
+        """By trial."""
+        found: dict[str, list[Outcome]] = {}
+        for entry in self._entries:
+            fields = entry["outcome"] | {"modules": ()}
+            found.setdefault(fields["name"], []).append(Outcome(**fields))
+        return found
 
+    def found(self) -> dict[str, dict[tuple[int, int], dict[str, Any]]]:
+        """Trial -> (call, round) -> what it returned, of those that worked."""
+        found: dict[str, dict[tuple[int, int], dict[str, Any]]] = {}
+        for entry in self._entries:
+            outcome = entry["outcome"]
+            if outcome["error"] is None:
+                found.setdefault(outcome["name"], {})[entry["call"], entry["round"]] = outcome["result"]
+        return found
 
-def _first_token(model: Any, device: Any, tokens: int) -> float:
-    import torch
-
-    times = []
-    for _ in range(2):
-        torch.accelerator.synchronize(device)
-        start = time.perf_counter()
-        model(input_ids=_prompt(model, 1, tokens).to(device), use_cache=True, logits_to_keep=1)
-        torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return times[-1]
+    def has(self, names: Mapping[str, str]) -> bool:
+        return any(entry["outcome"]["name"].partition(",")[0] in names for entry in self._entries)
 
 
-def _prompt(model: Any, batch_size: int, tokens: int) -> Any:
-    import torch
-
-    numbers = torch.arange(batch_size * tokens) * 7919 + 13
-    return numbers.remainder(model.config.vocab_size).view(batch_size, tokens)
-
-
-class _accelerator:  # used as a function
-    """The first accelerator, or a simulated one where the command line asked for that."""
-
-    def __enter__(self) -> Any:
-        import contextlib
-
-        import torch
-
-        self._stack = contextlib.ExitStack()
-        if os.environ.get("BENCHMARK_SIMULATES"):
-            sys.path.insert(0, str(ROOT / "tests"))
-            from simulated import simulated
-
-            self._stack.enter_context(simulated(1, memory_bytes=64 * GIB))
-        if not torch.accelerator.is_available():
-            raise RuntimeError("there is no accelerator here")
-        kind = torch.accelerator.current_accelerator()
-        assert kind is not None
-        return torch.device(kind.type, 0)
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+def _parsed_line(line: str) -> dict[str, Any] | None:
+    """None for a line that was cut off."""
+    try:
+        entry: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return entry
 
 
-# --- Checkpoints
-
-
-def _checkpoint(out: Path, name: str, config: dict[str, Any], gib: float) -> Path:
-    """Random weights in the shape, with as many layers as make the size; written once."""
-    folder = out / f"{name}-{gib:.2f}GiB"
-    if (folder / "config.json").exists():
-        return folder
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    key = "n_layer" if config["model_type"] == "bloom" else "num_hidden_layers"
-
-    def built(layers: int) -> Any:
-        settings = {name: value for name, value in config.items() if name not in ("model_type", "architectures")}
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(config["model_type"], **settings | {key: layers}), dtype=torch.bfloat16
-            )
-
-    one, two = (sum(p.nbytes for p in built(layers).parameters()) for layers in (1, 2))
-    layers = max(2, round((gib * GIB - one) / (two - one)) + 1)
-    model = built(layers)
-    folder.mkdir(parents=True, exist_ok=True)
-    pool = torch.empty(64 << 20, dtype=torch.bfloat16).normal_(std=0.02)
-    weight_map: dict[str, str] = {}
-    for number, group in enumerate(_files(model), start=1):
-        tensors = {}
-        for offset, (tensor_name, parameter) in enumerate(group):
-            if parameter.ndim == 1:
-                tensors[tensor_name] = torch.ones(parameter.shape, dtype=torch.bfloat16)
-            else:
-                turned = pool.roll(7919 * (offset + number))
-                repeats = -(-parameter.numel() // pool.numel())
-                tensors[tensor_name] = turned.repeat(repeats)[: parameter.numel()].view(parameter.shape).clone()
-            weight_map[tensor_name] = f"model-{number:05d}.safetensors"
-        save_file(tensors, str(folder / f"model-{number:05d}.safetensors"), metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(config | {key: layers}))
-    return folder
-
-
-def _files(model: Any) -> Iterator[list[tuple[str, Any]]]:
-    """Parameters in files of up to two gigabytes; tied ones once."""
-    group: list[tuple[str, Any]] = []
-    for name, parameter in model.named_parameters():
-        if group and sum(each.nbytes for _, each in group) + parameter.nbytes > 2 * GIB:
-            yield group
-            group = []
-        group.append((name, parameter))
-    yield group
-
-
-def _size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 if __name__ == "__main__":
