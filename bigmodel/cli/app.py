@@ -8,14 +8,13 @@ Exit status: 0 done; 1 an error, told in a sentence; 2 wrong usage; 3 it does no
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -32,12 +31,7 @@ from bigmodel.cli.arguments import (
 from bigmodel.cli.prompts import read_prompts
 from bigmodel.errors import BigModelError, DoesNotFitError, InvalidArgumentError
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["app", "main"]
-
-logger = logging.getLogger("bigmodel.cli")
 
 DOES_NOT_FIT, INTERRUPTED, BROKEN_PIPE = 3, 130, 141
 

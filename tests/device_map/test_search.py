@@ -197,6 +197,15 @@ def local_search(search, current, num_slots, draw):
         (20, 1, False),
         (12, 1, True),
         pytest.param(40, 2, False, marks=pytest.mark.slow),
+        pytest.param(
+            *(30, 2, True),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.xfail(
+                    strict=True, reason="a local optimum: 'balanced', with the runs chosen, is 3.4% better"
+                ),
+            ],
+        ),
         pytest.param(80, 4, False, marks=pytest.mark.slow),
         (60, 0, False),
     ],
