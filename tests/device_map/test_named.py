@@ -336,6 +336,19 @@ def test_a_long_prompt_runs_on_the_card_and_the_tokens_after_it_where_their_weig
             assert plain.estimate.time_per_token_s > plan.estimate.time_per_token_s
 
 
+def test_a_plan_tells_what_passes_of_several_tokens_take(llama):
+    workload = bigmodel.Workload(prompt_tokens=512, new_tokens=64)
+    plan = bigmodel.make_plan(llama, machine(1), workload, max_memory={0: "4GB", "cpu": "64GB"})
+    pass_s = plan.estimate.pass_s
+    assert pass_s[1] == pytest.approx(plan.estimate.time_per_token_s)
+    assert list(pass_s.values()) == sorted(pass_s.values())
+    assert pass_s[65] < 1.1 * pass_s[1]  # the link binds: guesses are nearly free
+    whole = bigmodel.make_plan(llama, machine(0), workload, max_memory={"cpu": "64GB"})
+    assert whole.estimate.pass_s[65] > 1.5 * whole.estimate.pass_s[1]  # arithmetic binds
+    short = bigmodel.make_plan(llama, machine(1), SMALL, max_memory={0: "4GB", "cpu": "64GB"})
+    assert max(short.estimate.pass_s) <= SMALL.prompt_tokens
+
+
 def test_of_several_tiers_that_are_short_all_are_to_be_raised(llama):
     limits = {0: "1GB", "cpu": "100MB"}
     with pytest.raises(DoesNotFitError) as caught:
