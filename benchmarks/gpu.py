@@ -22,8 +22,9 @@ from typing import Any
 from benchmarks import gpu_checkpoints
 from benchmarks.gpu_figures import add_figures
 from benchmarks.gpu_peers import PEERS, is_installed
-from benchmarks.harness import ROOT, Bench, Outcome, Trial
-from benchmarks.report import Report, commit, disk_of
+from benchmarks.report import ROOT, Report, commit, disk_of
+from bigmodel.bench.harness import Bench, Outcome, Trial
+from bigmodel.bench.raw_read import widened
 
 __all__ = ["PARTS", "Session"]
 
@@ -123,7 +124,7 @@ class Session:
 
     def begin(self) -> None:
         """Look at the machine, make the checkpoints that the parts take, and measure the rates that plans rest on."""
-        looked = self._run("accelerator", "gpu_runs:look", {})
+        looked = self._run("accelerator", "benchmarks.gpu_runs:look", {})
         if looked is None or looked.error is not None:
             raise SystemExit(f"{looked.error if looked else 'The deadline leaves no time'}. Nothing was measured.")
         self._memory = looked.result
@@ -136,7 +137,7 @@ class Session:
         # The tiny ones at once, and whatever is run: one of them stands for two.
         for sizes in [self._sizes] if self._arguments.quick else [{name: wanted[name]} for name in wanted]:
             arguments = {"out": str(self._arguments.out), "sizes": sizes}
-            self._run(f"checkpoint {', '.join(sizes)}", "gpu_checkpoints:make", arguments, simulates=False)
+            self._run(f"checkpoint {', '.join(sizes)}", "benchmarks.gpu_checkpoints:make", arguments, simulates=False)
         if self.parts - {"checkpoints", "profile", "bits"}:
             folder = str(self._path("small" if self._is_there("small") else "llama"))
             for trial, call, arguments in (
@@ -146,7 +147,7 @@ class Session:
                 # A minute of measuring is not what --quick is for; rates are defaults then.
                 is_left_out = trial == "calibrate" and self._arguments.quick and self._arguments.only != ["links"]
                 if not is_left_out and ("links" in self.parts or trial not in self._log.found()):
-                    self._run(trial, f"gpu_runs:{call}", arguments)
+                    self._run(trial, f"benchmarks.gpu_runs:{call}", arguments)
 
     def checkpoints(self) -> None:
         """They are made already."""
@@ -166,7 +167,7 @@ class Session:
             # Others take longer than all else: once is enough to be held against.
             for name, call, arguments in peers if number == 0 or self._arguments.rounds else ():
                 if name not in failed:
-                    outcome = self._run(name, f"gpu_peers:{call}", arguments, round=number)
+                    outcome = self._run(name, f"benchmarks.gpu_peers:{call}", arguments, round=number)
                     failed |= {name} if outcome is None or outcome.error is not None else set()
         batches = [1, *(each for each in self._lengths.batches if isinstance(each, int))]
         self._resident("resident", "llama", batches)
@@ -178,14 +179,14 @@ class Session:
 
     def prompts(self) -> None:
         arguments = {**self._budget("llama"), "lengths": list(self._lengths.prompts)}
-        self._run("bigmodel, prompts", "gpu_runs:run_prompts", arguments)
+        self._run("bigmodel, prompts", "benchmarks.gpu_runs:run_prompts", arguments)
 
     def profile(self) -> None:
-        self._run("profile", "gpu_runs:profile_step", self._budget("llama"))
+        self._run("profile", "benchmarks.gpu_runs:profile_step", self._budget("llama"))
 
     def bits(self) -> None:
         arguments = {**self._budget("small"), "prompt_tokens": self._lengths.prompt_tokens}
-        self._run("equal bits", "gpu_runs:same_bits", arguments)
+        self._run("equal bits", "benchmarks.gpu_runs:same_bits", arguments)
 
     def batches(self) -> None:
         for size in self._lengths.batches:
@@ -201,15 +202,18 @@ class Session:
         path = self._path("small")
         cold = {"is_cold": True, "files": gpu_checkpoints.files_of(path)}
         for threads in (4, 8) if not self._arguments.quick else (4,):
-            arguments = {"path": str(path), "num_threads": threads, "block_bytes": 8 << 20, "ring_bytes": 512 << 20}
-            arguments |= {"num_passes": 2, "leave_out": []}
-            self._run(f"disk, {threads} threads", "raw_read:read_into_ring", arguments, simulates=False, **cold)
+            ranges = widened((str(file), 0, file.stat().st_size) for file in gpu_checkpoints.files_of(path))
+            arguments = {"ranges": ranges, "num_threads": threads, "block_bytes": 8 << 20}
+            arguments |= {"ring_bytes": 512 << 20, "num_passes": 2}
+            self._run(
+                f"disk, {threads} threads", "bigmodel.bench.raw_read:read_into_ring", arguments, simulates=False, **cold
+            )
         self._bigmodel("bigmodel, everything on disk", "small", num_steps=3, device_map={"": "disk"}, **cold)
         if is_installed("deepspeed"):
             folder = self._arguments.out / "nvme"
             folder.mkdir(exist_ok=True)
             arguments = self._steps("small") | {"num_steps": 3, "nvme_path": str(folder), "live_layers": 4}
-            self._run("deepspeed, from disk", "gpu_peers:run_deepspeed", arguments, **cold)
+            self._run("deepspeed, from disk", "benchmarks.gpu_peers:run_deepspeed", arguments, **cold)
             shutil.rmtree(folder, ignore_errors=True)
 
     def bloom(self) -> None:
@@ -277,7 +281,9 @@ class Session:
 
     def _bigmodel(self, trial: str, name: str, *, round: int = 0, **options: Any) -> Outcome | None:
         conditions = {key: options.pop(key) for key in ("is_cold", "files") if key in options}
-        return self._run(trial, "gpu_runs:run_bigmodel", self._steps(name) | options, round=round, **conditions)
+        return self._run(
+            trial, "benchmarks.gpu_runs:run_bigmodel", self._steps(name) | options, round=round, **conditions
+        )
 
     def _resident(self, trial: str, name: str, batch_sizes: Sequence[int]) -> None:
         size = gpu_checkpoints.bytes_of(self._path(name))
@@ -286,7 +292,7 @@ class Session:
             return
         arguments = self._steps(name) | {"batch_sizes": list(batch_sizes)}
         del arguments["budget"]
-        self._run(trial, "gpu_runs:run_resident", arguments)
+        self._run(trial, "benchmarks.gpu_runs:run_resident", arguments)
 
     def _peers(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         steps = self._steps("llama")
@@ -315,7 +321,7 @@ class Session:
             arguments = dict(arguments) | {"simulates": self._arguments.simulated}
         trial = Trial(
             name=name,
-            call=f"benchmarks.{call}",
+            call=call,
             arguments=arguments,
             files=files,
             is_cold=is_cold,

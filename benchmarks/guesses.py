@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT, Bench, Outcome, Trial
-from benchmarks.report import Figure, Report
+from benchmarks.report import ROOT, Figure, Report
 from benchmarks.settings import Settings, parse_settings
+from bigmodel.bench.harness import Bench, Outcome, Trial
 
 __all__ = ["run_batch", "run_guesses"]
 
@@ -139,8 +139,8 @@ def run_guesses(path: str, with_lookup: bool) -> dict[str, Any]:
     import torch
 
     import bigmodel
-    from bigmodel.cli.drafts import lookup_options
-    from bigmodel.cli.text import TextStream, encode_prompt, load_tokenizer
+    from bigmodel.generation.drafts import lookup_options
+    from bigmodel.generation.text import TextStream, encode_prompt, load_tokenizer
 
     tokenizer = load_tokenizer(path)
     inputs = encode_prompt(tokenizer, PROMPT, chat=True)

@@ -10,9 +10,9 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.harness import ROOT, Bench, Outcome, Trial
-from benchmarks.report import Figure, Report
+from benchmarks.report import ROOT, Figure, Report
 from benchmarks.settings import parse_settings
+from bigmodel.bench.harness import Bench, Outcome, Trial
 
 __all__ = ["run_links"]
 

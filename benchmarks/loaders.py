@@ -6,7 +6,6 @@ A load and one pass over every page of every weight is what is timed: a loader t
 from __future__ import annotations
 
 import inspect
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -65,10 +64,15 @@ def mapped_bytes(weights: Iterable[tuple[str, Any]], path: str) -> int:
 
 def plan_figures(model: Any) -> dict[str, Any] | None:
     """What our plan states for host memory, or None for a model that is not ours."""
-    bigmodel = sys.modules.get("bigmodel")
-    if bigmodel is None or model is None:
+    import bigmodel
+    from bigmodel.errors import InvalidArgumentError
+
+    if model is None:
         return None
-    plan = bigmodel.plan_of(model)
+    try:
+        plan = bigmodel.plan_of(model)
+    except InvalidArgumentError:
+        return None
     return {
         "peak_bytes": plan.estimate.peak_bytes["cpu"],
         "resident_bytes": sum(place.weight_bytes for place in plan.placements if place.home == "cpu"),

@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.harness import Bench, Outcome, Trial
 from benchmarks.report import Figure, Report, median, quickest, ratios, seconds_of
 from benchmarks.settings import BLOCK_BYTES, READER_COUNTS, Settings, parse_settings
+from bigmodel.bench.harness import Bench, Outcome, Trial
 
 __all__ = ["import_seconds"]
 
@@ -74,7 +74,7 @@ def _cold(bench: Bench, report: Report, settings: Settings) -> None:
     raw = [
         Trial(
             name=f"raw O_DIRECT, {count} threads",
-            call="benchmarks.raw_read:read_into_fresh_memory",
+            call="bigmodel.bench.raw_read:read_into_fresh_memory",
             arguments={"path": str(settings.path), "num_threads": count, "block_bytes": BLOCK_BYTES},
             files=settings.files,
         )

@@ -12,10 +12,10 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.harness import Bench, Outcome, Trial
 from benchmarks.report import Figure, Report, ratios
 from benchmarks.settings import Settings, parse_settings
 from benchmarks.shapes import MODELS_FOR_MACHINES, accelerate_map
+from bigmodel.bench.harness import Bench, Outcome, Trial
 
 __all__: list[str] = []
 

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT, Bench, Outcome
+from bigmodel.bench.harness import Bench, Outcome
 
-__all__ = ["Figure", "Report", "commit", "disk_of", "median", "quickest", "ratios", "seconds_of"]
+__all__ = ["ROOT", "Figure", "Report", "commit", "disk_of", "median", "quickest", "ratios", "seconds_of"]
+
+ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = (
     "torch",

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT
 from benchmarks.make_checkpoint import SHAPES, make_checkpoint, weight_files
-from benchmarks.report import disk_of
+from benchmarks.report import ROOT, disk_of
 
 __all__ = ["BLOCK_BYTES", "READER_COUNTS", "Settings", "parse_settings"]
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import sys
 import tempfile
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Bench, Outcome, Trial
 from benchmarks.make_checkpoint import SHAPES
-from benchmarks.raw_read import file_ranges
 from benchmarks.report import Figure, Report, median, quickest, ratios, seconds_of
 from benchmarks.settings import BLOCK_BYTES, READER_COUNTS, Settings, parse_settings
+from bigmodel.bench.harness import Bench, Outcome, Trial
+from bigmodel.bench.raw_read import Range, widened
 
 __all__: list[str] = []
 
@@ -128,14 +129,13 @@ def _trials(bench: Bench, settings: Settings, limits: _Limits, scratch: Path) ->
         trials += [
             Trial(
                 name=f"raw O_DIRECT into a ring, {count} threads",
-                call="benchmarks.raw_read:read_into_ring",
+                call="bigmodel.bench.raw_read:read_into_ring",
                 arguments={
-                    "path": str(settings.path),
+                    "ranges": _file_ranges(str(settings.path), list(_left_out())),
                     "num_threads": count,
                     "block_bytes": BLOCK_BYTES,
                     "ring_bytes": RING_LAYERS * layer_bytes,
                     "num_passes": 3,
-                    "leave_out": list(_left_out()),
                 },
                 files=settings.files,
             )
@@ -222,8 +222,29 @@ def _left_out(settings: Settings | None = None) -> tuple[str, ...]:
     return (EMBEDDING, *(f"{module}." for module, home in kept if home == "cpu"))
 
 
+def _file_ranges(path: str, leave_out: Sequence[str]) -> list[Range]:
+    """The aligned ranges of a checkpoint's tensors.
+
+    Args:
+        path: the checkpoint's folder.
+        leave_out: names or prefixes (ending in a dot) of tensors that are not read.
+    """
+    prefixes = tuple(prefix for prefix in leave_out if prefix.endswith("."))
+    ranges: list[Range] = []
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if name not in leave_out and not name.startswith(prefixes):
+                begin, end = entry["data_offsets"]
+                ranges.append((str(file), 8 + length + begin, end - begin))
+    return widened(ranges)
+
+
 def _num_bytes(settings: Settings, left_out: Sequence[str]) -> int:
-    return sum(size for _, _, size in file_ranges(str(settings.path), list(left_out)))
+    return sum(size for _, _, size in _file_ranges(str(settings.path), list(left_out)))
 
 
 def _layer_bytes(path: Path) -> dict[str, int]:

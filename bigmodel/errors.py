@@ -12,6 +12,7 @@
     |-- InvalidArgumentError         a wrong size, map, dtype or option (also a ValueError)
     |   `-- DeviceMapError           unknown or uncovered names, unknown tiers
     |-- DoesNotFitError              a tier's limit is too small: needed, available, what would do
+    |-- BenchmarkError               nothing could be measured: why
     |-- SavingError                  a model cannot be written as asked; what was there is left as it was
     `-- StreamingError               while a loaded model runs
         |-- ReadError                the bytes of a unit could not be read
@@ -29,6 +30,7 @@ from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
+    "BenchmarkError",
     "BigModelError",
     "CheckpointError",
     "DeviceMapError",
@@ -108,6 +110,10 @@ class DoesNotFitError(BigModelError):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles with its numbers: a worker's error crosses to its parent."""
         return _rebuild, (str(self), self.tier, self.needed_bytes, self.available_bytes)
+
+
+class BenchmarkError(BigModelError):
+    """What was to be measured could not be run."""
 
 
 class SavingError(BigModelError):

@@ -16,15 +16,16 @@ PERIOD_S = 0.005
 """Between two samples; one costs about 30 us."""
 
 
-def footprint_bytes() -> int:
-    """RssAnon + RssShmem: memory that is given back when the process ends; 0 where the system does not say.
+def footprint_bytes(pid: int | None = None) -> int:
+    """RssAnon + RssShmem of a process, this one if None; 0 where the system does not say, or the process is gone.
 
-    Clean pages of mapped files are not in it: the kernel drops them when memory is short.
+    That memory is given back when the process ends. Clean pages of mapped files are not in it: the kernel drops them when memory
+    is short.
 
     Source: proc_pid_status(5).
     """
     try:
-        text = STATUS_FILE.read_text()
+        text = (STATUS_FILE if pid is None else Path(f"/proc/{pid}/status")).read_text()
     except OSError:
         return 0
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
@@ -32,30 +33,34 @@ def footprint_bytes() -> int:
 
 
 class PeakFootprint:
-    """Samples the footprint from a thread while the `with` block runs.
+    """Samples a footprint from a thread while the `with` block runs.
+
+    Args:
+        pid: of the process; this one if None.
 
     Attributes:
         peak_bytes: the largest that was seen, in bytes; at least the value on entry and on exit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pid: int | None = None) -> None:
         self.peak_bytes = 0
+        self._pid = pid
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="bigmodel-footprint", daemon=True)
 
     def __enter__(self) -> PeakFootprint:
-        self.peak_bytes = footprint_bytes()
+        self.peak_bytes = footprint_bytes(self._pid)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
-        self.peak_bytes = max(self.peak_bytes, footprint_bytes())
+        self.peak_bytes = max(self.peak_bytes, footprint_bytes(self._pid))
 
     def _sample(self) -> None:
         while not self._stop.wait(PERIOD_S):
-            self.peak_bytes = max(self.peak_bytes, footprint_bytes())
+            self.peak_bytes = max(self.peak_bytes, footprint_bytes(self._pid))
 
 
 def bound_product_cache() -> None:

@@ -28,7 +28,8 @@ ORDER = (
     {"hooks"},
     {"models", "saving"},
     {"loading"},
-    {"training"},
+    {"generation", "training"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 )
@@ -42,12 +43,12 @@ OWNERS = {
     "psutil": {"device_map/machine"},
     "rich": {"progress", "cli/app"},
     "safetensors": {"checkpoint/", "saving"},
-    "transformers": {"models/pretrained", "cli/text"},
-    "typer": {"cli/app"},
+    "transformers": {"models/pretrained", "generation/text", "bench/"},
+    "typer": {"cli/app", "cli/options"},
 }
 EVERYBODYS = {"torch", "numpy"}
 # The command line is made of typer and is imported by nothing, so it alone imports it at the top.
-AT_THE_TOP = {("cli/app", "typer")}
+AT_THE_TOP = {("cli/app", "typer"), ("cli/options", "typer")}
 
 
 class Import(NamedTuple):

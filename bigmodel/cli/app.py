@@ -1,4 +1,4 @@
-"""The ``bigmodel`` command: run, plan, calibrate and env.
+"""The ``bigmodel`` command: run, plan, bench, calibrate and env.
 
 What was asked for goes to stdout: the generated text, the plan, the list of versions. What is said about it goes to
 stderr: the plan of a run, progress, figures, errors. So ``bigmodel run ... > answer.txt`` writes the answer alone.
@@ -28,6 +28,19 @@ from bigmodel.cli.arguments import (
     read_prompt,
     write_page,
 )
+from bigmodel.cli.options import (
+    AllowCpuCompute,
+    DeviceMap,
+    Dtype,
+    MaxMemory,
+    OffloadFolder,
+    PathArgument,
+    Revision,
+    Subfolder,
+    TrustRemoteCode,
+    Variant,
+    WithTraceback,
+)
 from bigmodel.cli.prompts import read_prompts
 from bigmodel.errors import BigModelError, DoesNotFitError, InvalidArgumentError
 
@@ -44,60 +57,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-# Options that several commands share.
-PathArgument = Annotated[
-    str, typer.Argument(metavar="PATH", help="A checkpoint: folder, weight file, index file, or Hub repo id.")
-]
-MaxMemory = Annotated[
-    str | None,
-    typer.Option(
-        "--max-memory",
-        "-m",
-        metavar="LIMITS",
-        help="What may be used, such as [bold]cpu=8GiB[/bold] or [bold]cpu=8GiB,disk=500GB[/bold]. "
-        "What is not stated: what is free.",
-    ),
-]
-DeviceMap = Annotated[
-    str,
-    typer.Option(
-        "--device-map",
-        metavar="MAP",
-        help="[bold]auto[/bold], [bold]cpu[/bold], [bold]disk[/bold], a JSON object such as "
-        """[bold]'{"": "disk", "lm_head": "cpu"}'[/bold], or a file with such an object or a saved plan.""",
-    ),
-]
-AllowCpuCompute = Annotated[
-    bool, typer.Option("--allow-cpu-compute", help="Beside accelerators, let the CPU run what rests in host memory.")
-]
-Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, or a torch dtype such as bfloat16.")]
-Revision = Annotated[
-    str | None, typer.Option("--revision", rich_help_panel="Checkpoint", help="Branch, tag or commit of a Hub repo.")
-]
-Subfolder = Annotated[
-    str | None, typer.Option("--subfolder", rich_help_panel="Checkpoint", help="Folder inside the checkpoint.")
-]
-Variant = Annotated[
-    str | None,
-    typer.Option("--variant", rich_help_panel="Checkpoint", help="Such as fp16, for model.fp16.safetensors."),
-]
-OffloadFolder = Annotated[
-    str | None,
-    typer.Option(
-        "--offload-folder",
-        metavar="FOLDER",
-        rich_help_panel="Checkpoint",
-        help="Where weights are kept that must be converted before they can stream; a cache folder by default.",
-    ),
-]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code", rich_help_panel="Checkpoint", help="Let Python code that comes with the checkpoint run."
-    ),
-]
-WithTraceback = Annotated[bool, typer.Option("--traceback", help="On an error, show where it was raised.")]
 
 
 def main() -> None:
@@ -333,6 +292,125 @@ def plan(
 
             write_page(html_file, draw(made, timeline(), title=path))
         typer.echo(made.to_json() if as_json else made.explain())
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+bigmodel bench ./model --ram 4GiB --against transformers,accelerate,llama.cpp
+
+bigmodel bench ./model --max-memory cpu=8GiB --prompt-tokens 512,4096 --batch-sizes 1,auto --html bench.html
+
+bigmodel bench ./model --prompt-file article.txt --lookup --new-tokens 64
+
+It takes minutes: everything runs in processes of its own, in turn, several times. Let the machine be idle meanwhile."""
+)
+def bench(
+    path: PathArgument,
+    max_memory: MaxMemory = None,
+    ram: Annotated[
+        str | None,
+        typer.Option(
+            "--ram",
+            metavar="SIZE",
+            help="Run everything inside so much memory, page cache included: a control group, where that is allowed.",
+        ),
+    ] = None,
+    device_map: DeviceMap = "auto",
+    allow_cpu_compute: AllowCpuCompute = False,
+    dtype: Dtype = "auto",
+    prompt_tokens: Annotated[
+        str, typer.Option("--prompt-tokens", metavar="N,N", help="Lengths of prompts, for one sequence.")
+    ] = "128,512,2048",
+    batch_sizes: Annotated[
+        str,
+        typer.Option(
+            "--batch-sizes", metavar="N,N", help="Sequences at once, of the first length; auto: as many as are fastest."
+        ),
+    ] = "1,4,auto",
+    new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--new-tokens", "-n", min=3, help="Tokens after the prompt; the first two are not timed as steps."
+        ),
+    ] = 8,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="A text to continue; without it made-up tokens.")
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option("--prompt-file", metavar="FILE", help="A file that holds it; - reads stdin.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="NAMES",
+            help="Other libraries, in the same memory: transformers, accelerate, llama.cpp, deepspeed, airllm.",
+        ),
+    ] = None,
+    lookup: Annotated[
+        bool,
+        typer.Option("--lookup", rich_help_panel="Guesses", help="Generate with guesses from the text, and without."),
+    ] = False,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            "--draft", metavar="PATH", rich_help_panel="Guesses", help="Likewise with a smaller model's guesses."
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often everything runs.")] = 5,
+    scratch: Annotated[
+        str | None,
+        typer.Option(
+            "--scratch",
+            metavar="FOLDER",
+            help="Where the others' files go, and stay; without it beside the checkpoint, and removed.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Every sample as JSON, instead of the table.")] = False,
+    html_file: Annotated[
+        str | None,
+        typer.Option("--html", metavar="FILE", help="Draw what happened beside what was predicted, for a browser."),
+    ] = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    variant: Variant = None,
+    offload_folder: OffloadFolder = None,
+    trust_remote_code: TrustRemoteCode = False,
+    with_traceback: WithTraceback = False,
+) -> None:
+    """Measure what a model takes here, beside the plan's prediction and the machine's bounds, and against other libraries."""
+    with _told_in_a_sentence(with_traceback):
+        from bigmodel.cli.benching import Asked, measured
+
+        asked = Asked(
+            path=path,
+            load={
+                "device_map": parse_device_map(device_map),
+                "max_memory": parse_limits(max_memory),
+                "allow_cpu_compute": allow_cpu_compute,
+                "dtype": dtype,
+                "revision": revision,
+                "subfolder": subfolder,
+                "variant": variant,
+                "offload_folder": offload_folder,
+                "trust_remote_code": trust_remote_code,
+            },
+            ram=ram,
+            prompt_tokens=prompt_tokens,
+            batch_sizes=batch_sizes,
+            new_tokens=new_tokens,
+            prompt=read_prompt(prompt, prompt_file) if prompt is not None or prompt_file is not None else None,
+            against=against,
+            lookup=lookup,
+            draft=draft,
+            rounds=rounds,
+            scratch=scratch,
+        )
+        found = measured(asked, _say)
+        if html_file is not None:
+            write_page(html_file, found.table())
+        typer.echo(found.to_json() if as_json else found.table())
 
 
 @app.command(

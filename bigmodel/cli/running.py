@@ -13,11 +13,11 @@ import torch
 
 import bigmodel
 from bigmodel.checkpoint.resolve import locate
-from bigmodel.cli.drafts import MOST_GUESSES, Draft, lookup_options
 from bigmodel.cli.prompts import Answers
-from bigmodel.cli.text import TextStream, encode_prompt, load_tokenizer, padded
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.footprint import PeakFootprint, footprint_bytes
+from bigmodel.generation.drafts import MOST_GUESSES, Draft, lookup_options
+from bigmodel.generation.text import TextStream, encode_prompt, load_tokenizer, padded
 from bigmodel.loading.planning import make_plan_and_timeline
 from bigmodel.progress import GENERATING, progress_bar
 from bigmodel.units import format_bytes

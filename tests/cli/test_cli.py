@@ -21,9 +21,9 @@ from typer.testing import CliRunner, Result
 import bigmodel
 from bigmodel.cli import app
 from bigmodel.cli.arguments import parse_device_map, parse_limits
-from bigmodel.cli.text import TextStream, encode_prompt, load_tokenizer
 from bigmodel.errors import CheckpointError, InvalidArgumentError
 from bigmodel.footprint import PeakFootprint, footprint_bytes
+from bigmodel.generation.text import TextStream, encode_prompt, load_tokenizer
 from bigmodel.units import GIB, MIB, parse_bytes
 
 COMMAND = [sys.executable, "-m", "bigmodel"]

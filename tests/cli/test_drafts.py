@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 import bigmodel
 from bigmodel.cli import app
-from bigmodel.cli.drafts import best_number, lookup_options
-from bigmodel.cli.text import encode_prompt, load_tokenizer
+from bigmodel.generation.drafts import best_number, lookup_options
+from bigmodel.generation.text import encode_prompt, load_tokenizer
 
 REPEATING = "the quick brown fox jumps over the lazy dog. " * 6
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from bigmodel.cli import app
-from bigmodel.cli.text import encode_prompt, load_tokenizer, padded
+from bigmodel.generation.text import encode_prompt, load_tokenizer, padded
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
 PROMPTS = [{"prompt": " ".join(WORDS[: 1 + n % 9]), "id": n} for n in range(11)]

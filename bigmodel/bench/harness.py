@@ -23,21 +23,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.balloon import Balloon
-from benchmarks.cgroup import CgroupNotAllowed, MemoryCgroup
-from benchmarks.child import MARK
-from benchmarks.page_cache import drop_from_cache, read_into_cache
+from bigmodel.bench.balloon import Balloon
+from bigmodel.bench.cgroup import CgroupNotAllowed, MemoryCgroup
+from bigmodel.bench.child import MARK
+from bigmodel.bench.page_cache import drop_from_cache, read_into_cache
+from bigmodel.footprint import PeakFootprint, footprint_bytes
 
-__all__ = ["ROOT", "Bench", "Outcome", "Trial"]
-
-ROOT = Path(__file__).resolve().parent.parent
-# Often enough to see a buffer that lives for 20 ms, at a cost below 1% of one core, the same for every candidate.
-SAMPLE_PERIOD_S = 0.005
+__all__ = ["Bench", "Outcome", "Trial"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +95,14 @@ class Bench:
     Args:
         balloon_bytes: touched memory that is released before each run; 0 for none.
         timeout_s: a trial that takes longer is ended and counts as failed.
+        tell: called with each outcome and remark, a line each; they go to stderr if None.
     """
 
-    def __init__(self, *, balloon_bytes: int, timeout_s: float = 900.0) -> None:
+    def __init__(
+        self, *, balloon_bytes: int, timeout_s: float = 900.0, tell: Callable[[str], None] | None = None
+    ) -> None:
         self.timeout_s = timeout_s
+        self.tell = tell or _print
         self.notes: list[str] = []
         self._balloon = Balloon(balloon_bytes)
         if self._balloon.num_bytes < balloon_bytes * 0.99:
@@ -122,7 +123,7 @@ class Bench:
         """Keep a remark for the report, once, and show it."""
         if text not in self.notes:
             self.notes.append(text)
-            print(f"note: {text}", file=sys.stderr, flush=True)
+            self.tell(f"note: {text}")
 
     def interleaved(self, trials: Sequence[Trial], num_rounds: int) -> dict[str, list[Outcome]]:
         """Run every trial `num_rounds` times, A B C A B C; one that failed twice in a row is not tried again.
@@ -137,7 +138,7 @@ class Bench:
                 if len(past) >= 2 and past[-1].error is not None and past[-2].error is not None:
                     continue
                 past.append(self.run(trial))
-                print(f"round {number + 1}/{num_rounds}  {_summary(past[-1])}", file=sys.stderr, flush=True)
+                self.tell(f"round {number + 1}/{num_rounds}  {_summary(past[-1])}")
         return outcomes
 
     def with_modules(self, trial: Trial, arguments: Mapping[str, Any]) -> Trial:
@@ -164,12 +165,12 @@ class Bench:
 
     def _run(self, trial: Trial, cgroup: MemoryCgroup | None) -> Outcome:
         self._balloon.fill(trial.balloon_bytes)
-        argv = [sys.executable, "-m", "benchmarks.child"]
+        argv = [sys.executable, "-m", "bigmodel.bench.child"]
         with (
             tempfile.TemporaryFile("w+") as errors,
             _process(
                 cgroup.command(argv) if cgroup else argv,
-                dict(os.environ) | dict(trial.environment),
+                _environment() | dict(trial.environment),
                 errors,
                 self.timeout_s,
             ) as process,
@@ -187,9 +188,9 @@ class Bench:
                     still_cached = drop_from_cache(trial.files)
                 else:
                     read_into_cache(trial.files)
-                baseline_bytes = _private_bytes(process.pid)
+                baseline_bytes = footprint_bytes(process.pid)
                 self._balloon.release()
-                with _PeakSampler(process.pid) as sampler:
+                with PeakFootprint(process.pid) as sampler:
                     _tell(process, "go")
                     words = _hear(process)
                 peak_bytes = sampler.peak_bytes
@@ -210,12 +211,21 @@ class Bench:
         )
 
 
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _environment() -> dict[str, str]:
+    """This process's, and all that it can import can be imported."""
+    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(place or os.getcwd() for place in sys.path)}
+
+
 @contextlib.contextmanager
 def _process(
     argv: list[str], environment: dict[str, str], errors: IO[str], timeout_s: float
 ) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        argv, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        argv, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
     )
 
     def end() -> None:
@@ -230,39 +240,6 @@ def _process(
         timer.cancel()
         process.kill()
         process.communicate()
-
-
-class _PeakSampler:
-    """The largest RssAnon + RssShmem of a process, looked at from outside so that its own threads are left alone."""
-
-    def __init__(self, pid: int) -> None:
-        self.peak_bytes = 0
-        self._pid = pid
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def __enter__(self) -> _PeakSampler:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while True:
-            self.peak_bytes = max(self.peak_bytes, _private_bytes(self._pid))
-            if self._done.wait(SAMPLE_PERIOD_S):
-                return
-
-
-def _private_bytes(pid: int) -> int:
-    """RssAnon + RssShmem now; 0 for a process that is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 def _tell(process: subprocess.Popen[str], line: str) -> None:

@@ -81,7 +81,8 @@ class Draft:
 
         Args:
             path: of its checkpoint.
-            tokenizer, own_tokenizer: of the model that checks, and of the draft.
+            tokenizer, own_tokenizer: of the model that checks, and of the draft; None where one has none: then their tokens are the
+                same.
             limits: as `max_memory`, for both models.
             workload: of both.
             options: of `load_sharded`.
@@ -99,7 +100,7 @@ class Draft:
             raise InvalidArgumentError(
                 f"--draft {path} is a {type(model).__name__}, which does not generate text. Give a smaller model that does."
             )
-        is_same = own_tokenizer.get_vocab() == tokenizer.get_vocab()
+        is_same = None in (tokenizer, own_tokenizer) or own_tokenizer.get_vocab() == tokenizer.get_vocab()
         return cls(model, bigmodel.plan_of(model), None if is_same else own_tokenizer)
 
     def limits_beside(self) -> dict[int | str, int]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["cached_bytes", "drop_from_cache", "read_into_cache"]
+from bigmodel.offload.page_cache import cached_fraction
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+__all__ = ["cached_bytes", "drop_from_cache", "read_into_cache"]
 
 
 def cached_bytes(files: Iterable[Path]) -> int:
-    """Bytes of these files that are in the page cache now (all of them for a user who may not write the files)."""
-    return sum(_cached_bytes(file) for file in files)
+    """Bytes of these files that are in the page cache now; 0 where the kernel does not say, as to one who may not write them."""
+    total = 0
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            size = os.fstat(descriptor).st_size
+            total += int(size * cached_fraction(descriptor, 0, size))
+        finally:
+            os.close(descriptor)
+    return total
 
 
 def drop_from_cache(files: Iterable[Path], timeout_s: float = 20.0) -> int:
@@ -64,21 +70,3 @@ def read_into_cache(files: Iterable[Path], block_bytes: int = 8 << 20) -> None:
                     offset += count
             finally:
                 os.close(descriptor)
-
-
-def _cached_bytes(file: Path) -> int:
-    size = file.stat().st_size
-    if size == 0:
-        return 0
-    with file.open("rb") as stream:
-        # Private and writable only because ctypes takes the address of nothing else; no page is touched.
-        view = mmap.mmap(stream.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    num_pages = -(-size // mmap.PAGESIZE)
-    flags = (ctypes.c_ubyte * num_pages)()
-    start = ctypes.c_char.from_buffer(view)
-    failed = _libc.mincore(ctypes.addressof(start), size, flags)
-    del start
-    view.close()
-    if failed:
-        raise OSError(ctypes.get_errno(), f"mincore of {file.name}")
-    return sum(flag & 1 for flag in bytes(flags)) * mmap.PAGESIZE

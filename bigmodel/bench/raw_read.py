@@ -5,15 +5,14 @@ Called in a child process; numbers of threads and blocks are the caller's.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-__all__ = ["file_ranges", "read_into_fresh_memory", "read_into_ring"]
+__all__ = ["ALIGNMENT", "Range", "read_into_fresh_memory", "read_into_ring", "widened"]
 
 MADV_HUGEPAGE, MADV_POPULATE_WRITE = 14, 23
 HUGE_PAGE = 2 << 20
@@ -21,34 +20,19 @@ HUGE_PAGE = 2 << 20
 ALIGNMENT = 4096
 
 Range = tuple[str, int, int]
+"""File, offset, bytes."""
 
 
-def file_ranges(path: str, leave_out: list[str] | None = None) -> list[Range]:
-    """(file, offset, bytes) of a checkpoint's tensors, widened to the alignment and merged where they touch.
-
-    Args:
-        path: the checkpoint's folder.
-        leave_out: names or prefixes (ending in a dot) of tensors that are not read.
-    """
-    left_out = tuple(leave_out or ())
-    ranges: list[Range] = []
-    for file in sorted(Path(path).glob("*.safetensors")):
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        merged: list[list[int]] = []
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if name in left_out or name.startswith(tuple(prefix for prefix in left_out if prefix.endswith("."))):
-                continue
-            begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            begin, end = begin // ALIGNMENT * ALIGNMENT, -(-end // ALIGNMENT) * ALIGNMENT
-            if merged and begin <= merged[-1][1]:
-                merged[-1][1] = end
-            else:
-                merged.append([begin, end])
-        ranges += [(str(file), begin, end - begin) for begin, end in merged]
-    return ranges
+def widened(ranges: Iterable[Range]) -> list[Range]:
+    """Ranges in file order, widened to the alignment and merged where they touch."""
+    merged: list[Range] = []
+    for file, offset, size in sorted(ranges):
+        begin, end = offset // ALIGNMENT * ALIGNMENT, -(-(offset + size) // ALIGNMENT) * ALIGNMENT
+        if merged and merged[-1][0] == file and begin <= sum(merged[-1][1:]):
+            begin, end = merged[-1][1], max(end, sum(merged[-1][1:]))
+            merged.pop()
+        merged.append((file, begin, end - begin))
+    return merged
 
 
 def read_into_fresh_memory(path: str, num_threads: int, block_bytes: int) -> dict[str, float]:
@@ -77,9 +61,15 @@ def read_into_fresh_memory(path: str, num_threads: int, block_bytes: int) -> dic
 
 
 def read_into_ring(
-    path: str, num_threads: int, block_bytes: int, ring_bytes: int, num_passes: int, leave_out: list[str]
+    ranges: Sequence[Range], num_threads: int, block_bytes: int, ring_bytes: int, num_passes: int
 ) -> dict[str, object]:
     """Read the same ranges again and again into one fixed ring of touched huge pages.
+
+    Args:
+        ranges: aligned, as `widened` gives them.
+        num_threads, block_bytes: of the reads.
+        ring_bytes: that are written over in turn.
+        num_passes: how often all of them are read.
 
     Returns:
         ``seconds`` and ``cpu_seconds`` (a list each, one entry per pass), ``num_bytes`` of one pass.
@@ -90,7 +80,7 @@ def read_into_ring(
     ring.madvise(MADV_POPULATE_WRITE)
     view, at = memoryview(ring), 0
     blocks: list[tuple[str, int, memoryview]] = []
-    for file, begin, size in file_ranges(path, leave_out):
+    for file, begin, size in ranges:
         for offset in range(begin, begin + size, block_bytes):
             length = min(block_bytes, begin + size - offset)
             blocks.append((file, offset, view[at : at + length]))

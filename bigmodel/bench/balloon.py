@@ -32,7 +32,7 @@ class Balloon:
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
         self.num_bytes = min(num_bytes, available * 6 // 10) // (2 * MIB) * (2 * MIB)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.balloon"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "bigmodel.bench.balloon"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def fill(self, num_bytes: int | None = None) -> None:
@@ -64,7 +64,7 @@ class Balloon:
 
 
 def main() -> None:
-    from benchmarks.child import die_with_parent
+    from bigmodel.bench.child import die_with_parent
 
     die_with_parent()
     # Where memory runs out, this process goes first and the benchmark says so.

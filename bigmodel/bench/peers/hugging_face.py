@@ -1,0 +1,134 @@
+"""transformers and Accelerate, with the offloading that comes with them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bigmodel.units import format_bytes
+
+__all__ = ["AccelerateDiskOffload", "TransformersAuto", "TransformersDisk"]
+
+
+class _HuggingFace(ABC):
+    """A model of transformers' own, and its `generate`."""
+
+    limits: Mapping[Any, int] | None = None
+    packages: tuple[str, ...] = ("transformers", "accelerate")
+    _model: Any = None
+
+    @abstractmethod
+    def how(self) -> str:
+        """The call."""
+
+    def settings(self) -> str:
+        missing = [name for name in self.packages if not _is_installed(name)]
+        if missing:
+            raise ImportError(f"{' and '.join(missing)} is not installed: pip install {' '.join(missing)}")
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in self.packages)
+        return f"{versions}: {self.how()}"
+
+    def prepare(self, path: str, scratch: str) -> list[str]:
+        return [str(file) for file in Path(path).iterdir() if file.is_file()]
+
+    @abstractmethod
+    def load(self, path: str, scratch: str) -> None: ...
+
+    def generate(self, ids: list[int], new_tokens: int, on_token: Callable[[int], None]) -> None:
+        import torch
+
+        from bigmodel.bench.subject import criteria
+
+        model = self._model
+        prompt = torch.tensor([ids], device=model.device if model.device.type != "meta" else "cpu")
+        with torch.no_grad():
+            model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                num_beams=1,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                pad_token_id=0,
+                stopping_criteria=criteria(on_token),
+            )
+
+
+class TransformersAuto(_HuggingFace):
+    """As much in memory as is allowed, the rest on disk."""
+
+    def how(self) -> str:
+        allowed = ", ".join(f"{tier}: {format_bytes(size)}" for tier, size in (self.limits or {}).items())
+        return f'from_pretrained(device_map="auto", max_memory={{{allowed}}})' if allowed else 'device_map="auto"'
+
+    def load(self, path: str, scratch: str) -> None:
+        self._model = _load(path, scratch, "auto", dict(self.limits) if self.limits else None)
+
+
+class TransformersDisk(_HuggingFace):
+    """All weights on disk."""
+
+    def how(self) -> str:
+        return 'from_pretrained(device_map={"": "disk"})'
+
+    def load(self, path: str, scratch: str) -> None:
+        self._model = _load(path, scratch, {"": "disk"}, None)
+
+
+class AccelerateDiskOffload(_HuggingFace):
+    """`disk_offload` of a model whose weights its folder holds."""
+
+    def how(self) -> str:
+        return "disk_offload from a folder that holds the weights"
+
+    def prepare(self, path: str, scratch: str) -> list[str]:
+        from accelerate.utils import offload_state_dict
+        from transformers import AutoModelForCausalLM
+
+        folder = _offload_folder(scratch)
+        if not (folder / "index.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            whole = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+            offload_state_dict(str(folder), whole.state_dict())
+        return [str(file) for file in folder.iterdir()]
+
+    def load(self, path: str, scratch: str) -> None:
+        import torch
+        from accelerate import disk_offload, init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(path)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)  # type: ignore[no-untyped-call]
+        model.eval().tie_weights()
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        self._model = disk_offload(model, str(_offload_folder(scratch)), execution_device=device)
+
+
+def _load(path: str, scratch: str, device_map: Any, max_memory: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype="auto",
+        device_map=device_map,
+        max_memory=max_memory,
+        offload_folder=str(Path(scratch) / "transformers"),
+    )
+    return model.eval()
+
+
+def _offload_folder(scratch: str) -> Path:
+    return Path(scratch) / "accelerate"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

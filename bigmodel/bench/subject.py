@@ -1,0 +1,408 @@
+"""What is run in a process of its own: a model is loaded, answers a prompt, and tells when each token came.
+
+Everything here takes and gives what JSON can say. A decode step is one new token for each sequence, greedy, through the model's
+own ``generate``; the first step of a run is not among those that are timed, because slots and caches are still new to it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import bigmodel
+from bigmodel.bench.raw_read import Range, widened
+from bigmodel.checkpoint.resolve import locate
+from bigmodel.errors import BigModelError, CheckpointError, InvalidArgumentError
+from bigmodel.footprint import footprint_bytes
+from bigmodel.generation.drafts import MOST_GUESSES, Draft, lookup_options
+from bigmodel.generation.text import load_tokenizer
+from bigmodel.loading.assembled import assembled
+
+__all__ = [
+    "Clock",
+    "criteria",
+    "first_difference",
+    "look",
+    "measure_rates",
+    "prepare_peer",
+    "run_guesses",
+    "run_model",
+    "run_peer",
+]
+
+OUTSIDE_BYTES = 128 << 20
+"""Of a control group, for what the kernel keeps for a process: page tables, pages of libraries, page cache on its way."""
+
+Load = Mapping[str, Any]
+
+
+def measure_rates(folder: str) -> dict[str, Any]:
+    """Measure this machine as ``bigmodel calibrate`` does; the rates are kept for the plans that follow.
+
+    Returns:
+        The machine, as a machine file has it.
+    """
+    described: dict[str, Any] = json.loads(bigmodel.Machine.calibrate(folder, progress=False).to_json())
+    return described
+
+
+def look(path: str, load: Load, cases: Sequence[Mapping[str, Any]], ram_bytes: int | None) -> dict[str, Any]:
+    """What is planned for each case, before anything is loaded.
+
+    Args:
+        path: the checkpoint.
+        load: of `load_sharded`: device_map, max_memory and how the checkpoint is read.
+        cases: keyword arguments of a Workload each.
+        ram_bytes: of the control group around the runs, of which what is left for a model is the host's limit where none is
+            stated; None where there is no group.
+
+    Returns:
+        ``cases``: for each its ``plan`` (as `Plan.to_json` has it, parsed) or the ``error``
+            that refuses it, and the sizes of one that does not fit; ``limits`` that hold.
+    """
+    if ram_bytes is not None and "cpu" not in (load["max_memory"] or {}):
+        with suppress(BigModelError):  # then it is told below, for each case
+            bigmodel.make_plan(path, workload=bigmodel.Workload(**cases[0]), **{**load, "max_memory": stated(load)})
+        # What its libraries hold is known now that all of them are imported.
+        left = max(0, ram_bytes - footprint_bytes() - OUTSIDE_BYTES)
+        load = {**load, "max_memory": {**(load["max_memory"] or {}), "cpu": left}}
+    options = {**load, "max_memory": stated(load)}
+    planned: list[dict[str, Any]] = []
+    for case in cases:
+        try:
+            plan = bigmodel.make_plan(path, workload=bigmodel.Workload(**case), **options)
+        except BigModelError as error:
+            sizes = {name: getattr(error, name, None) for name in ("tier", "needed_bytes", "available_bytes")}
+            planned.append({"error": str(error), **sizes})
+        else:
+            planned.append({"plan": json.loads(plan.to_json())})
+    return {"cases": planned, "limits": dict(load["max_memory"] or {})}
+
+
+def run_model(
+    path: str, load: Load, workload: Mapping[str, Any], num_tokens: int, prompt: Sequence[int] | None
+) -> dict[str, Any]:
+    """Load a model with bigmodel and generate.
+
+    Args:
+        path, load: as in `look`.
+        workload: keyword arguments of the Workload that is planned for.
+        num_tokens: that are generated for each sequence, at most the workload's.
+        prompt: of each sequence; made up where None.
+
+    Returns:
+        ``load_s``; ``ttft_s`` of the first pass; ``seconds`` of each step but the first; ``tokens`` of the first sequence;
+        ``prompt`` before them; ``plan``: its workload, limits, estimate, resident bytes and the bytes that passes stream, by
+        phase and tier; of the steps that are timed, each per step: ``read_bytes``, ``copied_bytes``, ``stall_s``;
+        ``mapped_bytes`` of resident weights; ``device_peaks``, device -> bytes; ``ranges`` (file, offset, bytes) of a step.
+    """
+    import torch
+
+    planned_for = bigmodel.Workload(**workload)
+    started_s = time.perf_counter()
+    options = {**load, "max_memory": stated(load)}
+    model = bigmodel.load_sharded(path, workload=planned_for, progress=False, **options)
+    load_s = time.perf_counter() - started_s
+    _refuse_silent(path, model)
+    plan = bigmodel.plan_of(model)
+    ids = prompt_ids(model, planned_for, prompt)
+    clock = Clock(lambda: bigmodel.stats_of(model))
+    with torch.no_grad():
+        clock.start()
+        model.generate(**ids, **_greedy(model, num_tokens), stopping_criteria=criteria(clock.tick))
+    steps, counts = clock.steps(), {}
+    if steps:
+        moved = clock.notes[-1] - clock.notes[1]
+        counts = {name: getattr(moved, name) / len(steps) for name in ("read_bytes", "copied_bytes", "stall_s")}
+    devices = sorted(plan.run_devices - {"cpu"})
+    return {
+        "load_s": load_s,
+        "ttft_s": clock.times[0] - clock.started_s,
+        "seconds": steps,
+        "tokens": clock.tokens,
+        "plan": _described(plan),
+        **counts,
+        "mapped_bytes": bigmodel.stats_of(model).mapped_bytes,
+        "device_peaks": {name: torch.accelerator.max_memory_reserved(torch.device(name)) for name in devices},
+        "ranges": _streamed_ranges(model, plan),
+        "prompt": ids["input_ids"][0].tolist(),
+    }
+
+
+def run_peer(peer: str, path: str, scratch: str, prompt: Sequence[int], num_tokens: int, limits: Any) -> dict[str, Any]:
+    """Load a model with a peer and generate.
+
+    Args:
+        peer: a key of CANDIDATES.
+        path: the checkpoint's folder.
+        scratch: what its `prepare` has written is below it.
+        prompt, num_tokens: ids of one sequence, and how many are generated after it.
+        limits: what it may use, as `max_memory`.
+
+    Returns:
+        ``load_s``, ``ttft_s``, ``seconds``, ``tokens`` as `run_model` gives them; ``settings`` of the peer.
+    """
+    from bigmodel.bench.peers import CANDIDATES
+
+    candidate = CANDIDATES[peer]()
+    candidate.limits = stated({"max_memory": limits})
+    settings = candidate.settings()
+    clock = Clock()
+    started_s = time.perf_counter()
+    candidate.load(path, scratch)
+    load_s = time.perf_counter() - started_s
+    clock.start()
+    candidate.generate(list(prompt), num_tokens, clock.tick)
+    if len(clock.tokens) != num_tokens:
+        raise RuntimeError(f"{peer} gave {len(clock.tokens)} tokens instead of {num_tokens}")
+    return {
+        "load_s": load_s,
+        "ttft_s": clock.times[0] - clock.started_s,
+        "seconds": clock.steps(),
+        "tokens": clock.tokens,
+        "settings": settings,
+    }
+
+
+def prepare_peer(peer: str, path: str, scratch: str) -> dict[str, Any]:
+    """Let a peer write what it needs once.
+
+    Returns:
+        ``files`` that its runs read; ``seconds``; ``settings``.
+    """
+    from bigmodel.bench.peers import CANDIDATES
+
+    candidate = CANDIDATES[peer]()
+    settings, started_s = candidate.settings(), time.perf_counter()
+    files = candidate.prepare(path, scratch)
+    return {"files": [str(file) for file in files], "seconds": time.perf_counter() - started_s, "settings": settings}
+
+
+def run_guesses(
+    path: str, load: Load, draft: str | None, prompt: Sequence[int] | None, prompt_tokens: int, new_tokens: int
+) -> dict[str, Any]:
+    """Load a model, and generate the same text plainly and with guessed tokens.
+
+    Args:
+        path, load: as in `look`.
+        draft: the checkpoint of the model that guesses; the text itself does where None.
+        prompt: token ids; where None a made-up passage, repeated.
+        prompt_tokens: of the latter.
+        new_tokens: that are generated, each way.
+
+    Returns:
+        ``plain_s`` and ``guessed_s``, seconds of a token after the first; ``tokens_per_pass``, of guesses; ``num_guesses`` of a pass;
+        ``differs_at``, the first token (from 0) that is not that of the plain run, or None, and the ``gap`` there, by which the plain
+        run's logit of its own token is above that of the other one.
+    """
+    import torch
+
+    options = {**load, "max_memory": stated(load)}
+    workload = bigmodel.Workload(prompt_tokens=max(prompt_tokens, MOST_GUESSES + 1), new_tokens=new_tokens)
+    guesser, tokenizer = None, None
+    if draft is not None:
+        reading = {name: load[name] for name in ("dtype", "trust_remote_code")}
+        tokenizer, own = _tokenizer(path, load), _tokenizer(draft, load)
+        guesser = Draft.load(draft, tokenizer, own, stated(load), workload, progress=False, **reading)
+        options["max_memory"] = guesser.limits_beside()
+    model = bigmodel.load_sharded(path, workload=workload, progress=False, **options)
+    _refuse_silent(path, model)
+    plan = bigmodel.plan_of(model)
+    guesses = lookup_options(plan) if guesser is None else guesser.options(plan, tokenizer)
+    ids = prompt_ids(model, replace(workload, prompt_tokens=prompt_tokens), prompt, period=max(1, prompt_tokens // 4))
+    with torch.no_grad():
+        model.generate(**ids, **_greedy(model, 2))
+        plain = _streamed(model, ids, new_tokens, {})
+        num_passes = bigmodel.stats_of(model).num_passes
+        guessed = _streamed(model, ids, new_tokens, guesses)
+        num_passes = bigmodel.stats_of(model).num_passes - num_passes
+        at, gap = first_difference(plain.tokens, guessed.tokens), None
+        if at is not None:
+            scores = model.generate(**ids, **_greedy(model, at + 1), output_logits=True, return_dict_in_generate=True)
+            last = scores.logits[at][0].float()
+            gap = float(last[plain.tokens[at]] - last[guessed.tokens[at]])
+    settings = guesses if guesser is None else vars(guesser.model.generation_config)
+    return {
+        "plain_s": plain.seconds_per_token,
+        "guessed_s": guessed.seconds_per_token,
+        "tokens_per_pass": len(guessed.tokens) / num_passes,
+        "num_guesses": settings.get("prompt_lookup_num_tokens") or settings["num_assistant_tokens"],
+        "differs_at": at,
+        "gap": gap,
+    }
+
+
+class _Stream:
+    """Takes tokens of one sequence from ``generate(streamer=)``, several at a time where guesses were right."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self._has_prompt = False
+        self._times: list[tuple[float, int]] = []
+
+    def put(self, value: Any) -> None:
+        if self._has_prompt:
+            self.tokens += value.flatten().tolist()
+            self._times.append((time.perf_counter(), len(self.tokens)))
+        self._has_prompt = True
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+    @property
+    def seconds_per_token(self) -> float:
+        """From the first that came to the last."""
+        (first_s, first), (last_s, last) = self._times[0], self._times[-1]
+        return (last_s - first_s) / max(1, last - first)
+
+
+def _streamed(model: Any, ids: Mapping[str, Any], new_tokens: int, options: Mapping[str, Any]) -> _Stream:
+    stream = _Stream()
+    model.generate(**ids, **_greedy(model, new_tokens), **options, streamer=stream)
+    return stream
+
+
+def _tokenizer(path: str, load: Load) -> Any:
+    """Of a checkpoint; None where it has none."""
+    with suppress(CheckpointError):
+        return load_tokenizer(locate(path).folder, trust_remote_code=load["trust_remote_code"])
+    return None
+
+
+class Clock:
+    """When each token came.
+
+    Args:
+        note: called with each; what it gives is kept.
+
+    Attributes:
+        started_s: when the generation began.
+        times: of each token, by the same clock.
+        tokens: of the first sequence.
+        notes: one for each token.
+    """
+
+    def __init__(self, note: Any = None) -> None:
+        self.started_s = math.nan
+        self.times: list[float] = []
+        self.tokens: list[int] = []
+        self.notes: list[Any] = []
+        self._note = note
+
+    def start(self) -> None:
+        """Now."""
+        self.started_s = time.perf_counter()
+
+    def tick(self, token: int) -> None:
+        """A token is in the host's hands."""
+        self.times.append(time.perf_counter())
+        self.tokens.append(token)
+        if self._note is not None:
+            self.notes.append(self._note())
+
+    def steps(self) -> list[float]:
+        """Seconds of each step but the first."""
+        return [later - earlier for earlier, later in zip(self.times[1:], self.times[2:], strict=False)]
+
+
+def criteria(on_token: Callable[[int], None]) -> Any:
+    """What ``generate(stopping_criteria=)`` calls after each step: `on_token` hears of the first sequence's. It stops nothing."""
+    import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class Ticks(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
+            on_token(int(input_ids[0, -1]))
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    return StoppingCriteriaList([Ticks()])
+
+
+def prompt_ids(
+    model: Any, workload: bigmodel.Workload, prompt: Sequence[int] | None, period: int | None = None
+) -> dict[str, Any]:
+    """``input_ids`` and ``attention_mask``, int64 [sequences, tokens]: a prompt, or tokens that follow no rule but their period.
+
+    Tokens with a meaning of their own (of padding, of images) are not among these.
+    """
+    import torch
+
+    shape = (workload.num_sequences, workload.prompt_tokens)
+    if prompt is not None:
+        ids = torch.tensor([list(prompt)] * shape[0], dtype=torch.long)
+    else:
+        config = model.config.get_text_config()
+        special = _special_tokens(model.config.to_dict()) | _special_tokens(model.generation_config.to_dict())
+        plain = torch.tensor([token for token in range(config.vocab_size) if token not in special])
+        ids = plain[torch.randint(len(plain), shape, generator=torch.Generator().manual_seed(0))]
+        if period is not None:
+            ids = ids[:, torch.arange(shape[1]) % period]
+    there = ids.to(model.device)
+    return {"input_ids": there, "attention_mask": torch.ones_like(there)}
+
+
+def _described(plan: bigmodel.Plan) -> dict[str, Any]:
+    """What a result says of a plan."""
+    fields = json.loads(plan.to_json())
+    described = {name: fields[name] for name in ("workload", "limits", "estimate", "resident_bytes")}
+    described["streamed_bytes"] = {
+        phase: {tier: plan.streamed_bytes_from(tier, in_prefill=phase == "prefill") for tier in ("disk", "cpu")}
+        for phase in ("prefill", "decode")
+    }
+    return described
+
+
+def _streamed_ranges(model: Any, plan: bigmodel.Plan) -> list[Range]:
+    """Where the bytes are that every step reads."""
+    units = {place.unit for place in plan.placements}
+    in_slots = {unit for group in plan.slots for unit in group.units}
+    ranges = []
+    for name, source in assembled(model)[1].streamed.items():
+        inside = [unit for unit in units if name == unit or name.startswith(f"{unit}.")]
+        if max(inside, key=len, default="") in in_slots:
+            ranges += [(extent.file, extent.offset, extent.nbytes) for extent in source.extents]
+    return widened(ranges)
+
+
+def _special_tokens(described: Any) -> set[int]:
+    """What a configuration calls the id or index of a token, at any depth."""
+    found: set[int] = set()
+    for key, value in described.items() if isinstance(described, dict) else ():
+        if isinstance(value, dict):
+            found |= _special_tokens(value)
+        elif str(key).endswith(("token_id", "token_index", "token_ids")):
+            found |= {each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)}
+    return found
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """The first place where two sequences of tokens differ; None where they do not."""
+    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+
+
+def stated(load: Load) -> dict[int | str, int] | None:
+    """`max_memory`, as it was before JSON made names of indices."""
+    limits = load["max_memory"]
+    return {int(tier) if tier.isdigit() else tier: size for tier, size in limits.items()} if limits else None
+
+
+def _greedy(model: Any, num_tokens: int) -> dict[str, Any]:
+    """Exactly so many tokens, the likeliest ones."""
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
+    options |= {"min_new_tokens": num_tokens, "max_new_tokens": num_tokens}
+    if model.generation_config.pad_token_id is None:
+        options["pad_token_id"] = 0  # no sequence ends early, so none is filled up
+    return options
+
+
+def _refuse_silent(path: str, model: Any) -> None:
+    if not hasattr(model, "generate") or not model.can_generate():
+        raise InvalidArgumentError(
+            f"{path} is a {type(model).__name__}, which does not generate text, and that is what is measured. "
+            "Load it with bigmodel.load_sharded and time what it does."
+        )
