@@ -24,7 +24,7 @@ _READERS = (1, 2, 4)
 _BLOCK_BYTES, _RING_BYTES = 8 << 20, 512 << 20
 # Of the disk's reference: a whole step of most models, and seconds of the others.
 _MOST_READ_BYTES = 8 << 30
-_SUBJECT = "bigmodel.bench.subject"
+_SUBJECT, _PEER = "bigmodel.bench.subject", "bigmodel.bench.peers.running"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,13 +226,13 @@ class _Run:
         self._settings.tell(f"preparing {title}")
         try:
             place = {"peer": title, "path": str(settings.folder), "scratch": str(self._scratch)}
-            prepared = self.once(title, f"{_SUBJECT}:prepare_peer", place)
+            prepared = self.once(title, f"{_PEER}:prepare_peer", place)
         except BenchmarkError as error:
             left_out[title] = str(error).removeprefix(f"{title}: ")
             return None
         trial = Trial(
             name=title,
-            call=f"{_SUBJECT}:run_peer",
+            call=f"{_PEER}:run_peer",
             arguments={
                 **place,
                 "prompt": list(prompt),

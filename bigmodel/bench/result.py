@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from bigmodel.bench.clock import first_difference
 from bigmodel.bench.harness import Outcome
-from bigmodel.bench.subject import first_difference
 from bigmodel.device_map.explanation import format_seconds
 from bigmodel.device_map.plan import Workload
 from bigmodel.units import format_bytes
@@ -368,7 +368,7 @@ def _guesses(name: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield "  the same tokens as without"
     else:
         yield (
-            f"  the same tokens as without up to number {last['differs_at']}, where two were {last['gap']:.3g} apart in their logits "
+            f"  the same tokens as without up to number {last['differs_at']}, where two logits were {last['gap']:.3g} apart "
             "(a pass of several tokens may round otherwise than passes of one)"
         )
 

@@ -7,14 +7,14 @@ own ``generate``; the first step of a run is not among those that are timed, bec
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import bigmodel
+from bigmodel.bench.clock import Clock, criteria, first_difference, stated
 from bigmodel.bench.raw_read import Range, widened
 from bigmodel.checkpoint.resolve import locate
 from bigmodel.errors import BigModelError, CheckpointError, InvalidArgumentError
@@ -23,17 +23,7 @@ from bigmodel.generation.drafts import MOST_GUESSES, Draft, lookup_options
 from bigmodel.generation.text import load_tokenizer
 from bigmodel.loading.assembled import assembled
 
-__all__ = [
-    "Clock",
-    "criteria",
-    "first_difference",
-    "look",
-    "measure_rates",
-    "prepare_peer",
-    "run_guesses",
-    "run_model",
-    "run_peer",
-]
+__all__ = ["look", "measure_rates", "prompt_ids", "run_guesses", "run_model"]
 
 OUTSIDE_BYTES = 128 << 20
 """Of a control group, for what the kernel keeps for a process: page tables, pages of libraries, page cache on its way."""
@@ -67,11 +57,13 @@ def look(path: str, load: Load, cases: Sequence[Mapping[str, Any]], ram_bytes: i
     """
     if ram_bytes is not None and "cpu" not in (load["max_memory"] or {}):
         with suppress(BigModelError):  # then it is told below, for each case
-            bigmodel.make_plan(path, workload=bigmodel.Workload(**cases[0]), **{**load, "max_memory": stated(load)})
+            bigmodel.make_plan(
+                path, workload=bigmodel.Workload(**cases[0]), **{**load, "max_memory": stated(load["max_memory"])}
+            )
         # What its libraries hold is known now that all of them are imported.
         left = max(0, ram_bytes - footprint_bytes() - OUTSIDE_BYTES)
         load = {**load, "max_memory": {**(load["max_memory"] or {}), "cpu": left}}
-    options = {**load, "max_memory": stated(load)}
+    options = {**load, "max_memory": stated(load["max_memory"])}
     planned: list[dict[str, Any]] = []
     for case in cases:
         try:
@@ -105,7 +97,7 @@ def run_model(
 
     planned_for = bigmodel.Workload(**workload)
     started_s = time.perf_counter()
-    options = {**load, "max_memory": stated(load)}
+    options = {**load, "max_memory": stated(load["max_memory"])}
     model = bigmodel.load_sharded(path, workload=planned_for, progress=False, **options)
     load_s = time.perf_counter() - started_s
     _refuse_silent(path, model)
@@ -134,55 +126,6 @@ def run_model(
     }
 
 
-def run_peer(peer: str, path: str, scratch: str, prompt: Sequence[int], num_tokens: int, limits: Any) -> dict[str, Any]:
-    """Load a model with a peer and generate.
-
-    Args:
-        peer: a key of CANDIDATES.
-        path: the checkpoint's folder.
-        scratch: what its `prepare` has written is below it.
-        prompt, num_tokens: ids of one sequence, and how many are generated after it.
-        limits: what it may use, as `max_memory`.
-
-    Returns:
-        ``load_s``, ``ttft_s``, ``seconds``, ``tokens`` as `run_model` gives them; ``settings`` of the peer.
-    """
-    from bigmodel.bench.peers import CANDIDATES
-
-    candidate = CANDIDATES[peer]()
-    candidate.limits = stated({"max_memory": limits})
-    settings = candidate.settings()
-    clock = Clock()
-    started_s = time.perf_counter()
-    candidate.load(path, scratch)
-    load_s = time.perf_counter() - started_s
-    clock.start()
-    candidate.generate(list(prompt), num_tokens, clock.tick)
-    if len(clock.tokens) != num_tokens:
-        raise RuntimeError(f"{peer} gave {len(clock.tokens)} tokens instead of {num_tokens}")
-    return {
-        "load_s": load_s,
-        "ttft_s": clock.times[0] - clock.started_s,
-        "seconds": clock.steps(),
-        "tokens": clock.tokens,
-        "settings": settings,
-    }
-
-
-def prepare_peer(peer: str, path: str, scratch: str) -> dict[str, Any]:
-    """Let a peer write what it needs once.
-
-    Returns:
-        ``files`` that its runs read; ``seconds``; ``settings``.
-    """
-    from bigmodel.bench.peers import CANDIDATES
-
-    candidate = CANDIDATES[peer]()
-    settings, started_s = candidate.settings(), time.perf_counter()
-    files = candidate.prepare(path, scratch)
-    return {"files": [str(file) for file in files], "seconds": time.perf_counter() - started_s, "settings": settings}
-
-
 def run_guesses(
     path: str, load: Load, draft: str | None, prompt: Sequence[int] | None, prompt_tokens: int, new_tokens: int
 ) -> dict[str, Any]:
@@ -196,19 +139,19 @@ def run_guesses(
         new_tokens: that are generated, each way.
 
     Returns:
-        ``plain_s`` and ``guessed_s``, seconds of a token after the first; ``tokens_per_pass``, of guesses; ``num_guesses`` of a pass;
-        ``differs_at``, the first token (from 0) that is not that of the plain run, or None, and the ``gap`` there, by which the plain
-        run's logit of its own token is above that of the other one.
+        ``plain_s`` and ``guessed_s``, seconds of a token after the first; ``tokens_per_pass``, of guesses; ``num_guesses`` of a
+        pass; ``differs_at``, the first token (from 0) that is not that of the plain run, or None, and the ``gap`` there, by which
+        the plain run's logit of its own token is above that of the other one.
     """
     import torch
 
-    options = {**load, "max_memory": stated(load)}
+    options = {**load, "max_memory": stated(load["max_memory"])}
     workload = bigmodel.Workload(prompt_tokens=max(prompt_tokens, MOST_GUESSES + 1), new_tokens=new_tokens)
     guesser, tokenizer = None, None
     if draft is not None:
         reading = {name: load[name] for name in ("dtype", "trust_remote_code")}
         tokenizer, own = _tokenizer(path, load), _tokenizer(draft, load)
-        guesser = Draft.load(draft, tokenizer, own, stated(load), workload, progress=False, **reading)
+        guesser = Draft.load(draft, tokenizer, own, stated(load["max_memory"]), workload, progress=False, **reading)
         options["max_memory"] = guesser.limits_beside()
     model = bigmodel.load_sharded(path, workload=workload, progress=False, **options)
     _refuse_silent(path, model)
@@ -274,55 +217,6 @@ def _tokenizer(path: str, load: Load) -> Any:
     return None
 
 
-class Clock:
-    """When each token came.
-
-    Args:
-        note: called with each; what it gives is kept.
-
-    Attributes:
-        started_s: when the generation began.
-        times: of each token, by the same clock.
-        tokens: of the first sequence.
-        notes: one for each token.
-    """
-
-    def __init__(self, note: Any = None) -> None:
-        self.started_s = math.nan
-        self.times: list[float] = []
-        self.tokens: list[int] = []
-        self.notes: list[Any] = []
-        self._note = note
-
-    def start(self) -> None:
-        """Now."""
-        self.started_s = time.perf_counter()
-
-    def tick(self, token: int) -> None:
-        """A token is in the host's hands."""
-        self.times.append(time.perf_counter())
-        self.tokens.append(token)
-        if self._note is not None:
-            self.notes.append(self._note())
-
-    def steps(self) -> list[float]:
-        """Seconds of each step but the first."""
-        return [later - earlier for earlier, later in zip(self.times[1:], self.times[2:], strict=False)]
-
-
-def criteria(on_token: Callable[[int], None]) -> Any:
-    """What ``generate(stopping_criteria=)`` calls after each step: `on_token` hears of the first sequence's. It stops nothing."""
-    import torch
-    from transformers import StoppingCriteria, StoppingCriteriaList
-
-    class Ticks(StoppingCriteria):
-        def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
-            on_token(int(input_ids[0, -1]))
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    return StoppingCriteriaList([Ticks()])
-
-
 def prompt_ids(
     model: Any, workload: bigmodel.Workload, prompt: Sequence[int] | None, period: int | None = None
 ) -> dict[str, Any]:
@@ -378,17 +272,6 @@ def _special_tokens(described: Any) -> set[int]:
         elif str(key).endswith(("token_id", "token_index", "token_ids")):
             found |= {each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)}
     return found
-
-
-def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """The first place where two sequences of tokens differ; None where they do not."""
-    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
-
-
-def stated(load: Load) -> dict[int | str, int] | None:
-    """`max_memory`, as it was before JSON made names of indices."""
-    limits = load["max_memory"]
-    return {int(tier) if tier.isdigit() else tier: size for tier, size in limits.items()} if limits else None
 
 
 def _greedy(model: Any, num_tokens: int) -> dict[str, Any]:

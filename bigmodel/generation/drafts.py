@@ -81,8 +81,8 @@ class Draft:
 
         Args:
             path: of its checkpoint.
-            tokenizer, own_tokenizer: of the model that checks, and of the draft; None where one has none: then their tokens are the
-                same.
+            tokenizer, own_tokenizer: of the model that checks, and of the draft; where one has none, their tokens are taken to
+                be the same.
             limits: as `max_memory`, for both models.
             workload: of both.
             options: of `load_sharded`.

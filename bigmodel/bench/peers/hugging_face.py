@@ -41,7 +41,7 @@ class _HuggingFace(ABC):
     def generate(self, ids: list[int], new_tokens: int, on_token: Callable[[int], None]) -> None:
         import torch
 
-        from bigmodel.bench.subject import criteria
+        from bigmodel.bench.clock import criteria
 
         model = self._model
         prompt = torch.tensor([ids], device=model.device if model.device.type != "meta" else "cpu")
