@@ -1,61 +1,24 @@
-"""A plan as one self-contained page: what each tier holds, where every unit rests, and when everything happens."""
+"""A plan as one self-contained page: what each tier holds, where every unit rests, and when everything happens; or happened."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from bigmodel.device_map.explanation import explain, format_seconds, holdings
+from bigmodel.device_map.page import LEFT, ROW, WIDTH, box, drawing, label, legend_of, page_of, table_of, track
 from bigmodel.device_map.plan import Placement, Plan
 from bigmodel.device_map.simulation import Step
 from bigmodel.device_map.tables import DISK
+from bigmodel.device_map.timetable import Event, events_of, phase_name, rows_of, timetable
 from bigmodel.units import format_bytes
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_measured"]
 
 # Colours that people with any kind of sight can tell apart (Okabe and Ito, 2008).
 _HOMES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7f7f7f")
 _PARTS = {"weights": "#0072B2", "slots": "#E69F00", "KV": "#009E73", "activations": "#CC79A7", "other": "#9aa0a6"}
-_WIDTH, _LEFT = 1080, 170
-_ROW = 26
-# Passes that are drawn: the first, and two steps.
-_PASSES = 3
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --ink: #1f2328; --soft: #57606a; --line: #d0d7de; --page: #ffffff; --card: #f6f8fa; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e6edf3; --soft: #9da7b3; --line: #30363d; --page: #0d1117; --card: #161b22; }}
-}}
-body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 2rem auto; max-width: 1120px;
-  padding: 0 1rem; }}
-h1 {{ font-size: 1.5rem; margin: 0; }} h2 {{ font-size: 1.05rem; margin: 2rem 0 .5rem; }}
-p.soft {{ color: var(--soft); margin: .2rem 0 1rem; }}
-.figures {{ display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }}
-.figures div {{ background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .6rem 1rem; }}
-.figures b {{ display: block; font-size: 1.25rem; }} .figures span {{ color: var(--soft); font-size: .85rem; }}
-svg {{ width: 100%; height: auto; display: block; }} svg text {{ fill: var(--ink); font: 12px system-ui, sans-serif; }}
-svg .soft {{ fill: var(--soft); }} svg .line {{ stroke: var(--line); }} svg .track {{ fill: var(--card); stroke: var(--line); }}
-.legend {{ display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; color: var(--soft); font-size: .85rem; margin: .4rem 0; }}
-.legend i {{ display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .35rem; }}
-pre {{ background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; font-size: .8rem;
-  overflow-x: auto; white-space: pre-wrap; }}
-</style></head><body>
-<h1>{title}</h1>
-<p class="soft">{subtitle}</p>
-<div class="figures">{figures}</div>
-<h2>Memory at the worst moment</h2>
-{memory}
-<h2>Where every unit rests</h2>
-{units}
-<h2>The first pass and {steps} steps, as predicted</h2>
-{timeline}
-<h2>In words</h2>
-<pre>{words}</pre>
-</body></html>
-"""
+_PASSES, _PASSES_DRAWN = 3, "The first pass and 2 steps"
 
 
 def draw(plan: Plan, steps: Sequence[Step], title: str) -> str:
@@ -66,27 +29,73 @@ def draw(plan: Plan, steps: Sequence[Step], title: str) -> str:
         steps: its predicted timeline, of the first pass and what follows.
         title: what is planned for.
     """
-    workload, estimate = plan.workload, plan.estimate
-    tokens = f"{workload.num_sequences} x ({workload.prompt_tokens} prompt + {workload.new_tokens} new) tokens"
-    figures = [
-        ("weights", format_bytes(plan.weight_bytes)),
-        ("time to first token", _seconds(estimate.ttft_s)),
-        ("time per token", _seconds(estimate.time_per_token_s)),
-        ("tokens per second", f"{estimate.tokens_per_s:.3g}" if estimate.tokens_per_s else "-"),
-        ("a step waits for", estimate.binds.get("decode", "-")),
-    ]
-    return _PAGE.format(
-        title=html.escape(title),
-        subtitle=html.escape(f"{tokens} on {plan.machine or 'this machine'}, rates: {plan.rates_from or 'defaults'}"),
-        figures="".join(
-            f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in figures
-        ),
-        memory=_memory(plan),
-        units=_units(plan),
-        steps=_PASSES - 1,
-        timeline=_timeline(plan, [step for step in steps if step.number < _PASSES]),
-        words=html.escape(explain(plan)),
+    estimate = plan.estimate
+    figures = {
+        "weights": format_bytes(plan.weight_bytes),
+        "time to first token": _seconds(estimate.ttft_s),
+        "time per token": _seconds(estimate.time_per_token_s),
+        "tokens per second": f"{estimate.tokens_per_s:.3g}" if estimate.tokens_per_s else "-",
+        "a step waits for": estimate.binds.get("decode", "-"),
+    }
+    cards = "".join(
+        f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in figures.items()
     )
+    events = _first_events(steps)
+
+    def told(event: Event) -> str:
+        return f"{_name(plan, event)}: {format_seconds(event.begin_s)} to {format_seconds(event.end_s)}"
+
+    return page_of(
+        title,
+        _subtitle(plan),
+        f'<div class="figures">{cards}</div>',
+        {
+            "Memory at the worst moment": _memory(plan),
+            "Where every unit rests": _units(plan),
+            f"{_PASSES_DRAWN}, as predicted": _timeline(plan, events, rows_of(events), _end_s(events), told),
+            "In words": f"<pre>{html.escape(explain(plan))}</pre>",
+        },
+    )
+
+
+def draw_measured(
+    plan: Plan,
+    predicted_steps: Sequence[Step],
+    measured_steps: Sequence[Step],
+    figures: Sequence[tuple[str, str, str, str]],
+    title: str,
+) -> str:
+    """The page's HTML of what really happened above what was predicted, on one scale of time.
+
+    Args:
+        plan: that was carried out.
+        predicted_steps, measured_steps: timelines of its first pass and what follows.
+        figures: of each its name, and as text what was measured, what was predicted, and what bounds it.
+        title: what was run.
+    """
+    measured, predicted = _first_events(measured_steps), _first_events(predicted_steps)
+    both = [*measured, *predicted]
+    rows, end_s = rows_of(both), _end_s(both)
+    return page_of(
+        title,
+        _subtitle(plan),
+        table_of(("", "measured", "predicted", "bound"), figures),
+        {
+            f"{_PASSES_DRAWN}, as measured": _timeline(
+                plan, measured, rows, end_s, _comparing(plan, "measured", "predicted", predicted)
+            ),
+            f"{_PASSES_DRAWN}, as predicted, on the same scale of time": _timeline(
+                plan, predicted, rows, end_s, _comparing(plan, "predicted", "measured", measured)
+            ),
+            "Where every unit rests": _units(plan),
+        },
+    )
+
+
+def _subtitle(plan: Plan) -> str:
+    workload = plan.workload
+    tokens = f"{workload.num_sequences} x ({workload.prompt_tokens} prompt + {workload.new_tokens} new) tokens"
+    return f"{tokens} on {plan.machine or 'this machine'}, rates: {plan.rates_from or 'defaults'}"
 
 
 def _seconds(seconds: float | None) -> str:
@@ -98,17 +107,17 @@ def _memory(plan: Plan) -> str:
     shapes = []
     for row, tier in enumerate(tiers):
         peak, limit = plan.estimate.peak_bytes[tier], max(1, plan.limits.get(tier, 1))
-        scale = (_WIDTH - _LEFT - 190) / max(peak, limit)
-        top = 8 + row * (_ROW + 14)
-        shapes.append(_text(0, top + 17, tier))
-        shapes.append(f'<rect class="track" x="{_LEFT}" y="{top}" width="{limit * scale:.1f}" height="{_ROW}" rx="3"/>')
-        at = float(_LEFT)
+        scale = (WIDTH - LEFT - 190) / max(peak, limit)
+        top = 8 + row * (ROW + 14)
+        shapes.append(label(0, top + 17, tier))
+        shapes.append(track(LEFT, top, limit * scale, ROW))
+        at = float(LEFT)
         for what, size in holdings(plan, tier):
             colour = next((colour for name, colour in _PARTS.items() if what.startswith(name)), _PARTS["other"])
-            shapes.append(_box(at, top, size * scale, _ROW, colour, f"{what}: {format_bytes(size)}"))
+            shapes.append(box(at, top, size * scale, ROW, colour, f"{what}: {format_bytes(size)}"))
             at += size * scale
-        text = f"{format_bytes(peak)} of {format_bytes(limit)}"
-        shapes.append(_text(_LEFT + max(peak, limit) * scale + 10, top + 17, text, is_soft=True))
+        told = f"{format_bytes(peak)} of {format_bytes(limit)}"
+        shapes.append(label(LEFT + max(peak, limit) * scale + 10, top + 17, told, is_soft=True))
     names = {
         "weights": "weights that stay",
         "slots": "slots for streamed weights",
@@ -116,7 +125,7 @@ def _memory(plan: Plan) -> str:
         "activations": "activations",
         "other": "the rest",
     }
-    return _svg(shapes, 16 + len(tiers) * (_ROW + 14)) + _legend(
+    return drawing(shapes, 16 + len(tiers) * (ROW + 14)) + legend_of(
         {names[part]: colour for part, colour in _PARTS.items()}
     )
 
@@ -127,59 +136,60 @@ def _units(plan: Plan) -> str:
     shapes, at = [], 0.0
     gathers = _unslotted(plan)
     for place in plan.placements:
-        width = max(place.weight_bytes, 1) / total * _WIDTH
+        width = max(place.weight_bytes, 1) / total * WIDTH
         how = "looked up row by row" if place.unit in gathers else "streams" if place.home != place.run_on else "stays"
         told = f"{place.unit}: {format_bytes(place.weight_bytes)} in {place.home}, runs on {place.run_on}, {how}"
         if place.prefill_on != place.run_on:
             told += f"; prefill on {place.prefill_on}"
-        shapes.append(_box(at, 4, max(width - 0.6, 0.4), 44, colours[_kind(place)], told))
+        shapes.append(box(at, 4, max(width - 0.6, 0.4), 44, colours[_kind(place)], told))
         at += width
-    legend = {}
+    names = {}
     for (home, run_on, prefill_on), colour in colours.items():
         name = f"{home} → {run_on}" if home != run_on else home
-        legend[f"{name} (prefill → {prefill_on})" if prefill_on != run_on else name] = colour
-    return _svg(shapes, 54) + _legend(legend)
+        names[f"{name} (prefill → {prefill_on})" if prefill_on != run_on else name] = colour
+    return drawing(shapes, 54) + legend_of(names)
 
 
-def _timeline(plan: Plan, steps: Sequence[Step]) -> str:
-    if not steps:
+def _timeline(
+    plan: Plan, events: Sequence[Event], rows: Sequence[str], end_s: float, told: Callable[[Event], str]
+) -> str:
+    if not events:
         return "<p class='soft'>Nothing runs.</p>"
-    end = max(step.run[1] for step in steps)
-    scale = (_WIDTH - _LEFT - 10) / max(end, 1e-12)
     colours = _colours(plan)
-    rows: dict[str, list[tuple[tuple[float, float], Step]]] = {}
-    for step in steps:
-        if step.read is not None:
-            rows.setdefault("disk", []).append((step.read, step))
-        if step.copy is not None:
-            rows.setdefault(f"link to {step.device}", []).append((step.copy, step))
-        rows.setdefault(f"runs on {step.device}", []).append((step.run, step))
-    order = sorted(rows, key=lambda name: (name != "disk", not name.startswith("link"), name))
-    shapes = []
-    for row, name in enumerate(order):
-        top = 26 + row * (_ROW + 8)
-        shapes.append(_text(0, top + 17, name))
-        shapes.append(
-            f'<rect class="track" x="{_LEFT}" y="{top}" width="{_WIDTH - _LEFT - 10}" height="{_ROW}" rx="3"/>'
-        )
-        for (begin, finish), step in rows[name]:
-            place = plan.placements[step.unit]
-            phase = "first pass" if step.number == 0 else f"step {step.number}"
-            told = f"{place.unit}, {phase}: {format_seconds(begin)} to {format_seconds(finish)}"
-            width = max((finish - begin) * scale - 0.3, 0.3)
-            colour = colours[_kind(place)]
-            shapes.append(_box(_LEFT + begin * scale, top + 3, width, _ROW - 6, colour, told))
-    bottom = 26 + len(order) * (_ROW + 8)
-    for number in range(_PASSES):
-        own = [step for step in steps if step.number == number]
-        if own:
-            at = _LEFT + own[-1].run[1] * scale
-            name = "first token" if number == 0 else f"token {number + 1}"
-            shapes.append(
-                f'<line class="line" x1="{at:.1f}" x2="{at:.1f}" y1="20" y2="{bottom}" stroke-dasharray="3 3"/>'
-            )
-            shapes.append(_text(at, 14, f"{name} {format_seconds(own[-1].run[1])}", anchor="end", is_soft=True))
-    return _svg(shapes, bottom + 6)
+    return timetable(events, rows, end_s, lambda unit: colours[_kind(plan.placements[unit])], told)
+
+
+def _first_events(steps: Sequence[Step]) -> list[Event]:
+    """Of the passes that are drawn."""
+    return list(events_of(step for step in steps if step.number < _PASSES))
+
+
+def _end_s(events: Sequence[Event]) -> float:
+    return max((event.end_s for event in events), default=0.0)
+
+
+def _name(plan: Plan, event: Event) -> str:
+    return f"{plan.placements[event.unit].unit}, {phase_name(event.number)}"
+
+
+def _comparing(plan: Plan, own: str, other: str, others: Sequence[Event]) -> Callable[[Event], str]:
+    """What an event tells of itself, and of what the other timeline has in its place."""
+    spans: dict[tuple[str, int, int], tuple[float, float]] = {}
+    for each in others:
+        key = each.row, each.unit, each.number
+        begin_s, end_s = spans.get(key, (each.begin_s, each.end_s))
+        spans[key] = min(begin_s, each.begin_s), max(end_s, each.end_s)
+
+    def told(event: Event) -> str:
+        span = spans.get((event.row, event.unit, event.number))
+        beside = _span(*span) if span is not None else "not at all"
+        return f"{_name(plan, event)}: {own} {_span(event.begin_s, event.end_s)}; {other} {beside}"
+
+    return told
+
+
+def _span(begin_s: float, end_s: float) -> str:
+    return f"{format_seconds(begin_s)} to {format_seconds(end_s)} ({format_seconds(end_s - begin_s)})"
 
 
 def _kind(place: Placement) -> tuple[str, str, str]:
@@ -200,26 +210,3 @@ def _unslotted(plan: Plan) -> set[str]:
         return place.home != place.run_on and place.unit not in slotted
 
     return {place.unit for place in plan.placements if is_away(place)}
-
-
-def _svg(shapes: Sequence[str], height: float) -> str:
-    return f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img">{"".join(shapes)}</svg>'
-
-
-def _box(x: float, y: float, width: float, height: float, colour: str, told: str) -> str:
-    return (
-        f'<rect x="{x:.2f}" y="{y:.1f}" width="{max(width, 0):.2f}" height="{height}" fill="{colour}">'
-        f"<title>{html.escape(told)}</title></rect>"
-    )
-
-
-def _text(x: float, y: float, text: str, *, anchor: str = "start", is_soft: bool = False) -> str:
-    kind = ' class="soft"' if is_soft else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{html.escape(text)}</text>'
-
-
-def _legend(colours: Mapping[str, str]) -> str:
-    items = "".join(
-        f'<span><i style="background:{colour}"></i>{html.escape(name)}</span>' for name, colour in colours.items()
-    )
-    return f'<div class="legend">{items}</div>'

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
 import types
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +22,9 @@ from bigmodel.hooks.hops import Hops, Phase, Route, SiteHops, first_device, move
 from bigmodel.hooks.pass_lock import PassLock, num_calls
 from bigmodel.hooks.stats import StreamStats
 from bigmodel.hooks.streamer import Streamer
+from bigmodel.offload.store import Store
 
-__all__ = ["Attachment", "PassCheck"]
+__all__ = ["Attachment", "PassCheck", "opaque"]
 
 COPY_REFUSED = (
     "A model whose weights stream, or whose passes are checked against a budget, cannot be copied: the copy would share its "
@@ -88,19 +90,19 @@ class Attachment:
                     devices = dict.fromkeys(Phase, self._main)
                 hook = _UnitHook(self, number, name, devices)
                 self._handles.append(
-                    module.register_forward_pre_hook(_opaque(hook.enter), prepend=True, with_kwargs=True)
+                    module.register_forward_pre_hook(opaque(hook.enter), prepend=True, with_kwargs=True)
                 )
-                self._handles.append(module.register_forward_hook(_opaque(hook.leave), always_call=True))
+                self._handles.append(module.register_forward_hook(opaque(hook.leave), always_call=True))
         for module, way in ways.items():
             hops = SiteHops(self._hops, module, way)
             self._site_hops.append((weakref.ref(module), hops))
-            self._handles.append(module.register_forward_pre_hook(_opaque(hops.enter), prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(_opaque(hops.leave), with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(opaque(hops.enter), prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(opaque(hops.leave), with_kwargs=True))
         # After the units' own hooks, so that a root that is a unit begins its pass first and ends it last.
         for name, module in {**entries, "": model}.items():
-            begin = functools.partial(_opaque(self._begin_pass), name)
+            begin = functools.partial(opaque(self._begin_pass), name)
             self._handles.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(_opaque(self._end_pass), always_call=True))
+            self._handles.append(module.register_forward_hook(opaque(self._end_pass), always_call=True))
         if refuses_moves:
             model.__dict__["_apply"] = _MoveGuard(model)
         if streamer is not None:
@@ -128,6 +130,26 @@ class Attachment:
     def is_running(self) -> bool:
         """Whether a pass is under way."""
         return self._opener is not None
+
+    @property
+    def phase(self) -> Phase:
+        """Of the pass under way; between passes, of the one that is expected."""
+        return self._hops.phase
+
+    @contextlib.contextmanager
+    def fetching_from(self, store_over: Callable[[Store], Store]) -> Iterator[None]:
+        """Between passes: units are fetched from the store that is made over the model's own, until the block ends."""
+        streamer = self._streamer
+        if streamer is None:
+            yield
+            return
+        with self._lock:
+            own, streamer.store = streamer.store, store_over(streamer.store)
+        try:
+            yield
+        finally:
+            with self._lock:
+                streamer.store = own
 
     def stats(self) -> StreamStats:
         """Counts so far."""
@@ -277,7 +299,7 @@ class _UnitHook:
             )
 
 
-def _opaque(hook: Any) -> Any:
+def opaque(hook: Any) -> Any:
     """A bound method that torch.compile calls and does not look into: what it finds there is another thing in each pass."""
     return types.MethodType(torch.compiler.disable(hook.__func__), hook.__self__)  # type: ignore[no-untyped-call]
 

@@ -52,6 +52,9 @@ class Streamer:
         units: in order of definition; their numbers are their positions.
         lanes: per lane, the memory of each of its slots.
         store: fills slots.
+
+    Attributes:
+        store: the same; another may take its place between passes.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class Streamer:
     ) -> None:
         self._units = units
         self._lanes = [[Slot(memory) for memory in lane] for lane in lanes]
-        self._store = store
+        self.store = store
         self._schedule = Schedule(range(len(units)))
         self._schedules = dict.fromkeys(Phase, self._schedule)
         if any(Phase.STEP not in unit.phases for unit in units):  # then steps have an order of their own
@@ -179,7 +182,7 @@ class Streamer:
         """Stop reading and put every unit to rest. The slots' memory goes with this object."""
         self._is_closed = True
         self.reset()
-        self._store.close()
+        self.store.close()
         for memory in (slot.memory for lane in self._lanes for slot in lane):
             if isinstance(memory, DeviceMemory):
                 memory.link.drain()
@@ -282,10 +285,10 @@ class Streamer:
         unit = self._units[number]
         # In this order an interrupt leaves a slot that nobody takes for empty, or for filled: `reset` recovers it.
         slot.state = SlotState.FILLING
-        slot.ticket = self._store.fetch(unit.name, slot.memory, is_urgent=is_urgent)
+        slot.ticket = self.store.fetch(unit.name, slot.memory, is_urgent=is_urgent)
         slot.unit, unit.slot = number, slot
         self.num_reads += 1
-        self.read_bytes += self._store.read_bytes(unit.name)
+        self.read_bytes += self.store.read_bytes(unit.name)
         if isinstance(slot.memory, DeviceMemory):
             self.copied_bytes += sum(view.nbytes for view in slot.views[number])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from bigmodel.checkpoint.spec import Source
 from bigmodel.checkpoint.stamp import FileStamp
 from bigmodel.device_map.plan import Plan
+from bigmodel.device_map.unit import Unit
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.hooks.attach import Attachment
 from bigmodel.hooks.slots import Binding
@@ -27,7 +28,7 @@ class Assembled:
     """What is known of one model.
 
     Attributes:
-        make_plan: gives what was carried out.
+        decide: gives what was carried out: the plan, and the units that it places.
         stamps: of every file that weights are read from.
         sizes: resident and mapped bytes.
         attachment: its hooks; None for a plain resident model.
@@ -36,7 +37,7 @@ class Assembled:
         compile_before: (what the user had set,) of what marks a streamed model; None where nothing is marked.
     """
 
-    make_plan: Callable[[], Plan]
+    decide: Callable[[], tuple[Plan, Sequence[Unit]]]
     stamps: Mapping[str, FileStamp]
     sizes: StreamStats
     attachment: Attachment | None = None
@@ -45,9 +46,14 @@ class Assembled:
     compile_before: tuple[bool | None] | None = None
 
     @functools.cached_property
+    def decided(self) -> tuple[Plan, Sequence[Unit]]:
+        """What was carried out, and the units that it places."""
+        return self.decide()
+
+    @property
     def plan(self) -> Plan:
         """What was carried out."""
-        return self.make_plan()
+        return self.decided[0]
 
 
 _ASSEMBLED: weakref.WeakKeyDictionary[nn.Module, Assembled] = weakref.WeakKeyDictionary()

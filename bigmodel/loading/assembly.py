@@ -69,10 +69,10 @@ class Assembly:
         self._owners = _owners(model)
         self._names = dict(model.named_parameters())
 
-    def keep_all(self, load: ResidentLoad, make_plan: Callable[[], Plan]) -> None:
+    def keep_all(self, load: ResidentLoad, decide: Callable[[], tuple[Plan, Sequence[Unit]]]) -> None:
         """Put every weight in place from files that are being read whole; the plan is made when somebody asks for it."""
         self._place(load.give(list(self._sources.values())))
-        remember(self._model, Assembled(make_plan=make_plan, stamps=self._stamps, sizes=_sizes(load)))
+        remember(self._model, Assembled(decide=decide, stamps=self._stamps, sizes=_sizes(load)))
 
     def carry_out(
         self,
@@ -131,7 +131,7 @@ class Assembly:
             attachment = self._attach(plan, units, streamer, check_pass, sizes, route, is_elsewhere=is_elsewhere)
             room.attachment = weakref.ref(attachment)
         state = Assembled(
-            make_plan=lambda: plan,
+            decide=lambda: (plan, units),
             attachment=attachment,
             streamed=away,
             bindings=bindings,

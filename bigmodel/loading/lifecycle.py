@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +13,9 @@ from torch import nn
 from bigmodel import saving
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.plan import Plan
+from bigmodel.device_map.simulation import Step
 from bigmodel.errors import DoesNotFitError, InvalidArgumentError
+from bigmodel.hooks.record import recorded
 from bigmodel.hooks.stats import StreamStats
 from bigmodel.loading.assembled import assembled, forget, own_generation_config
 from bigmodel.loading.marks import unmark_dispatched
@@ -20,7 +24,7 @@ from bigmodel.offload.resident import ResidentLoad
 from bigmodel.progress import Report, progress_bar
 from bigmodel.units import format_bytes
 
-__all__ = ["materialize", "plan_of", "save", "stats_of", "unload"]
+__all__ = ["materialize", "plan_of", "record", "save", "stats_of", "unload"]
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -46,6 +50,33 @@ def stats_of(model: nn.Module) -> StreamStats:
     """
     _, state = assembled(model)
     return state.sizes if state.attachment is None else state.attachment.stats()
+
+
+@contextlib.contextmanager
+def record(model: nn.Module) -> Iterator[list[Step]]:
+    """When each unit is read, copied and computed, until the block ends: what really happened, as the plan predicts it.
+
+    ::
+
+        with record(model) as steps:
+            model.generate(...)
+
+    The list is filled when the block ends without an error, and the hooks are gone then. Passes that failed are left out. A unit
+    has a Step for each time that it is computed in a pass: several where its module is called again, or where other units run
+    inside of it. What was fetched belongs to the pass that uses it, so that a read may begin before its pass; what was fetched
+    before the block, or never used, has no times. A model that an accelerator runs is waited for at both ends of the block, and
+    never in between.
+
+    Args:
+        model: what `load_sharded` returned, or a module (such as a PEFT model) that holds it; one thread runs it.
+
+    Raises:
+        InvalidArgumentError: bigmodel did not load it.
+    """
+    root, state = assembled(model)
+    plan, units = state.decided
+    with recorded(model, root, plan, units, state.attachment) as steps:
+        yield steps
 
 
 def unload(model: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from bigmodel.checkpoint.rewritten import default_cache_folder
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.maps import resolve_limits
 from bigmodel.device_map.plan import Plan, Workload
+from bigmodel.device_map.unit import Unit
 from bigmodel.errors import InvalidArgumentError, join_some, shown
 from bigmodel.footprint import bound_product_cache, footprint_bytes
 from bigmodel.loading.assembly import Assembly
@@ -213,7 +214,12 @@ class Prepared:
                 # What a pass would take decides nothing, and is tried when asked for. What is kept for that must not hold the
                 # model, which would never go then.
                 decide, limits, machine = self.decide, here.limits, here.machine
-                assembly.keep_all(early, lambda: decide(device_map, limits, Workload(), machine, is_loaded=True).plan)
+
+                def decided() -> tuple[Plan, Sequence[Unit]]:
+                    decision = decide(device_map, limits, Workload(), machine, is_loaded=True)
+                    return decision.plan, decision.units
+
+                assembly.keep_all(early, decided)
                 return model
             decision = self.decide(
                 device_map,

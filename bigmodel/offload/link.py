@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import queue
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 
 from bigmodel.offload.arena import ALIGN_BYTES, Arena
 
-__all__ = ["RING_BYTES", "Chunk", "DeviceMemory", "Link", "Ring", "hold_to", "page_lock"]
+__all__ = ["RING_BYTES", "Chunk", "DeviceMemory", "Link", "Ring", "TimedLink", "hold_to", "page_lock"]
 
 logger = logging.getLogger("bigmodel.offload")
 
@@ -80,6 +81,30 @@ class Link:
         torch.accelerator.current_stream(self.device).wait_event(event)
 
 
+class TimedLink(Link):
+    """Another way to speak to a link, which tells when its copies began and ended; they take turns with all others.
+
+    Args:
+        link: whose stream they go to.
+
+    Attributes:
+        begun: an event at the beginning of each copy, when it had waited for its target.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self.device, self._stream = link.device, link._stream
+        self.begun: list[torch.Event] = []
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, after: torch.Event | None) -> None:
+        if after is not None:
+            self._stream.wait_event(after)
+        self.begun.append(self.mark_copied())
+        super().copy(source, target, None)
+
+    def mark_copied(self) -> torch.Event:
+        return self._stream.record_event(torch.Event(self.device, enable_timing=True))
+
+
 class DeviceMemory:
     """Memory of an accelerator that weights are copied into; what `Arena` is on the host.
 
@@ -113,6 +138,12 @@ class DeviceMemory:
     def fresh(self) -> DeviceMemory:
         """Another one, as large."""
         return DeviceMemory(self.nbytes, self.link)
+
+    def over(self, link: Link) -> DeviceMemory:
+        """The same memory, as it is now, filled over `link`."""
+        same = copy.copy(self)
+        same.link = link
+        return same
 
 
 @dataclass(eq=False, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class Ticket:
 
     Attributes:
         filled: for an accelerator's memory: the copies are queued when `wait` returns, and done after this event.
+        begun_s, ended_s: of its reads from files, by `time.perf_counter`; None where there are none, or not yet.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Ticket:
     error: BaseException | None = None
     is_cancelled: bool = False
     filled: torch.Event | None = None
+    begun_s: float | None = None
+    ended_s: float | None = None
 
     def wait(self) -> None:
         """Block until the slab is filled.
@@ -203,6 +207,8 @@ class Reader:
                         assert self._ring is not None
                         target.copy(block, self._ring)
                     else:
+                        if ticket.begun_s is None:
+                            ticket.begun_s = time.perf_counter()
                         if bounce is None and target.needs_bounce(block):
                             bounce = Arena(self._bounce_bytes)
                         self._read(block, target, bounce)
@@ -245,6 +251,8 @@ def _finish(ticket: Ticket, target: _Slab | _Across) -> None:
         ticket.filled = target.mark_filled()
     except BaseException as error:
         ticket.error = ticket.error or error
+    if ticket.begun_s is not None:
+        ticket.ended_s = time.perf_counter()
     ticket.done.set()
 
 

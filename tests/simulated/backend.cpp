@@ -162,10 +162,12 @@ struct Moment {  // what an event was recorded at
   std::mutex mutex;
   std::condition_variable changed;
   bool is_past = false;
-  double at_s = 0;
+  double at_s = 0;  // of the virtual clock
+  std::chrono::steady_clock::time_point past_at;  // of the real one
   void pass() {
     std::lock_guard<std::mutex> held(mutex);
     is_past = true;
+    past_at = std::chrono::steady_clock::now();
     changed.notify_all();
   }
   void wait() {
@@ -340,7 +342,11 @@ struct SimGuard final : c10::impl::DeviceGuardImplInterface {
     }
   }
   double elapsedTime(void* before, void* after, const c10::DeviceIndex) const override {
-    return 1e3 * ((*static_cast<Event*>(after))->at_s - (*static_cast<Event*>(before))->at_s);
+    const auto &begin = *static_cast<Event*>(before), &end = *static_cast<Event*>(after);
+    if (is_virtual) {
+      return 1e3 * (end->at_s - begin->at_s);
+    }
+    return std::chrono::duration<double, std::milli>(end->past_at - begin->past_at).count();
   }
 };
 
