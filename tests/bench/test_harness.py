@@ -64,7 +64,8 @@ def test_the_peak_is_what_the_run_holds(runs: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "words"), [("fail", "ValueError: no such thing"), ("leave", "SystemExit: 3"), ("missing", "AttributeError")]
+    ("call", "words"),
+    [("fail", "ValueError: no such thing"), ("leave", "SystemExit: 3"), ("missing", "AttributeError")],
 )
 def test_a_failure_is_an_outcome(runs: str, call: str, words: str) -> None:
     outcome = run(f"{runs}:{call}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bigmodel.bench.peers.greedy import generate_greedily
+from bigmodel.bench.peers.packages import versions_of
 from bigmodel.units import format_bytes
 
 __all__ = ["AccelerateDiskOffload", "TransformersAuto", "TransformersDisk"]
@@ -26,11 +27,7 @@ class _HuggingFace(ABC):
         """The call."""
 
     def settings(self) -> str:
-        missing = [name for name in self.packages if not _is_installed(name)]
-        if missing:
-            raise ImportError(f"{' and '.join(missing)} is not installed: pip install {' '.join(missing)}")
-        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in self.packages)
-        return f"{versions}: {self.how()}"
+        return f"{versions_of(*self.packages)}, {self.how()}"
 
     def prepare(self, path: str, scratch: str) -> list[str]:
         return [str(file) for file in Path(path).iterdir() if file.is_file()]
@@ -39,23 +36,10 @@ class _HuggingFace(ABC):
     def load(self, path: str, scratch: str) -> None: ...
 
     def generate(self, ids: list[int], new_tokens: int, on_token: Callable[[int], None]) -> None:
-        import torch
-
-        from bigmodel.bench.clock import criteria
-
-        model = self._model
-        prompt = torch.tensor([ids], device=model.device if model.device.type != "meta" else "cpu")
-        with torch.no_grad():
-            model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=False,
-                num_beams=1,
-                min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens,
-                pad_token_id=0,
-                stopping_criteria=criteria(on_token),
-            )
+        device = self._model.device
+        generate_greedily(
+            self._model, ids, new_tokens, on_token, device="cpu" if device.type == "meta" else str(device)
+        )
 
 
 class TransformersAuto(_HuggingFace):
@@ -124,11 +108,3 @@ def _load(path: str, scratch: str, device_map: Any, max_memory: Any) -> Any:
 
 def _offload_folder(scratch: str) -> Path:
     return Path(scratch) / "accelerate"
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

@@ -1,0 +1,1 @@
+"""Measures a checkpoint on this machine, beside others that can run it."""
