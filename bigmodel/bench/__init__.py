@@ -1,0 +1,1 @@
+"""How fast a model runs here, and how fast other programs run the same weights."""
