@@ -96,6 +96,7 @@ class LlamaCpp:
         options.model.path = str(file)
         options.n_ctx = self._num_positions
         options.n_parallel = 1
+        options.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
         options.cache_ram_mib = 0  # keeps the caches of earlier prompts
         options.warmup = False
         options.verbosity = 1  # errors
@@ -121,14 +122,17 @@ class LlamaCpp:
                 f"{len(ids)} tokens and {new_tokens} more were asked for, and num_positions is {self._num_positions}. Raise it."
             )
         failed: list[BaseException | str] = []
+        num_given = 0
 
         def receive(part: dict[str, Any]) -> bool:
             """Takes what the server streams; true ends the stream."""
+            nonlocal num_given
             try:
                 if "choices" not in part:
                     failed.append(str(part))
                 for choice in part.get("choices", ()):
-                    for text in choice["text"].split():
+                    for text in choice["text"].split():  # the stand-in vocabulary's texts are the ids
+                        num_given += 1
                         on_token(int(text))
             except BaseException as error:  # it would be lost between the server's frames
                 failed.append(error)
@@ -148,6 +152,8 @@ class LlamaCpp:
             if isinstance(error, BaseException):
                 raise error
             raise BigModelError(f"llama.cpp could not generate: {error}")
+        if num_given != new_tokens:
+            raise BigModelError(f"llama.cpp ended after {num_given} tokens of {new_tokens}.")
 
     def _stem(self, path: str) -> str:
         """What names of this checkpoint's files begin with, also where it cannot be opened again."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,22 @@ LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Prints by how much the process's memory rose above what it held.
+RISE = """
+import sys
+from pathlib import Path
+from bigmodel.bench.peers.gguf_file import convertible, write_gguf
+from bigmodel.checkpoint import open_checkpoint
+from gguf import GGUFWriter
+def held(field):
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) << 10
+model = convertible(open_checkpoint(sys.argv[1]), 64)
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins again from here
+before = held("VmRSS")
+write_gguf(model, Path(sys.argv[2]), "f16")
+print(held("VmHWM") - before)
+"""
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -179,3 +197,13 @@ def test_rounding_is_refused(tmp_path: Path, stored: torch.dtype, dtype: str, in
     save_random(tmp_path, "llama", dtype=stored)
     with pytest.raises(InvalidArgumentError, match=rf"would lose precision in {dtype}, .* Use {instead}\."):
         write(tmp_path, dtype)
+
+
+def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
+    save_random(tmp_path, "llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=24, vocab_size=8192)
+    target = tmp_path / "f16.gguf"
+    done = subprocess.run([sys.executable, "-c", RISE, tmp_path, target], stdout=subprocess.PIPE, text=True, check=True)
+    largest = 8192 * 256 * 2
+    assert target.stat().st_size > 12 * largest
+    # The tensor as it is stored and as it is written, and what the writer imports and casts with.
+    assert largest < int(done.stdout) < 2 * largest + (24 << 20)
