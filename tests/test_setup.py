@@ -46,13 +46,15 @@ OWNERS = {
     "transformers": {"models/pretrained", "generation/text", "bench/"},
     "typer": {"cli/app", "cli/options"},
 }
-# The same for what only some installations have; it stands in no list of what bigmodel needs.
-OPTIONAL_OWNERS = {
+EVERYBODYS = {"torch", "numpy"}
+# What `bigmodel bench` compares with: each has one owner too, and comes with the extra of that name.
+PEERS = {
     "accelerate": {"bench/peers/hugging_face"},
     "airllm": {"bench/peers/airllm"},
     "deepspeed": {"bench/peers/deepspeed"},
+    "gguf": {"bench/peers/gguf_file", "bench/peers/llama_cpp"},
+    "xllamacpp": {"bench/peers/llama_cpp"},
 }
-EVERYBODYS = {"torch", "numpy"}
 # The command line is made of typer and is imported by nothing, so it alone imports it at the top.
 AT_THE_TOP = {("cli/app", "typer"), ("cli/options", "typer")}
 
@@ -153,7 +155,7 @@ def test_every_third_party_package_has_one_owner() -> None:
         package = module.split(".")[0]
         if package in sys.stdlib_module_names or package == "bigmodel" or package in EVERYBODYS:
             continue
-        owners = (OWNERS | OPTIONAL_OWNERS).get(package, set())
+        owners = (OWNERS | PEERS).get(package, set())
         if file not in owners and not any(name.endswith("/") and file.startswith(name) for name in owners):
             wrong.append(f"{file}:{line} imports {package}, which {sorted(owners) or 'nobody'} owns")
         elif runs_at_import and (file, package) not in AT_THE_TOP:
@@ -192,6 +194,8 @@ def test_dependencies_are_declared(project: dict) -> None:
     declared = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
     assert declared == {canonicalize_name(name) for name in OWNERS | dict.fromkeys(EVERYBODYS)}
     assert set(project["optional-dependencies"]) >= {"training", "test", "bench"}
+    peers = {canonicalize_name(Requirement(text).name) for text in project["optional-dependencies"]["bench"]}
+    assert peers >= {canonicalize_name(name) for name in PEERS}
 
 
 def test_constraints_pin_what_the_tests_need(project: dict) -> None:

@@ -226,7 +226,7 @@ class _Run:
         self._settings.tell(f"preparing {title}")
         try:
             place = {"peer": title, "path": str(settings.folder), "scratch": str(self._scratch)}
-            prepared = self.once(title, f"{_PEER}:prepare_peer", place)
+            prepared = self.once(title, f"{_PEER}:prepare_peer", {**place, "num_positions": len(prompt) + num_tokens})
         except BenchmarkError as error:
             left_out[title] = str(error).removeprefix(f"{title}: ")
             return None

@@ -19,6 +19,7 @@ class _HuggingFace(ABC):
     """A model of transformers' own, and its `generate`."""
 
     limits: Mapping[Any, int] | None = None
+    num_positions = 0
     packages: tuple[str, ...] = ("transformers", "accelerate")
     _model: Any = None
 

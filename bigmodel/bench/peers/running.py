@@ -28,7 +28,7 @@ def run_peer(
         ``load_s``, ``ttft_s``, ``seconds``, ``tokens`` as `subject.run_model` gives them; ``settings`` of the peer.
     """
     candidate = CANDIDATES[peer]()
-    candidate.limits = stated(limits)
+    candidate.limits, candidate.num_positions = stated(limits), len(prompt) + num_tokens
     settings = candidate.settings()
     clock = Clock()
     started_s = time.perf_counter()
@@ -47,13 +47,14 @@ def run_peer(
     }
 
 
-def prepare_peer(peer: str, path: str, scratch: str) -> dict[str, Any]:
-    """Let a peer write what it needs once.
+def prepare_peer(peer: str, path: str, scratch: str, num_positions: int) -> dict[str, Any]:
+    """Let a peer write what it needs once, for texts of at most so many tokens.
 
     Returns:
         ``files`` that its runs read; ``seconds``; ``settings``.
     """
     candidate = CANDIDATES[peer]()
+    candidate.num_positions = num_positions
     settings, started_s = candidate.settings(), time.perf_counter()
     files = candidate.prepare(path, scratch)
     return {"files": [str(file) for file in files], "seconds": time.perf_counter() - started_s, "settings": settings}
