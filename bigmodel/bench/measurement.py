@@ -43,6 +43,7 @@ class Settings:
         guesses: "lookup", "draft" or both.
         draft: the checkpoint of the model that guesses.
         guessed_tokens: that are generated with guesses, and without.
+        records: whether a run notes when everything happened, for `Result.page`.
         scratch: a folder for what peers write, kept; None for one beside the checkpoint that is removed.
         environment: versions and hardware, for the result.
         tell: called with what happens, a line each.
@@ -61,6 +62,7 @@ class Settings:
     guesses: tuple[str, ...] = ()
     draft: str | None = None
     guessed_tokens: int = 64
+    records: bool = False
     scratch: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -138,6 +140,7 @@ class _Run:
             if trial is not None:
                 trials.append(trial)
         outcomes = bench.interleaved(trials, settings.num_rounds)
+        recorded = self._recorded(cases[0]) if settings.records else None
         return Result(
             path=settings.path,
             num_bytes=sum(file.stat().st_size for file in settings.files),
@@ -152,6 +155,7 @@ class _Run:
             guesses={name: tuple(map(_sample, outcomes[_GUESSES[name]])) for name in settings.guesses},
             peers={title: tuple(map(_sample, outcomes[title])) for title in outcomes if title in _TITLES},
             left_out=left_out,
+            recorded=recorded,
             notes=tuple(bench.notes),
             environment=settings.environment,
         )
@@ -172,6 +176,15 @@ class _Run:
             is_cold=is_cold,
             limit_bytes=settings.ram_bytes,
         )
+
+    def _recorded(self, case: Case) -> Any:
+        trial = self._ours(case, "recording")
+        arguments = {name: trial.arguments[name] for name in ("path", "load", "workload", "prompt")}
+        self._settings.tell("recording")
+        outcome = self._bench.run(dataclasses.replace(trial, call=f"{_SUBJECT}:run_recorded", arguments=arguments))
+        if outcome.error is not None:
+            self._bench.note(f"the timeline could not be recorded: {outcome.error}")
+        return outcome.result
 
     def _guesses(self, name: str) -> Trial:
         settings = self._settings

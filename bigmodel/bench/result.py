@@ -11,7 +11,10 @@ from typing import Any
 from bigmodel.bench.clock import first_difference
 from bigmodel.bench.harness import Outcome
 from bigmodel.device_map.explanation import format_seconds
-from bigmodel.device_map.plan import Workload
+from bigmodel.device_map.picture import draw_measured
+from bigmodel.device_map.plan import Plan, Workload
+from bigmodel.device_map.simulation import Step
+from bigmodel.errors import BenchmarkError
 from bigmodel.units import format_bytes
 
 __all__ = ["Case", "Figure", "Measured", "Result"]
@@ -106,6 +109,7 @@ class Result:
         peers: title -> each round's run.
         guesses: "lookup" or "draft" -> each round's run, with guessed tokens and without.
         left_out: peers that did not run -> why.
+        recorded: what `run_recorded` gave; None where it was not asked for, or failed.
         notes: what a reader must know.
         environment: versions and hardware.
     """
@@ -120,6 +124,7 @@ class Result:
     peers: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     guesses: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    recorded: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -301,6 +306,25 @@ class Result:
         lines += [f"{title} did not run: {error}" for title, error in self.failures().items()]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def page(self) -> str:
+        """The figures, and what happened above what was predicted, as a page for a browser.
+
+        Raises:
+            BenchmarkError: nothing was recorded.
+        """
+        if self.recorded is None:
+            raise BenchmarkError("There is no timeline to draw. " + " ".join(self.notes))
+        rows = []
+        for figure in self.figures:
+            cells = _cells(figure)
+            if figure.measured:
+                rows.append(
+                    (cells[0], f"{cells[2]} ({cells[1]} to {cells[3]})", cells[4], f"{cells[5]} {cells[7]}".strip())
+                )
+        measured, predicted = ([Step(**step) for step in self.recorded[kind]] for kind in ("measured", "predicted"))
+        plan = Plan.from_json(json.dumps(self.recorded["plan"]))
+        return draw_measured(plan, predicted, measured, rows, title=self.path)
 
     def to_json(self) -> str:
         """All of it, every sample."""

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import bigmodel
@@ -22,8 +22,10 @@ from bigmodel.footprint import footprint_bytes
 from bigmodel.generation.drafts import MOST_GUESSES, Draft, lookup_options
 from bigmodel.generation.text import load_tokenizer
 from bigmodel.loading.assembled import assembled
+from bigmodel.loading.lifecycle import record
+from bigmodel.loading.planning import make_plan_and_timeline
 
-__all__ = ["look", "measure_rates", "prompt_ids", "run_guesses", "run_model"]
+__all__ = ["look", "measure_rates", "prompt_ids", "run_guesses", "run_model", "run_recorded"]
 
 OUTSIDE_BYTES = 128 << 20
 """Of a control group, for what the kernel keeps for a process: page tables, pages of libraries, page cache on its way."""
@@ -123,6 +125,32 @@ def run_model(
         "device_peaks": {name: torch.accelerator.max_memory_reserved(torch.device(name)) for name in devices},
         "ranges": _streamed_ranges(model, plan),
         "prompt": ids["input_ids"][0].tolist(),
+    }
+
+
+def run_recorded(path: str, load: Load, workload: Mapping[str, Any], prompt: Sequence[int] | None) -> dict[str, Any]:
+    """Load a model, and note what happens in the first pass and two steps.
+
+    Args:
+        path, load, workload, prompt: as in `run_model`.
+
+    Returns:
+        ``plan``, as `Plan.to_json` has it; ``measured`` and ``predicted``: steps of `bigmodel.device_map.simulation`, as dicts.
+    """
+    import torch
+
+    options = {**load, "max_memory": stated(load["max_memory"])}
+    planned_for = bigmodel.Workload(**workload)
+    model = bigmodel.load_sharded(path, workload=planned_for, progress=False, **options)
+    _refuse_silent(path, model)
+    ids = prompt_ids(model, planned_for, prompt)
+    with torch.no_grad(), record(model) as measured:
+        model.generate(**ids, **_greedy(model, 3))
+    _, timeline = make_plan_and_timeline(path, None, planned_for, **options)
+    return {
+        "plan": json.loads(bigmodel.plan_of(model).to_json()),
+        "measured": [asdict(step) for step in measured],
+        "predicted": [asdict(step) for step in timeline()],
     }
 
 

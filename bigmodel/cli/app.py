@@ -406,10 +406,11 @@ def bench(
             draft=draft,
             rounds=rounds,
             scratch=scratch,
+            records=html_file is not None,
         )
         found = measured(asked, _say)
         if html_file is not None:
-            write_page(html_file, found.table())
+            write_page(html_file, found.page())
         typer.echo(found.to_json() if as_json else found.table())
 
 

@@ -37,6 +37,7 @@ class Asked:
     draft: str | None
     rounds: int
     scratch: str | None
+    records: bool
 
 
 def measured(asked: Asked, tell: Callable[[str], None]) -> Result:
@@ -74,6 +75,7 @@ def measured(asked: Asked, tell: Callable[[str], None]) -> Result:
         prompt=prompt,
         guesses=tuple(name for name in ("lookup", "draft") if getattr(asked, name)),
         draft=asked.draft,
+        records=asked.records,
         guessed_tokens=max(64, asked.new_tokens),
         scratch=None if asked.scratch is None else Path(asked.scratch),
         environment=describe_environment(),
