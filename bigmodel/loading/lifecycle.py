@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def stats_of(model: nn.Module) -> StreamStats:
-    """What the model did since it was loaded. Subtract two for what happened in between.
+    """What the model did since it was loaded. Subtract two for what happened in between, and for its `limit`: what bound it.
 
     Args:
         model: what `load_sharded` returned, or a module (such as a PEFT model) that holds it.
@@ -45,7 +46,8 @@ def stats_of(model: nn.Module) -> StreamStats:
         InvalidArgumentError: bigmodel did not load it.
     """
     _, state = assembled(model)
-    return state.sizes if state.attachment is None else state.attachment.stats()
+    # Without hooks no pass is seen, and a plan would be made for nothing.
+    return state.sizes if state.attachment is None else replace(state.attachment.stats(), plan=state.plan)
 
 
 def unload(model: nn.Module) -> nn.Module:

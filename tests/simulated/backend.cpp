@@ -162,10 +162,12 @@ struct Moment {  // what an event was recorded at
   std::mutex mutex;
   std::condition_variable changed;
   bool is_past = false;
-  double at_s = 0;
+  double at_s = 0;      // of the virtual clock
+  double passed_s = 0;  // of the real one
   void pass() {
     std::lock_guard<std::mutex> held(mutex);
     is_past = true;
+    passed_s = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
     changed.notify_all();
   }
   void wait() {
@@ -340,7 +342,8 @@ struct SimGuard final : c10::impl::DeviceGuardImplInterface {
     }
   }
   double elapsedTime(void* before, void* after, const c10::DeviceIndex) const override {
-    return 1e3 * ((*static_cast<Event*>(after))->at_s - (*static_cast<Event*>(before))->at_s);
+    const auto &first = *static_cast<Event*>(before), &last = *static_cast<Event*>(after);
+    return 1e3 * (is_virtual ? last->at_s - first->at_s : last->passed_s - first->passed_s);
   }
 };
 
