@@ -60,7 +60,7 @@ class Limit:
         return "\n".join([self.headline, *self.causes])
 
 
-def limit_of(plan: Plan, steady: Steady, *, mapped_bytes: int = 0) -> Limit | None:
+def limit_of(plan: Plan, steady: Steady) -> Limit | None:
     """What bound passes that were done.
 
     Bytes that were read and copied count as they were measured. What memory and arithmetic need at least is the plan's, by the
@@ -69,7 +69,6 @@ def limit_of(plan: Plan, steady: Steady, *, mapped_bytes: int = 0) -> Limit | No
     Args:
         plan: that was carried out.
         steady: a difference of two counts.
-        mapped_bytes: of weights in memory that are a map of the file.
 
     Returns:
         None where no pass was done, or nothing is known of what it needs.
@@ -95,7 +94,7 @@ def limit_of(plan: Plan, steady: Steady, *, mapped_bytes: int = 0) -> Limit | No
         least_s=least,
         rate_bytes_per_s=None if rate is None else least[binds] * rate / steady.wall_s,
         rests_on=rates.rest_on(binds),
-        causes=() if fraction >= _NEAR else tuple(_causes(plan, steady, rates, bound_s, mapped_bytes)),
+        causes=() if fraction >= _NEAR else tuple(_causes(plan, steady, rates, bound_s)),
     )
 
 
@@ -154,9 +153,9 @@ def _by_tokens(plan: Plan, passes: Passes, at_step: float, at_prompt: float, *, 
     return max(0.0, passes.num_passes * at_step + slope * (passes.num_tokens - passes.num_passes * few))
 
 
-def _causes(plan: Plan, steady: Steady, rates: _Rates, bound_s: float, mapped_bytes: int) -> Iterator[str]:
+def _causes(plan: Plan, steady: Steady, rates: _Rates, bound_s: float) -> Iterator[str]:
     found = [
-        *_of_page_cache(plan, steady, mapped_bytes),
+        *_of_page_cache(plan, steady),
         *_of_disk(steady, rates),
         *_of_links(steady, rates),
         *_of_slots(plan, steady),
@@ -172,8 +171,8 @@ def _causes(plan: Plan, steady: Steady, rates: _Rates, bound_s: float, mapped_by
     )
 
 
-def _of_page_cache(plan: Plan, steady: Steady, mapped_bytes: int) -> Iterator[str]:
-    reads, num_passes = steady.flow.reads, steady.num_passes
+def _of_page_cache(plan: Plan, steady: Steady) -> Iterator[str]:
+    reads = steady.flow.reads
     total = reads.num_bytes + reads.cached_bytes
     if reads.buffered_bytes > _MUCH * total:
         yield (
@@ -184,11 +183,6 @@ def _of_page_cache(plan: Plan, steady: Steady, mapped_bytes: int) -> Iterator[st
         yield (
             f"{format_bytes(reads.cached_bytes)} of {format_bytes(total)} were copied out of the page cache, so there is memory "
             f"for them: raise max_memory['cpu'] by up to {format_bytes(plan.streamed_bytes_from('disk'))}, and they stay"
-        )
-    if mapped_bytes and steady.num_faults >= max(1, num_passes):
-        yield (
-            f"{steady.num_faults} page faults read from the disk, while {format_bytes(mapped_bytes)} of weights are a map of "
-            "their file, which the system evicts when memory is short: state max_memory={'cpu': ...}, and they are kept in memory"
         )
 
 
@@ -272,8 +266,8 @@ def _of_computation(plan: Plan, steady: Steady, rates: _Rates, bound_s: float) -
         )
     elif rates.rest_on("memory of cpu") == "rates" and computed_s > _SLOWER * planned_s:
         yield (
-            f"{per_pass} on {used:.1f} of {steady.num_threads} processors, and {planned_s / max(1, steady.num_passes):.3g} s were "
-            "planned: end what else computes (top shows that); if the processors are slower now, run bigmodel calibrate"
+            f"{per_pass} on {used:.1f} of {steady.num_threads} processors, and {planned_s / max(1, steady.num_passes):.3g} s "
+            "were planned: end what else computes (top shows that); if the processors are slower now, run bigmodel calibrate"
         )
     else:
         yield (

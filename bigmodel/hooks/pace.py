@@ -78,7 +78,6 @@ class Steady:
         pass_s: of them, inside passes.
         stall_s: of those, in which the computation on the host waited for weights.
         num_hits, num_misses: entries whose unit was read ahead, or only then.
-        num_faults: page faults of this process that had to read from a disk.
         cpu_s: processor seconds of this process.
         num_threads, num_processors: that torch computes with on the host, and that this process may use.
         flow: what was read and copied.
@@ -92,7 +91,6 @@ class Steady:
     stall_s: float = 0.0
     num_hits: int = 0
     num_misses: int = 0
-    num_faults: int = 0
     cpu_s: float = 0.0
     num_threads: int = 1
     num_processors: int = 1
@@ -121,7 +119,6 @@ class Steady:
             stall_s=self.stall_s - earlier.stall_s,
             num_hits=self.num_hits - earlier.num_hits,
             num_misses=self.num_misses - earlier.num_misses,
-            num_faults=self.num_faults - earlier.num_faults,
             cpu_s=self.cpu_s - earlier.cpu_s,
             num_threads=self.num_threads,
             num_processors=self.num_processors,
@@ -150,7 +147,7 @@ class Pace:
     def __init__(self) -> None:
         self._steady = Steady()
         self._first = self._last = Reading()
-        self._last_faults, self._last_cpu_s = 0, 0.0
+        self._last_cpu_s = 0.0
         self._ended_s: float | None = None  # the last pass; None before the first
 
     def ended(self, kind: PassKind, pass_s: float, reading: Reading) -> None:
@@ -162,7 +159,7 @@ class Pace:
             reading: counters as they are now.
         """
         now_s, usage = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
-        faults, cpu_s = usage.ru_majflt, usage.ru_utime + usage.ru_stime
+        cpu_s = usage.ru_utime + usage.ru_stime
         if self._ended_s is not None:
             steady, last = self._steady, self._last
             moved = reading.flow - last.flow
@@ -177,7 +174,6 @@ class Pace:
                 stall_s=steady.stall_s + reading.stall_s - last.stall_s,
                 num_hits=steady.num_hits + reading.num_hits - last.num_hits,
                 num_misses=steady.num_misses + reading.num_misses - last.num_misses,
-                num_faults=steady.num_faults + faults - self._last_faults,
                 cpu_s=steady.cpu_s + cpu_s - self._last_cpu_s,
                 num_threads=torch.get_num_threads(),
                 num_processors=len(os.sched_getaffinity(0)),
@@ -185,7 +181,7 @@ class Pace:
             )
         else:
             self._first = reading
-        self._last, self._last_faults, self._last_cpu_s, self._ended_s = reading, faults, cpu_s, now_s
+        self._last, self._last_cpu_s, self._ended_s = reading, cpu_s, now_s
 
     def steady(self, *, is_running: bool) -> Steady:
         """The account up to the last pass.

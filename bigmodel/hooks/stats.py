@@ -63,7 +63,7 @@ class StreamStats:
         """What bound the passes after the model's first one, and how near they came to it; None where there were none."""
         if self.plan is None:
             return None
-        return limit_of(self.plan, self.steady, mapped_bytes=self.mapped_bytes)
+        return limit_of(self.plan, self.steady)
 
     def __sub__(self, earlier: StreamStats) -> StreamStats:
         """What happened since `earlier`; sizes are as they are now."""
