@@ -26,7 +26,11 @@ def test_a_pass_needs_its_bytes_and_flops_over_their_rates():
     least = plan.estimate.least_s
     # The head has a slot of its own, and is read for the first pass alone.
     assert least["decode"] == pytest.approx(
-        {"disk": 5e6 / DISK_BYTES_PER_S, "memory of cpu": 8e6 / MEMORY_BYTES_PER_S, "arithmetic of cpu": 8e6 / FLOPS_PER_S}
+        {
+            "disk": 5e6 / DISK_BYTES_PER_S,
+            "memory of cpu": 8e6 / MEMORY_BYTES_PER_S,
+            "arithmetic of cpu": 8e6 / FLOPS_PER_S,
+        }
     )
     assert least["prefill"]["disk"] == pytest.approx(7e6 / DISK_BYTES_PER_S)
     assert least["prefill"]["arithmetic of cpu"] == pytest.approx((5e9) / FLOPS_PER_S)

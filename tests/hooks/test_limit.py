@@ -149,11 +149,19 @@ def test_a_disk_that_gives_less_than_was_measured(folder, throttled):
     assert "bigmodel calibrate" in cause
 
 
-def test_reads_that_are_too_short_for_the_disk(tmp_path):
+def test_reads_that_are_too_short_for_the_disk(tmp_path, monkeypatch):
     from families import make_checkpoint
 
+    preadv = os.preadv
+
+    def seek_and_read(*args):
+        time.sleep(0.01)
+        return preadv(*args)
+
+    monkeypatch.setattr(os, "preadv", seek_and_read)
     folder = make_checkpoint("llama", tmp_path)
     evict(folder)
+    # What of such small files is looked up brings all of them into the page cache.
     limit = limit_at(passes(streamed(folder), 8, between=lambda: evict(folder)), disk=1e12)
     assert "too short for its rate" in told(limit, "the disk gave")
 
