@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -37,13 +37,16 @@ class Report(Protocol):
 
 
 @contextmanager
-def progress_bar(enabled: bool | Report | None = None) -> Iterator[Report]:
+def progress_bar(enabled: bool | Report | None = None, *, beside: Callable[[], str] | None = None) -> Iterator[Report]:
     """Shows bars on stderr, with bytes or steps, rate and time left, for every phase that takes over a second.
+
+    Answers are waited for: the bar of `GENERATING` is there at once.
 
     The bars are gone afterwards: what stays on the screen is what the program printed.
 
     Args:
         enabled: None shows bars where stderr is a terminal; a callable is told instead.
+        beside: gives what stands beside the bar of `GENERATING`; asked twice a second at most.
 
     Yields:
         What the work calls: ``report(phase, done, total)``.
@@ -54,7 +57,7 @@ def progress_bar(enabled: bool | Report | None = None) -> Iterator[Report]:
     if not (sys.stderr.isatty() if enabled is None else enabled):
         yield _silent
         return
-    bars = _Bars()
+    bars = _Bars(beside)
     try:
         yield bars.report
     finally:
@@ -68,7 +71,8 @@ def _silent(phase: str, done: int, total: int, /) -> None:
 class _Bars:
     """One display, begun with the first phase that outlasts PATIENCE_S."""
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Callable[[], str] | None = None) -> None:
+        self._beside = beside
         self._lock = threading.Lock()
         self._began_s: dict[str, float] = {}
         self._tasks: dict[str, TaskID] = {}
@@ -82,9 +86,10 @@ class _Bars:
                 return
             began_s = self._began_s.setdefault(phase, now_s)
             if phase not in self._tasks:
-                if now_s - began_s < PATIENCE_S or (total and done >= total):
+                is_early = now_s - began_s < PATIENCE_S and phase != GENERATING
+                if is_early or (total and done >= total):
                     return
-                self._display = self._display or _start_display()
+                self._display = self._display or _start_display(self._beside)
                 # The clock of a task starts when it is added; the bytes done before it must not count as speed.
                 self._tasks[phase] = self._display.add_task(phase, total=total or None, completed=done)
             assert self._display is not None
@@ -97,7 +102,7 @@ class _Bars:
                 self._display.stop()
 
 
-def _start_display() -> Progress:
+def _start_display(beside: Callable[[], str] | None = None) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.text import Text
@@ -117,11 +122,20 @@ def _start_display() -> Progress:
                 text += f", {format_bytes(task.speed)}/s"
             return Text(text)
 
+    class Beside(ProgressColumn):
+        """What is told beside the answers."""
+
+        max_refresh = 0.5
+
+        def render(self, task: Task) -> Text:
+            return Text(beside() if beside is not None and task.description == GENERATING else "")
+
     display = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         Amount(),
         TimeRemainingColumn(),
+        Beside(),
         console=Console(stderr=True),
         transient=True,
     )

@@ -13,6 +13,7 @@ import torch
 
 import bigmodel
 from bigmodel.checkpoint.resolve import locate
+from bigmodel.cli.live import bottom_line
 from bigmodel.cli.prompts import Answers
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.footprint import PeakFootprint, footprint_bytes
@@ -78,7 +79,8 @@ def answer(settings: Settings, prompt: str, write: Callable[[str], None]) -> Non
         if settings.seed is not None:
             torch.manual_seed(settings.seed)
         start_s = time.perf_counter()
-        run.generate(inputs, streamer=stream)
+        with bottom_line(run.headline, enabled=not settings.is_quiet):
+            run.generate(inputs, streamer=stream)
         end_s = time.perf_counter()
     write("\n")
     if stream.first_token_s is None or stream.last_token_s is None:
@@ -88,7 +90,7 @@ def answer(settings: Settings, prompt: str, write: Callable[[str], None]) -> Non
     decode_s = stream.last_token_s - stream.first_token_s
     if stream.num_tokens > 1 and decode_s > 0:
         parts.append(f"{(stream.num_tokens - 1) / decode_s:.2f} tokens/s over {stream.num_tokens} tokens")
-    settings.tell(", ".join([*parts, *run.figures(stream.num_tokens, end_s - start_s)]))
+    run.tell(settings, parts, stream.num_tokens, end_s - start_s)
 
 
 def answer_all(settings: Settings, prompts: Sequence[Mapping[str, Any]], output: str | None) -> None:
@@ -111,7 +113,11 @@ def answer_all(settings: Settings, prompts: Sequence[Mapping[str, Any]], output:
         longest = max(len(encoded[number]) for number in waiting)
         workload = _fastest_workload(settings, longest, len(waiting))
         num_tokens, start_s = 0, time.perf_counter()
-        with _loaded(settings, workload, tokenizer) as run, progress_bar(settings.progress) as report:
+        with (
+            _loaded(settings, workload, tokenizer) as run,
+            progress_bar(settings.progress, beside=run.headline) as report,
+        ):
+            report(GENERATING, 0, len(waiting))
             for first in range(waiting.start, waiting.stop, workload.num_sequences):
                 batch = range(first, min(first + workload.num_sequences, waiting.stop))
                 if settings.seed is not None:  # a run that goes on draws as one that was never interrupted
@@ -129,7 +135,7 @@ def answer_all(settings: Settings, prompts: Sequence[Mapping[str, Any]], output:
             end_s = time.perf_counter()
         parts = [f"{len(waiting)} prompts, {workload.num_sequences} at once"]
         parts.append(f"{num_tokens / (end_s - start_s):.2f} tokens/s over {num_tokens} tokens")
-        settings.tell(", ".join([*parts, *run.figures(max(1, num_tokens), end_s - start_s)]))
+        run.tell(settings, parts, max(1, num_tokens), end_s - start_s)
     finally:
         answers.close()
 
@@ -163,8 +169,20 @@ class _Run:
         own = [_until(row.tolist(), ends) for row in tokens]
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in own], [len(row) for row in own]
 
-    def figures(self, num_tokens: int, seconds: float) -> list[str]:
-        """What a run moved and held."""
+    def headline(self) -> str:
+        """What binds up to now, its rate and the fraction of the limit; "" where that is not known yet."""
+        limit = (bigmodel.stats_of(self.model) - self.before).limit
+        return "" if limit is None else limit.headline
+
+    def tell(self, settings: Settings, parts: Sequence[str], num_tokens: int, seconds: float) -> None:
+        """Tell in one line what a run took, moved and held; and what kept it from its limit, a line for each cause."""
+        assert self.stats is not None
+        settings.tell(", ".join([*parts, *self._figures(num_tokens, seconds)]))
+        limit = self.stats.limit
+        for cause in () if limit is None else limit.causes:
+            settings.tell(f"below the limit: {cause}")
+
+    def _figures(self, num_tokens: int, seconds: float) -> list[str]:
         stats, plan = self.stats, self.plan
         assert stats is not None
         parts = []
@@ -175,6 +193,8 @@ class _Run:
         parts.append(f"{format_bytes(stats.read_bytes / num_tokens)} read per token")
         if plan.run_devices <= {"cpu"}:  # an accelerator waits by itself, and the host does not see it
             parts.append(f"{stats.stall_s / seconds:.0%} of the time waiting for weights")
+        if stats.limit is not None:
+            parts.append(stats.limit.headline)
         limit_bytes = (self.draft or plan).limits.get("cpu")  # a draft is loaded first
         budget = f" of {format_bytes(limit_bytes)} allowed" if limit_bytes is not None else ""
         parts.append(f"peak memory {format_bytes(self.peak_bytes + stats.mapped_bytes)}{budget}")

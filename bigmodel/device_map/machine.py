@@ -24,7 +24,7 @@ from bigmodel.errors import InvalidArgumentError, shown
 from bigmodel.progress import Report, progress_bar
 from bigmodel.units import GIB, parse_bytes
 
-__all__ = ["DEFAULT_RATES", "SHIPPED", "Accelerator", "Machine"]
+__all__ = ["DEFAULT_RATES", "OTHER_DISK", "SHIPPED", "Accelerator", "Machine"]
 
 # What is left to others of a tier whose limit nobody stated.
 _SPARE_BYTES, _SPARE_FRACTION = GIB, 0.05
@@ -39,8 +39,8 @@ _ACCELERATOR_RATES = Rates.roofline(
     800e9, {"float32": 40e12, "bfloat16": 120e12, "float16": 120e12, "int8": 240e12}, op_s=6e-6
 )
 _H2D_BYTES_PER_S, _D2D_BYTES_PER_S, _DISK_BYTES_PER_S = 20e9, 20e9, 2.5e9
-# What `rates_from` ends with where the disk that is read was not among those measured.
-_OTHER_DISK = ", the disk's rate is another disk's"
+OTHER_DISK = ", the disk's rate is another disk's"
+"""What `rates_from` ends with where the disk that is read was not among those measured."""
 
 SHIPPED = Path(__file__).parent / "machines"
 """Machine files of hardware that one may not own; `Machine.load` takes their names without the suffix too."""
@@ -248,10 +248,10 @@ class Machine:
         """The same machine, with the rate of the disk that holds the folder; `rates_from` tells where that was not measured."""
         if not self.disks:
             return self
-        rates_from = self.rates_from.removesuffix(_OTHER_DISK)
+        rates_from = self.rates_from.removesuffix(OTHER_DISK)
         rate = self.disks.get(calibration.file_system_of(folder))
         if rate is None:
-            return replace(self, rates_from=rates_from + _OTHER_DISK)
+            return replace(self, rates_from=rates_from + OTHER_DISK)
         return replace(self, disk_read_bytes_per_s=rate, rates_from=rates_from)
 
     def rates_of(self, device: str) -> Rates:

@@ -123,6 +123,10 @@ class Estimate:
         binds: phase ("prefill", "decode") -> the resource that works longest in it.
         pass_s: tokens of each sequence -> seconds of a pass in the middle of what is generated that takes so many at once,
             as where guessed tokens are checked.
+        least_s: phase -> resource -> seconds that it needs at least for one pass, whatever the order: bytes or FLOPs over its
+            rate. The first pass, from empty slots, or a steady step. Resources are "disk", "link to cuda:0", "memory of cpu" and
+            "arithmetic of cpu"; those of one device count apart. The largest is what the phase cannot fall below.
+        bytes_per_s: resource -> the rate that was reckoned with; not of arithmetic.
     """
 
     peak_bytes: Mapping[str, int]
@@ -134,6 +138,8 @@ class Estimate:
     binds: Mapping[str, str] = field(default_factory=dict)
     phase_peak_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     pass_s: Mapping[int, float] = field(default_factory=dict)
+    least_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    bytes_per_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

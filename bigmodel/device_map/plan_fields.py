@@ -53,6 +53,8 @@ _ESTIMATE = {
     "binds": mapped(text),
     "phase_peak_bytes": mapped(_SIZES),
     "pass_s": mapped(number(0, _MOST_NUMBER), key=satisfying("a number of tokens", _is_number_of_tokens)),
+    "least_s": mapped(mapped(number(0, _MOST_NUMBER))),
+    "bytes_per_s": mapped(number(0, _MOST_NUMBER)),
 }
 _NEEDED = {
     "placements": listed(_PLACEMENT),

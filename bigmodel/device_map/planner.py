@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from bigmodel.device_map.bounds import bounds
 from bigmodel.device_map.demand import RESERVE_BYTES, Costs, UnitCost
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.memory import PHASES
@@ -336,6 +337,7 @@ def _estimate(tables: Tables, search: Search, maps: Ints, slots: Ints) -> Estima
     names = [*tables.devices, DISK]
     in_phase = {phase: search.memory.peaks(maps, slots, phase)[0] for phase in PHASES}
     batch_size = costs.workload.num_sequences
+    least_s, bytes_per_s = bounds(tables, maps, outcome)
     return Estimate(
         peak_bytes={name: int(size) for name, size in zip(names, peaks, strict=True) if size or name in ("cpu", DISK)},
         baseline_bytes=costs.demand.baseline_bytes,
@@ -348,6 +350,8 @@ def _estimate(tables: Tables, search: Search, maps: Ints, slots: Ints) -> Estima
             phase: {name: int(size) for name, size in zip(names, sizes, strict=True) if size}
             for phase, sizes in in_phase.items()
         },
+        least_s=least_s,
+        bytes_per_s=bytes_per_s,
     )
 
 

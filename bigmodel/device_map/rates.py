@@ -158,6 +158,26 @@ class Rates:
                 found["arithmetic" if is_fast else "memory"] += flops / rate
         return found
 
+    @property
+    def best_bytes_per_s(self) -> float:
+        """The most that the memory was measured, or is stated, to give: products read it faster than other operators do."""
+        rates = [rate / intensity for curve in self.products.values() for intensity, rate in curve]
+        return max([self.memory_bytes_per_s, *rates])
+
+    def least_shares(self, work: Work, most_bytes: float) -> dict[str, float]:
+        """Seconds that no order of the work can fall below: "memory" and "arithmetic", which may go on at the same time.
+
+        Args:
+            work: its products count; what passes between operators may stay in caches.
+            most_bytes: of weights and cache: what products read beyond them is counted as activations.
+        """
+        product_bytes = sum(num_bytes for _, num_bytes in work.products.values())
+        arithmetic = 0.0
+        for (dtype, _), (flops, _) in work.products.items():
+            plain = dtype.removesuffix(COPIED).removesuffix(ATTENTION)
+            arithmetic += flops / max(rate for name in (dtype, plain) for _, rate in self._curve(name))
+        return {"memory": min(product_bytes, most_bytes) / self.best_bytes_per_s, "arithmetic": arithmetic}
+
     def to_json(self) -> dict[str, Any]:
         """As a machine file has it."""
         curves = {dtype: [list(point) for point in curve] for dtype, curve in self.products.items()}

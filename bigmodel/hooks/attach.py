@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from bigmodel.errors import ForkedError, GradientRefusedError, MoveRefusedError, StreamingError
 from bigmodel.hooks.caches import move_cache
 from bigmodel.hooks.hops import Hops, Phase, Route, SiteHops, first_device, moved
+from bigmodel.hooks.pace import Pace, PassKind, Reading
 from bigmodel.hooks.pass_lock import PassLock, num_calls
 from bigmodel.hooks.stats import StreamStats
 from bigmodel.hooks.streamer import Streamer
@@ -34,9 +35,9 @@ PICKLE_REFUSED = (
     "A model whose weights stream, or whose passes are checked against a budget, cannot be pickled. Use "
     "bigmodel.save(model, folder)."
 )
-# Looks at a pass before it begins: says of which phase it is, and raises DoesNotFitError when it would not fit; "" is the root's
+# Looks at a pass before it begins: says of which kind it is, and raises DoesNotFitError when it would not fit; "" is the root's
 # name.
-PassCheck = Callable[[str, nn.Module, tuple[Any, ...], Mapping[str, Any]], Phase]
+PassCheck = Callable[[str, nn.Module, tuple[Any, ...], Mapping[str, Any]], PassKind]
 
 
 class Attachment:
@@ -76,8 +77,10 @@ class Attachment:
         self._pass_started_s = 0.0
         self._num_passes = 0
         self._pass_s = 0.0
+        self._pace = Pace()
         self._main = route.main if route is not None else None
         self._hops = Hops()
+        self._kind = PassKind(self._hops.phase)
         self._site_hops: list[tuple[weakref.ref[nn.Module], SiteHops]] = []
         self._came_from: torch.device | None = None  # the inputs of the pass under way
         self._handles: list[RemovableHandle] = []
@@ -160,6 +163,7 @@ class Attachment:
             pass_s=self._pass_s,
             resident_bytes=self._sizes.resident_bytes,
             mapped_bytes=self._sizes.mapped_bytes,
+            steady=self._pace.steady(is_running=self.is_running),
         )
 
     def __deepcopy__(self, memo: dict[int, object]) -> Attachment:
@@ -184,7 +188,9 @@ class Attachment:
         self._lock.depth = 1
         try:
             if self._check_pass is not None:
-                self._hops.phase = self._check_pass(entry, module, args, kwargs)
+                self._kind = self._check_pass(entry, module, args, kwargs)
+                self._hops.phase = self._kind.phase
+            self._kind = replace(self._kind, is_whole=not entry)
             if self._streamer is not None:
                 self._streamer.reset()
                 self._streamer.turn_to(self._hops.phase)
@@ -207,8 +213,11 @@ class Attachment:
         if self._num_inside:
             self._num_inside -= 1
             return None
-        self._pass_s += time.perf_counter() - self._pass_started_s
+        pass_s = time.perf_counter() - self._pass_started_s
+        self._pass_s += pass_s
         self._num_passes += output is not None
+        reading = Reading() if self._streamer is None else self._streamer.reading()
+        self._pace.ended(self._kind, pass_s, reading)
         self._opener = None
         try:
             self._hops.forget()

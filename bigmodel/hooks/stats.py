@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from bigmodel.hooks.limit import Limit, limit_of
+from bigmodel.hooks.pace import Steady
+
+if TYPE_CHECKING:
+    from bigmodel.device_map.plan import Plan
 
 __all__ = ["StreamStats"]
 
@@ -23,6 +30,8 @@ class StreamStats:
         mapped_bytes: those of them that are a map of the file: shared with the page cache, and read again if it is evicted.
         slot_bytes: memory of the slots.
         copied_bytes: of weights that were copied to accelerators, for units that were put into a slot there.
+        steady: passes after the first one: when they were, and what was read and copied meanwhile.
+        plan: that was carried out; None where nobody made one.
     """
 
     num_passes: int = 0
@@ -36,6 +45,8 @@ class StreamStats:
     mapped_bytes: int = 0
     slot_bytes: int = 0
     copied_bytes: int = 0
+    steady: Steady = field(default_factory=Steady, repr=False)
+    plan: Plan | None = field(default=None, repr=False, compare=False)
 
     @property
     def bytes_per_pass(self) -> float:
@@ -46,6 +57,13 @@ class StreamStats:
     def stall_fraction(self) -> float:
         """Share of the time inside passes that was spent waiting for weights, 0..1."""
         return self.stall_s / self.pass_s if self.pass_s else 0.0
+
+    @property
+    def limit(self) -> Limit | None:
+        """What bound the passes after the model's first one, and how near they came to it; None where there were none."""
+        if self.plan is None:
+            return None
+        return limit_of(self.plan, self.steady)
 
     def __sub__(self, earlier: StreamStats) -> StreamStats:
         """What happened since `earlier`; sizes are as they are now."""
@@ -61,4 +79,6 @@ class StreamStats:
             resident_bytes=self.resident_bytes,
             mapped_bytes=self.mapped_bytes,
             slot_bytes=self.slot_bytes,
+            steady=self.steady - earlier.steady,
+            plan=self.plan,
         )

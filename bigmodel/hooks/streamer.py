@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.profiler import record_function
 
 from bigmodel.errors import StreamingError
 from bigmodel.hooks.hops import Phase
+from bigmodel.hooks.pace import Reading
 from bigmodel.hooks.schedule import Schedule
 from bigmodel.hooks.slots import Binding, Slot, SlotState, views_of
 from bigmodel.hooks.stats import StreamStats
 from bigmodel.offload.arena import Arena
 from bigmodel.offload.link import DeviceMemory
+from bigmodel.offload.meter import Flow
 from bigmodel.offload.store import Store
 
 __all__ = ["StreamedUnit", "Streamer"]
@@ -52,6 +54,7 @@ class Streamer:
         units: in order of definition; their numbers are their positions.
         lanes: per lane, the memory of each of its slots.
         store: fills slots.
+        flow: tells what was read and copied.
 
     Attributes:
         store: the same; another may take its place between passes.
@@ -62,10 +65,12 @@ class Streamer:
         units: Sequence[StreamedUnit],
         lanes: Sequence[Sequence[Arena | DeviceMemory]],
         store: Store,
+        flow: Callable[[], Flow] = Flow,
     ) -> None:
         self._units = units
         self._lanes = [[Slot(memory) for memory in lane] for lane in lanes]
         self.store = store
+        self._flow = flow
         self._schedule = Schedule(range(len(units)))
         self._schedules = dict.fromkeys(Phase, self._schedule)
         if any(Phase.STEP not in unit.phases for unit in units):  # then steps have an order of their own
@@ -206,6 +211,10 @@ class Streamer:
             num_misses=self.num_misses,
             slot_bytes=self.slot_bytes,
         )
+
+    def reading(self) -> Reading:
+        """The counters that passes are judged by, as they are now."""
+        return Reading(self.stall_s, self.num_hits, self.num_misses, self._flow())
 
     def _wait(self, unit: StreamedUnit, slot: Slot) -> None:
         ticket = slot.ticket

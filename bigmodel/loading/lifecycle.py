@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def stats_of(model: nn.Module) -> StreamStats:
-    """What the model did since it was loaded. Subtract two for what happened in between.
+    """What the model did since it was loaded. Subtract two for what happened in between, and for its `limit`: what bound it.
 
     Args:
         model: what `load_sharded` returned, or a module (such as a PEFT model) that holds it.
@@ -49,7 +50,8 @@ def stats_of(model: nn.Module) -> StreamStats:
         InvalidArgumentError: bigmodel did not load it.
     """
     _, state = assembled(model)
-    return state.sizes if state.attachment is None else state.attachment.stats()
+    # Without hooks no pass is seen, and a plan would be made for nothing.
+    return state.sizes if state.attachment is None else replace(state.attachment.stats(), plan=state.plan)
 
 
 @contextlib.contextmanager

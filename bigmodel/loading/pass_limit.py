@@ -19,6 +19,7 @@ from bigmodel.device_map.plan import Plan
 from bigmodel.device_map.trial import Trial, like
 from bigmodel.errors import DoesNotFitError
 from bigmodel.hooks.hops import Phase
+from bigmodel.hooks.pace import PassKind
 from bigmodel.offload.spill import trim_heap
 from bigmodel.units import format_bytes
 
@@ -71,7 +72,7 @@ class PassLimit:
     shares: Mapping[str, Share]
     _seen: dict[object, int] = field(default_factory=dict)
 
-    def __call__(self, entry: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Phase:
+    def __call__(self, entry: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PassKind:
         """Look at a call, and say what kind of pass it is.
 
         Args:
@@ -84,18 +85,34 @@ class PassLimit:
         """
         given = _named(module, args, kwargs)
         shape = _token_shape(given)
-        others = self._unplanned(given, shape)
         phase = self._phase_of(given, shape)
+        self._check(entry, args, kwargs, given, shape, phase)
+        if shape is None:
+            return PassKind(phase)
+        batch_size, num_tokens, past_tokens, _ = shape
+        return PassKind(phase, is_step=past_tokens > 0 or num_tokens == 1, num_tokens=batch_size * num_tokens)
+
+    def _check(
+        self,
+        entry: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        given: Mapping[str, Any],
+        shape: _Shape | None,
+        phase: Phase,
+    ) -> None:
+        """Refuse a call that would not fit."""
+        others = self._unplanned(given, shape)
         workload = self.plan.workload
         if shape is None and not others and any(self._is_tried(name, value) for name, value in given.items()):
-            return phase  # what the plan was made for
+            return  # what the plan was made for
         if shape is None or others:
             needed = self._try(entry, args, kwargs, given)
             said = ", ".join(f"{name} {_told(given[name])}" for name in given if name not in _CACHES)
             self._refuse_beyond(
                 phase, 0, needed, f"A pass with {said} needs {format_bytes(needed)}", "Make its inputs smaller"
             )
-            return phase
+            return
         batch_size, num_tokens, past_tokens, total = shape
         if not past_tokens:
             trim_heap()  # a new sequence: what the last one's cache left in the heap is given back before this one's comes
@@ -104,7 +121,7 @@ class PassLimit:
             and total <= workload.total_tokens
             and num_tokens <= workload.prompt_tokens
         ):
-            return phase
+            return
         kv_bytes = self.costs.kv_bytes(batch_size, total)
         activation_bytes = self.costs.activation_bytes(batch_size, num_tokens, past_tokens)
         self._refuse_beyond(
@@ -115,7 +132,6 @@ class PassLimit:
             f"and {format_bytes(activation_bytes)} of activations",
             f"Load with workload=Workload(batch_size={batch_size}, prompt_tokens={max(1, total)})",
         )
-        return phase
 
     def _phase_of(self, given: Mapping[str, Any], shape: _Shape | None) -> Phase:
         """A pass of as many tokens as the plan says is a prefill; so is one of other inputs."""

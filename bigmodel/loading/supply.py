@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -19,6 +20,7 @@ from bigmodel.offload.crossing import Crossing, Traveller
 from bigmodel.offload.direct import DirectReads
 from bigmodel.offload.disk import DiskStore
 from bigmodel.offload.link import DeviceMemory, Link, Ring
+from bigmodel.offload.meter import Flow, Meter, Reads
 from bigmodel.offload.ranges import Layout
 from bigmodel.offload.reader import Reader, layout_of
 from bigmodel.offload.resident import NUM_READERS
@@ -60,6 +62,7 @@ class Supply:
         self._targets = run_devices(plan, Phase.PREFILL)
         devices = {device for device in self._targets.values() if device.type != "cpu"}
         self._links = {device: Link(device) for device in sorted(devices, key=str)}
+        self._ring: Ring | None = None
         self.crossing = crossing_units(plan, units)
         self._layouts = self._lay_out(sources)
         travellers = [self._traveller(unit, sources, unified) for unit in self.crossing]
@@ -109,7 +112,11 @@ class Supply:
             own = [bindings[name] for name in unit.parameters if name in bindings]
             phases = (Phase.PREFILL,) if homes[unit.name] == str(steps[unit.name]) else tuple(Phase)
             streamed.append(StreamedUnit(unit.name, own, self._places(unit.name), lane_of[unit.name], phases))
-        return Streamer(streamed, [self._lane(group, slabs) for group in self._plan.slots], Tiers(stores))
+        lanes = [self._lane(group, slabs) for group in self._plan.slots]
+        is_page_locked = not needs_ring and (self._ring is None or self._ring.is_page_locked)
+        meter = None if self._reader is None else self._reader.meter
+        flow = functools.partial(_flow, meter, list(self._links.values()), is_page_locked)
+        return Streamer(streamed, lanes, Tiers(stores), flow)
 
     def close(self) -> None:
         """End the threads and what they have queued."""
@@ -145,8 +152,8 @@ class Supply:
         staging += [layout_of(unit.sources, for_accelerator=True).staging_bytes for unit in travellers]
         if not staging:
             return None
-        ring = Ring(next(iter(self._links))) if self._links else None
-        return Reader(num_threads=NUM_READERS, stamps=stamps, bounce_bytes=max(staging), ring=ring)
+        self._ring = Ring(next(iter(self._links))) if self._links else None
+        return Reader(num_threads=NUM_READERS, stamps=stamps, bounce_bytes=max(staging), ring=self._ring)
 
     def _places(self, unit: str) -> Mapping[str, int]:
         """Parameter name -> first byte in the unit's slot."""
@@ -164,6 +171,12 @@ class Supply:
             return [Arena(nbytes) for _ in range(group.num_slots)]
         nbytes = max(slabs[name].numel() if name in slabs else self._layouts[name].device_bytes for name in group.units)
         return [DeviceMemory(nbytes, self._links[device]) for _ in range(group.num_slots)]
+
+
+def _flow(meter: Meter | None, links: Sequence[Link], is_page_locked: bool) -> Flow:
+    """What was read and copied up to now."""
+    copies = {str(link.device): link.moved() for link in links}
+    return Flow(Reads() if meter is None else meter.reads(), copies, is_page_locked)
 
 
 def crossing_units(plan: Plan, units: Sequence[Unit]) -> list[Unit]:

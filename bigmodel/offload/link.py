@@ -6,6 +6,8 @@ import contextlib
 import copy
 import logging
 import queue
+import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 
 from bigmodel.offload.arena import ALIGN_BYTES, Arena
+from bigmodel.offload.meter import Moved
 
 __all__ = ["RING_BYTES", "Chunk", "DeviceMemory", "Link", "Ring", "TimedLink", "hold_to", "page_lock"]
 
@@ -40,6 +43,9 @@ class Link:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.Stream(device)
+        self._lock = threading.Lock()
+        self._pending: deque[tuple[torch.Event, torch.Event, int]] = deque()  # begin, end and bytes of copies
+        self._moved = Moved()
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, after: torch.Event | None) -> None:
         """Queue a copy.
@@ -58,7 +64,33 @@ class Link:
         with torch.no_grad(), stream:
             if after is not None:
                 self._stream.wait_event(after)
+            begun = self._mark_time()
             target.copy_(source, non_blocking=True)
+            ended = self._mark_time()
+        with self._lock:
+            self._pending.append((begun, ended, target.nbytes))
+            self._settle()
+
+    def moved(self) -> Moved:
+        """What was copied up to now, as far as its end is known."""
+        with self._lock:
+            self._settle()
+            return self._moved
+
+    def _mark_time(self) -> torch.Event:
+        event = torch.Event(self.device, enable_timing=True)
+        event.record(self._stream)
+        return event
+
+    def _settle(self) -> None:
+        """Count the copies that have ended; they end in the order in which they were queued."""
+        while self._pending and self._pending[0][1].query():
+            begun, ended, num_bytes = self._pending.popleft()
+            try:
+                seconds = begun.elapsed_time(ended) / 1000
+            except RuntimeError:  # a kind of device whose events have no time
+                seconds = 0.0
+            self._moved = Moved(self._moved.num_bytes + num_bytes, self._moved.busy_s + seconds)
 
     def mark_copied(self) -> torch.Event:
         """An event after all copies so far."""
@@ -160,10 +192,13 @@ class Ring:
 
     Args:
         device: one of the accelerators.
+
+    Attributes:
+        is_page_locked: whether the system agreed to that.
     """
 
     def __init__(self, device: torch.device) -> None:
-        tensor = _ring_memory(device)
+        tensor, self.is_page_locked = _ring_memory(device)
         self._chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
         for start in range(0, tensor.numel() - _CHUNK_BYTES + 1, _CHUNK_BYTES):
             chunk = tensor[start : start + _CHUNK_BYTES]
@@ -229,16 +264,19 @@ def _runtime_of(device: torch.device) -> Any:
     return torch.cuda.cudart() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
-def _ring_memory(device: torch.device) -> torch.Tensor:
-    """Bytes from a multiple of ALIGN_BYTES on: page-locked in place, or torch's own pinned memory where that is refused."""
+def _ring_memory(device: torch.device) -> tuple[torch.Tensor, bool]:
+    """Bytes from a multiple of ALIGN_BYTES on: page-locked in place, or torch's own pinned memory where that is refused.
+
+    And whether they are page-locked.
+    """
     arena = Arena(RING_BYTES)
     error = page_lock(arena, device)
     if not error:
-        return arena.tensor
+        return arena.tensor, True
     try:
         with torch.inference_mode(False):
             pinned = torch.empty(_PINNED_BYTES, dtype=torch.uint8, pin_memory=True)
-            return pinned[-pinned.data_ptr() % ALIGN_BYTES :]
+            return pinned[-pinned.data_ptr() % ALIGN_BYTES :], True
     except RuntimeError:
         logger.warning(
             "No host memory could be page-locked (CUDA error %d): weights are copied to %s at a part of the link's rate. Raise "
@@ -246,4 +284,4 @@ def _ring_memory(device: torch.device) -> torch.Tensor:
             error,
             device,
         )
-        return arena.tensor
+        return arena.tensor, False

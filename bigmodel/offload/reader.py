@@ -24,6 +24,7 @@ from bigmodel.errors import ReadError, StreamingError
 from bigmodel.offload import page_cache
 from bigmodel.offload.arena import ALIGN_BYTES, Arena
 from bigmodel.offload.link import Chunk, DeviceMemory, Ring
+from bigmodel.offload.meter import Meter, Way
 from bigmodel.offload.ranges import Block, Layout, lay_out
 
 __all__ = ["BLOCK_BYTES", "Reader", "Ticket", "check_stamp", "layout_of", "read_fully"]
@@ -93,6 +94,9 @@ class Reader:
         stamps: path -> FileStamp of the files as they were when their headers were checked.
         bounce_bytes: size of each thread's buffer for blocks that cannot be read straight into place; 0 where none exist.
         ring: through which accelerators' memory is filled; None where none is.
+
+    Attributes:
+        meter: what was read from files, and how long that took.
     """
 
     def __init__(
@@ -105,6 +109,7 @@ class Reader:
     ) -> None:
         self._queue: deque[tuple[Ticket, Block | _Piece, _Slab | _Across] | None] = deque()
         self._ring = ring
+        self.meter = Meter()
         self._ready = threading.Condition(threading.Lock())
         self._stamps = stamps
         self._bounce_bytes = bounce_bytes
@@ -226,22 +231,23 @@ class Reader:
         fd = os.open(block.file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             check_stamp(fd, block.file, self._stamps)
-            is_direct = page_cache.cached_fraction(fd, block.offset, block.needed) < _CACHED_ENOUGH
-            if is_direct:
+            is_cached = page_cache.cached_fraction(fd, block.offset, block.needed) >= _CACHED_ENOUGH
+            way = Way.CACHED if is_cached else Way.DIRECT
+            if way is Way.DIRECT:
                 try:
                     direct_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
                 except OSError as error:
                     if error.errno not in (errno.EINVAL, errno.ENOENT, errno.EACCES):
                         raise
-                    is_direct = False  # the file system has no direct reads
+                    way = Way.BUFFERED  # the file system has no direct reads
                 else:
                     os.close(fd)
                     fd = direct_fd
             if isinstance(target, _Across):
                 assert self._ring is not None
-                target.read(fd, block, bounce, self._ring, is_direct=is_direct)
+                target.read(_Open(fd, block, way, self.meter), bounce, self._ring)
             else:
-                target.read(fd, block, bounce, is_direct=is_direct)
+                target.read(_Open(fd, block, way, self.meter), bounce)
         finally:
             os.close(fd)
 
@@ -254,6 +260,34 @@ def _finish(ticket: Ticket, target: _Slab | _Across) -> None:
     if ticket.begun_s is not None:
         ticket.ended_s = time.perf_counter()
     ticket.done.set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A block in a file that was opened for it."""
+
+    fd: int
+    block: Block
+    way: Way
+    meter: Meter
+
+    def into(self, memory: memoryview) -> None:
+        """Read the block straight into place."""
+        self._read(memory, self.block.offset, self.block.needed)
+
+    def around(self, memory: memoryview, tensor: torch.Tensor) -> torch.Tensor:
+        """Read it into a buffer, with what a direct read needs around it: the block's bytes, as they are in the file."""
+        block, is_direct = self.block, self.way is Way.DIRECT
+        start = block.offset - block.offset % ALIGN_BYTES if is_direct else block.offset
+        head = block.offset - start
+        wanted = head + block.needed
+        length = -(-wanted // ALIGN_BYTES) * ALIGN_BYTES if is_direct else wanted
+        self._read(memory[:length], start, wanted)
+        return tensor[head : head + block.needed]
+
+    def _read(self, memory: memoryview, offset: int, needed: int) -> None:
+        with self.meter.reading(needed, self.way):
+            read_fully(self.fd, memory, offset, needed, self.block.file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,12 +308,13 @@ class _Slab:
     def needs_bounce(self, block: Block) -> bool:
         return not block.is_aligned
 
-    def read(self, fd: int, block: Block, bounce: Arena | None, *, is_direct: bool) -> None:
+    def read(self, file: _Open, bounce: Arena | None) -> None:
+        block = file.block
         if block.is_aligned:
-            read_fully(fd, self.memory[block.into : block.into + block.nbytes], block.offset, block.needed, block.file)
+            file.into(self.memory[block.into : block.into + block.nbytes])
             return
         assert bounce is not None
-        raw = _read_around(fd, block, bounce.memory, bounce.tensor, is_direct=is_direct)
+        raw = file.around(bounce.memory, bounce.tensor)
         if block.cast_from is None or block.cast_to is None:
             _copy_serially(self.tensor[block.into : block.into + block.needed], raw)
         else:
@@ -304,15 +339,16 @@ class _Across:
     def needs_bounce(self, block: Block) -> bool:
         return block.cast_to is not None
 
-    def read(self, fd: int, block: Block, bounce: Arena | None, ring: Ring, *, is_direct: bool) -> None:
+    def read(self, file: _Open, bounce: Arena | None, ring: Ring) -> None:
+        block = file.block
         with ring.chunk() as chunk:
             if block.cast_to is not None:
                 assert bounce is not None
-                raw = _read_around(fd, block, bounce.memory, bounce.tensor, is_direct=is_direct)
+                raw = file.around(bounce.memory, bounce.tensor)
                 values = chunk.tensor[: _cast_bytes(block)]
                 _cast(block, raw, values)
             else:
-                values = _read_around(fd, block, chunk.memory, chunk.tensor, is_direct=is_direct)
+                values = file.around(chunk.memory, chunk.tensor)
             into = block.into - self.lead
             values, into = values[max(0, -into) :], max(0, into)
             self._send(values, into, chunk)
@@ -344,16 +380,6 @@ def read_fully(fd: int, memory: memoryview, offset: int, needed: int, file: str)
                 f"{file} ends at byte {offset + done}, and {needed - done} more bytes are needed. The file was cut: load again."
             )
         done += count
-
-
-def _read_around(fd: int, block: Block, memory: memoryview, tensor: torch.Tensor, *, is_direct: bool) -> torch.Tensor:
-    """Read a block into a buffer, with what a direct read needs around it: the block's bytes, as they are in the file."""
-    start = block.offset - block.offset % ALIGN_BYTES if is_direct else block.offset
-    head = block.offset - start
-    wanted = head + block.needed
-    length = -(-wanted // ALIGN_BYTES) * ALIGN_BYTES if is_direct else wanted
-    read_fully(fd, memory[:length], start, wanted, block.file)
-    return tensor[head : head + block.needed]
 
 
 def _cast_bytes(block: Block) -> int:

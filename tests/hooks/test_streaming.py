@@ -15,6 +15,7 @@ from toy import UNIT_BYTES, streamed_stack
 
 from bigmodel.errors import ForkedError, GradientRefusedError, MoveRefusedError, ReadError, StreamingError
 from bigmodel.hooks.hops import Phase
+from bigmodel.hooks.pace import PassKind
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="simulated accelerators need a C++ compiler")
 
@@ -292,7 +293,7 @@ def test_a_refused_pass_changes_nothing():
     def refuse(entry, module, args, kwargs):
         if args[0].shape[0] > 3:
             raise StreamingError("too large")
-        return Phase.STEP
+        return PassKind(Phase.STEP)
 
     model, reference, _, _ = streamed_stack(check_pass=refuse)
     with pytest.raises(StreamingError, match="too large"):
