@@ -46,7 +46,7 @@ class LlamaCpp:
         system = " ".join(xllamacpp.get_system_info().replace("= 1", "").replace("|", " ").split())
         return (
             f"xllamacpp {xllamacpp.__version__} ({system}), {self._dtype} file, mapped, its own number of threads, "
-            f"f16 cache for {self.num_positions} tokens, flash attention where it chooses, no warm-up run"
+            f"passive waiting, f16 cache for {self.num_positions} tokens, flash attention where it chooses, no warm-up run"
         )
 
     def prepare(self, path: str, scratch: str) -> list[str]:
@@ -163,11 +163,20 @@ class LlamaCpp:
         return sorted(Path(scratch).glob(f"{self._stem(path)}-*.gguf"))
 
 
+_WAITING = "OMP_WAIT_POLICY"
+
+
 def _xllamacpp() -> Any:
+    """The bindings, whose threads wait for each other without spinning: their OpenMP reads the policy once, as it is loaded."""
+    stated = os.environ.get(_WAITING)
+    os.environ.setdefault(_WAITING, "passive")
     try:
         import xllamacpp
     except ImportError as error:
         raise ImportError(
             "llama.cpp is run through xllamacpp, which is not installed: pip install xllamacpp."
         ) from error
+    finally:
+        if stated is None:
+            del os.environ[_WAITING]  # other programs that this process starts choose their own
     return xllamacpp
