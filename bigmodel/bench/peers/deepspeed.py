@@ -45,7 +45,7 @@ class DeepSpeedZero:
         """
         return (
             f"{versions_of(*_PACKAGES)}, ZeRO-3, parameters on nvme, blocks of {_AIO['block_size'] >> 20} MiB, queue depth "
-            f"{_AIO['queue_depth']}, {_NUM_BUFFERS} locked buffers of the largest parameter, on {_device()}"
+            f"{_AIO['queue_depth']}, up to {_NUM_BUFFERS} locked buffers of the largest parameter, on {_device()}"
         )
 
     def prepare(self, path: str, scratch: str) -> list[str]:

@@ -15,6 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+pytestmark = pytest.mark.slow  # each imports its peer several times
+
 PROMPT = [5, 9, 2, 7]
 NUM_NEW = 8
 CALL = """
@@ -110,7 +112,6 @@ def test_airllm_refuses_modules_that_it_does_not_stream(airllm, tmp_path):
     assert not (tmp_path / "scratch").exists()
 
 
-@pytest.mark.slow
 def test_deepspeed_gives_the_tokens_of_the_whole_model(deepspeed, tiny_llama, tmp_path):
     files = run(deepspeed, "prepare", tiny_llama, tmp_path)
     assert sorted(Path(file).name for file in files) == sorted(
