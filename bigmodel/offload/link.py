@@ -124,14 +124,17 @@ class TimedLink(Link):
     """
 
     def __init__(self, link: Link) -> None:
-        self.device, self._stream = link.device, link._stream
+        self.device, self._stream, self._link = link.device, link._stream, link
         self.begun: list[torch.Event] = []
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, after: torch.Event | None) -> None:
         if after is not None:
             self._stream.wait_event(after)
         self.begun.append(self.mark_copied())
-        super().copy(source, target, None)
+        self._link.copy(source, target, None)
+
+    def moved(self) -> Moved:
+        return self._link.moved()
 
     def mark_copied(self) -> torch.Event:
         return self._stream.record_event(torch.Event(self.device, enable_timing=True))
