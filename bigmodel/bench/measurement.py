@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -289,9 +290,10 @@ def _disk_title(count: int) -> str:
 
 
 def _read_rates(outcomes: Sequence[Outcome]) -> tuple[float, ...]:
-    """Bytes/s of each round; 0 where a run failed."""
+    """Bytes/s of each round, over all of its passes; 0 where a run failed."""
     return tuple(
-        0.0 if each.error is not None else each.result["num_bytes"] / min(each.result["seconds"]) for each in outcomes
+        0.0 if each.error is not None else each.result["num_bytes"] / statistics.mean(each.result["seconds"])
+        for each in outcomes
     )
 
 

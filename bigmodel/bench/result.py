@@ -287,6 +287,14 @@ class Result:
         heads = ["", "min", "median", "max", "predicted", "bound", "reached", "binds"]
         rows = [_cells(figure) for figure in self.figures]
         lines += ["", *_aligned([heads, *rows])]
+        for measured in self.cases:
+            good = measured.good
+            if good and good[-1].get("causes"):
+                lines += [
+                    "",
+                    f"{measured.case.title}, in the last round:",
+                    *(f"  {cause}" for cause in good[-1]["causes"]),
+                ]
         compared = self.compared()
         if compared:
             heads = [

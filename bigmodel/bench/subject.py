@@ -93,6 +93,7 @@ def run_model(
         ``load_s``; ``ttft_s`` of the first pass; ``seconds`` of each step but the first; ``tokens`` of the first sequence;
         ``prompt`` before them; ``plan``: its workload, limits, estimate, resident bytes and the bytes that passes stream, by
         phase and tier; of the steps that are timed, each per step: ``read_bytes``, ``copied_bytes``, ``stall_s``;
+        ``causes``, why they are far from their limit, where they are;
         ``mapped_bytes`` of resident weights; ``device_peaks``, device -> bytes; ``ranges`` (file, offset, bytes) of a step.
     """
     import torch
@@ -109,10 +110,12 @@ def run_model(
     with torch.no_grad():
         clock.start()
         model.generate(**ids, **_greedy(model, num_tokens), stopping_criteria=criteria(clock.tick))
-    steps, counts = clock.steps(), {}
+    steps = clock.steps()
+    counts: dict[str, Any] = {}
     if steps:
         moved = clock.notes[-1] - clock.notes[1]
         counts = {name: getattr(moved, name) / len(steps) for name in ("read_bytes", "copied_bytes", "stall_s")}
+        counts["causes"] = [] if moved.limit is None else list(moved.limit.causes)
     devices = sorted(plan.run_devices - {"cpu"})
     return {
         "load_s": load_s,
