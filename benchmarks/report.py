@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bigmodel.bench.harness import Bench, Outcome
+from bigmodel.bench.result import Result
 
 __all__ = ["ROOT", "Figure", "Report", "commit", "disk_of", "median", "quickest", "ratios", "seconds_of"]
 
@@ -29,6 +30,8 @@ PACKAGES = (
     "diffusers",
     "safetensors",
     "runai-model-streamer",
+    "xllamacpp",
+    "airllm",
     "huggingface-hub",
     "numpy",
 )
@@ -110,6 +113,9 @@ def quickest(outcomes: Mapping[str, list[Outcome]], names: Sequence[str], key: s
 class Report:
     """Collects figures and samples, and writes them with their circumstances.
 
+    Attributes:
+        result: of `bigmodel bench`, where the figures are of one: its table and samples take the candidates' place.
+
     Args:
         name: of the result files.
         configuration: what was run: shapes, sizes, limits, rounds.
@@ -120,6 +126,7 @@ class Report:
         self.configuration = dict(configuration)
         self.figures: list[Figure] = []
         self.outcomes: dict[str, list[Outcome]] = {}
+        self.result: Result | None = None
         self._load_at_start = os.getloadavg()[0]
 
     def add(self, figure: Figure) -> None:
@@ -129,14 +136,17 @@ class Report:
         """Every sample of these trials goes into the result files."""
         self.outcomes.update(outcomes)
 
-    def markdown(self, bench: Bench) -> str:
+    def markdown(self, bench: Bench | Result) -> str:
         """The result as a page."""
         lines = [f"# {self.name}, {datetime.date.today().isoformat()}", ""]
         lines += [f"- {key}: {value}" for key, value in self._circumstances().items()]
         lines += [f"- {key}: {value}" for key, value in self.configuration.items()]
         lines += [f"- note: {note}" for note in bench.notes]
         heads = ["figure", "target", "min", "median", "max", "verdict", ""]
-        lines += ["", *_table(heads, [figure.cells() for figure in self.figures]), "", "## Candidates", ""]
+        lines += ["", *_table(heads, [figure.cells() for figure in self.figures]), ""]
+        if self.result is not None:
+            return "\n".join([*lines, "```", self.result.table(), "```"]) + "\n"
+        lines += ["## Candidates", ""]
         lines += _table(
             ["candidate", "runs", "s min", "s median", "s max", "CPU s per GB", "GB/s", "peak rise MB"],
             [_candidate_cells(name, outcomes) for name, outcomes in self.outcomes.items()],
@@ -145,7 +155,7 @@ class Report:
         lines += ["", *(f"- {name} failed: {errors[-1]}" for name, errors in failures.items() if errors)]
         return "\n".join(lines).rstrip() + "\n"
 
-    def write(self, bench: Bench, folder: Path) -> Path:
+    def write(self, bench: Bench | Result, folder: Path) -> Path:
         """Write ``NAME-DATE.md`` and ``NAME-DATE.json`` into `folder`; the former's path."""
         folder.mkdir(parents=True, exist_ok=True)
         page = folder / f"{self.name}-{datetime.date.today().isoformat()}.md"
@@ -154,13 +164,15 @@ class Report:
             "name": self.name,
             "circumstances": self._circumstances(),
             "configuration": self.configuration,
-            "notes": bench.notes,
+            "notes": list(bench.notes),
             "figures": [
                 dataclasses.asdict(figure) | {"values": list(figure.values), "verdict": figure.verdict}
                 for figure in self.figures
             ],
             "outcomes": {name: [_sample(outcome) for outcome in outcomes] for name, outcomes in self.outcomes.items()},
         }
+        if self.result is not None:
+            data["result"] = json.loads(self.result.to_json())
         page.with_suffix(".json").write_text(json.dumps(data, indent=1, default=str) + "\n")
         return page
 
