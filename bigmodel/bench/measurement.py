@@ -46,6 +46,7 @@ class Settings:
         guessed_tokens: that are generated with guesses, and without.
         records: whether a run notes when everything happened, for `Result.page`.
         scratch: a folder for what peers write, kept; None for one beside the checkpoint that is removed.
+        machine: its rates, where they were measured a moment ago; None measures them.
         environment: versions and hardware, for the result.
         tell: called with what happens, a line each.
     """
@@ -65,6 +66,7 @@ class Settings:
     guessed_tokens: int = 64
     records: bool = False
     scratch: Path | None = None
+    machine: Mapping[str, Any] | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -80,8 +82,10 @@ def measure(settings: Settings) -> Result:
     balloon_bytes = min(num_bytes, settings.ram_bytes or num_bytes) * 12 // 10
     with _scratch(settings, num_bytes) as scratch, Bench(balloon_bytes=balloon_bytes, tell=settings.tell) as bench:
         run = _Run(settings, bench, scratch)
-        settings.tell("measuring this machine's rates")
-        machine = run.once("rates", f"{_SUBJECT}:measure_rates", {"folder": str(settings.folder)})
+        machine = settings.machine
+        if machine is None:
+            settings.tell("measuring this machine's rates")
+            machine = run.once("rates", f"{_SUBJECT}:measure_rates", {"folder": str(settings.folder)})
         looked = run.look()
         cases = []
         for case, found in zip(settings.cases, looked, strict=True):
@@ -106,9 +110,10 @@ class _Run:
         """What a function returns in a process of its own."""
         limit = self._settings.ram_bytes if in_group else None
         outcome = self._bench.run(Trial(name=name, call=call, arguments=arguments, limit_bytes=limit, balloon_bytes=0))
-        if outcome.error is not None:
-            raise BenchmarkError(f"{name}: {outcome.error}")
-        return outcome.result
+        if outcome.error is None:
+            return outcome.result
+        advice = " Python and its libraries alone take about 400 MiB: give more with --ram." if limit else ""
+        raise BenchmarkError(f"{name}: {outcome.error}.{advice}")
 
     def look(self) -> list[dict[str, Any]]:
         """What is planned for each case, or why it is not; from then on the limits are stated."""
@@ -126,7 +131,7 @@ class _Run:
 
     def rounds(self, cases: Sequence[Case], machine: Mapping[str, Any]) -> Result:
         settings, bench = self._settings, self._bench
-        base = self._rehearsed(self._ours(cases[0], "rehearsal"), {"num_tokens": 2})
+        base = self._rehearsed(self._ours(cases[0], cases[0].title), {"num_tokens": 2})
         if base.error is not None:
             raise BenchmarkError(f"{cases[0].title}: {base.error}")
         modules, prompt = base.modules, base.result["prompt"]
@@ -145,7 +150,7 @@ class _Run:
         return Result(
             path=settings.path,
             num_bytes=sum(file.stat().st_size for file in settings.files),
-            ram_bytes=settings.ram_bytes,
+            ram_bytes=settings.ram_bytes if base.cgroup_peak_bytes is not None else None,
             limits=self._limits,
             machine=dict(machine),
             cases=tuple(
@@ -242,7 +247,7 @@ class _Run:
             place = {"peer": title, "path": str(settings.folder), "scratch": str(self._scratch)}
             prepared = self.once(title, f"{_PEER}:prepare_peer", {**place, "num_positions": len(prompt) + num_tokens})
         except BenchmarkError as error:
-            left_out[title] = str(error).removeprefix(f"{title}: ")
+            left_out[title] = str(error).removeprefix(f"{title}: ").rstrip(".")
             return None
         trial = Trial(
             name=title,
