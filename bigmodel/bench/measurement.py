@@ -25,6 +25,8 @@ _READERS = (1, 2, 4)
 _BLOCK_BYTES, _RING_BYTES = 8 << 20, 512 << 20
 # Of the disk's reference: a whole step of most models, and seconds of the others.
 _MOST_READ_BYTES = 8 << 30
+# A run that takes longer is ended: some minutes, and the passes of a slow peer from a slow disk.
+_TIMEOUT_S, _SLOWEST_BYTES_PER_S = 900.0, 20e6
 _SUBJECT, _PEER = "bigmodel.bench.subject", "bigmodel.bench.peers.running"
 
 
@@ -80,7 +82,8 @@ def measure(settings: Settings) -> Result:
     """
     num_bytes = sum(file.stat().st_size for file in settings.files)
     balloon_bytes = min(num_bytes, settings.ram_bytes or num_bytes) * 12 // 10
-    with _scratch(settings, num_bytes) as scratch, Bench(balloon_bytes=balloon_bytes, tell=settings.tell) as bench:
+    limits = {"balloon_bytes": balloon_bytes, "timeout_s": _TIMEOUT_S + num_bytes / _SLOWEST_BYTES_PER_S}
+    with _scratch(settings, num_bytes) as scratch, Bench(**limits, tell=settings.tell) as bench:
         run = _Run(settings, bench, scratch)
         machine = settings.machine
         if machine is None:
@@ -326,7 +329,7 @@ def _scratch(settings: Settings, num_bytes: int) -> Iterator[Path]:
             f"What the peers write takes about {format_bytes(num_written * num_bytes)}, and {place} has "
             f"{format_bytes(free_bytes)} free. Compare with fewer of them, or give another folder with --scratch."
         )
-    if settings.scratch is not None or not num_written:
+    if settings.scratch is not None or not settings.peers:
         yield place
         return
     made = Path(tempfile.mkdtemp(prefix=".bigmodel-bench-", dir=place))

@@ -19,6 +19,7 @@ from bigmodel.errors import InvalidArgumentError
 from bigmodel.footprint import PeakFootprint, footprint_bytes
 from bigmodel.generation.drafts import MOST_GUESSES, Draft, lookup_options
 from bigmodel.generation.text import TextStream, encode_prompt, load_tokenizer, padded
+from bigmodel.loading.lifecycle import watch
 from bigmodel.loading.planning import make_plan_and_timeline
 from bigmodel.progress import GENERATING, progress_bar
 from bigmodel.units import format_bytes
@@ -231,6 +232,7 @@ def _loaded(settings: Settings, workload: bigmodel.Workload, tokenizer: Any) -> 
                 "Load it with bigmodel.load_sharded and call it."
             )
         plan = bigmodel.plan_of(model)
+        watch(model)
         settings.tell(plan.explain())
         options = _generation_options(model, settings)
         if settings.lookup:

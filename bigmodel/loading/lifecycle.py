@@ -16,16 +16,18 @@ from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.plan import Plan
 from bigmodel.device_map.simulation import Step
 from bigmodel.errors import DoesNotFitError, InvalidArgumentError
+from bigmodel.hooks.attach import Attachment
 from bigmodel.hooks.record import recorded
 from bigmodel.hooks.stats import StreamStats
 from bigmodel.loading.assembled import assembled, forget, own_generation_config
 from bigmodel.loading.marks import unmark_dispatched
+from bigmodel.loading.pass_limit import kind_of
 from bigmodel.models import revert_of
 from bigmodel.offload.resident import ResidentLoad
 from bigmodel.progress import Report, progress_bar
 from bigmodel.units import format_bytes
 
-__all__ = ["materialize", "plan_of", "record", "save", "stats_of", "unload"]
+__all__ = ["materialize", "plan_of", "record", "save", "stats_of", "unload", "watch"]
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -79,6 +81,20 @@ def record(model: nn.Module) -> Iterator[list[Step]]:
     plan, units = state.decided
     with recorded(model, root, plan, units, state.attachment) as steps:
         yield steps
+
+
+def watch(model: nn.Module) -> None:
+    """Count the passes of a plain model too from now on, so that `stats_of` tells their limit; `unload` ends it.
+
+    Args:
+        model: what `load_sharded` returned, or a module that holds it. One with hooks is counted anyway.
+
+    Raises:
+        InvalidArgumentError: bigmodel did not load it.
+    """
+    root, state = assembled(model)
+    if state.attachment is None:
+        state.attachment = Attachment(root, None, {}, {}, kind_of, state.sizes, refuses_moves=False)
 
 
 def unload(model: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ from bigmodel.hooks.pace import PassKind
 from bigmodel.offload.spill import trim_heap
 from bigmodel.units import format_bytes
 
-__all__ = ["PassLimit", "Share", "shares_of"]
+__all__ = ["PassLimit", "Share", "kind_of", "shares_of"]
 
 logger = logging.getLogger("bigmodel.loading")
 
@@ -87,10 +87,7 @@ class PassLimit:
         shape = _token_shape(given)
         phase = self._phase_of(given, shape)
         self._check(entry, args, kwargs, given, shape, phase)
-        if shape is None:
-            return PassKind(phase)
-        batch_size, num_tokens, past_tokens, _ = shape
-        return PassKind(phase, is_step=past_tokens > 0 or num_tokens == 1, num_tokens=batch_size * num_tokens)
+        return _kind(shape, phase)
 
     def _check(
         self,
@@ -243,6 +240,18 @@ def shares_of(plan: Plan, costs: Costs) -> dict[str, Share]:
 
 
 _Shape = tuple[int, int, int, int]
+
+
+def kind_of(entry: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PassKind:
+    """What kind of pass a call is of a model that runs where it rests, and that nobody limits; the arguments of `PassLimit`."""
+    return _kind(_token_shape(_named(module, args, kwargs)), Phase.STEP)
+
+
+def _kind(shape: _Shape | None, phase: Phase) -> PassKind:
+    if shape is None:
+        return PassKind(phase)
+    batch_size, num_tokens, past_tokens, _ = shape
+    return PassKind(phase, is_step=past_tokens > 0 or num_tokens == 1, num_tokens=batch_size * num_tokens)
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

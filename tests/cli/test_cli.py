@@ -83,7 +83,7 @@ def test_run_writes_the_text_alone_to_stdout(tiny_llama: Path, where: str) -> No
     figures = figures_of(done.stderr)
     assert figures["tokens"] == "12"
     assert (parse_bytes(figures["read"]) > 0) == (where == "disk")
-    assert (figures["headline"] is not None) == (where == "disk")
+    assert figures["headline"] is not None  # of what stays in memory too
     assert parse_bytes(figures["peak"]) <= parse_bytes(figures["limit"])
     assert "\x1b" not in done.stderr
 

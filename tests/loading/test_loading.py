@@ -26,6 +26,7 @@ from bigmodel.errors import (
     ReadError,
     StreamingError,
 )
+from bigmodel.loading.lifecycle import watch
 
 GENERATES = [family for family in FAMILIES if family not in ("bert", "vit")]
 PAIR = bigmodel.Workload(batch_size=2, prompt_tokens=16, new_tokens=8)
@@ -296,6 +297,23 @@ def test_a_resident_model_is_plain(llama):
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert type(model).__name__ == "LlamaForCausalLM"
     copy.deepcopy(model).half()
+
+
+def test_the_passes_of_a_plain_model_are_counted_once_somebody_watches(llama):
+    model, inputs = load(llama, "cpu"), inputs_for("llama")
+    expected = logits(model, **inputs)
+    assert bigmodel.stats_of(model).limit is None
+    watch(model)
+    watch(model)  # a second time changes nothing
+    before = bigmodel.stats_of(model)
+    for _ in range(3):
+        assert torch.equal(logits(model, **inputs), expected)
+    found = bigmodel.stats_of(model) - before
+    assert found.num_passes == 3
+    assert found.limit is not None
+    assert found.limit.binds in ("memory of cpu", "arithmetic of cpu")
+    bigmodel.unload(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_what_a_streamed_model_tells_transformers(llama):
