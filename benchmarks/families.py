@@ -1,7 +1,7 @@
 """Models of many families, all of their weights on disk: does a step reach its bound whatever the architecture?
 
-``python -m benchmarks.families``; benchmarks/README.md says what is held equal. Every model has about a gigabyte of random weights,
-written when it is its turn and removed afterwards.
+``python -m benchmarks.families``; benchmarks/README.md says what is held equal. Every model has about a gigabyte of random
+weights, written when it is its turn and removed afterwards.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ SHARE, BATCH_PROMPT_TOKENS, BATCH_NEW_TOKENS = 0.5, 64, 9
 
 def main() -> None:
     settings = parse_settings(__doc__ or "", PARTS)
-    report = Report(f"guesses-{settings.shape}", settings.configuration)
+    report = Report("-".join(["guesses", settings.shape, *sorted(settings.only)]), settings.configuration)
     with Bench(balloon_bytes=0) as bench:
         if settings.runs("lookup"):
             _lookup(bench, report, settings)

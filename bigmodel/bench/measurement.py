@@ -82,8 +82,11 @@ def measure(settings: Settings) -> Result:
     """
     num_bytes = sum(file.stat().st_size for file in settings.files)
     balloon_bytes = min(num_bytes, settings.ram_bytes or num_bytes) * 12 // 10
-    limits = {"balloon_bytes": balloon_bytes, "timeout_s": _TIMEOUT_S + num_bytes / _SLOWEST_BYTES_PER_S}
-    with _scratch(settings, num_bytes) as scratch, Bench(**limits, tell=settings.tell) as bench:
+    timeout_s = _TIMEOUT_S + num_bytes / _SLOWEST_BYTES_PER_S
+    with (
+        _scratch(settings, num_bytes) as scratch,
+        Bench(balloon_bytes=balloon_bytes, timeout_s=timeout_s, tell=settings.tell) as bench,
+    ):
         run = _Run(settings, bench, scratch)
         machine = settings.machine
         if machine is None:
