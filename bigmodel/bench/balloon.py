@@ -32,7 +32,11 @@ class Balloon:
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
         self.num_bytes = min(num_bytes, available * 6 // 10) // (2 * MIB) * (2 * MIB)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bigmodel.bench.balloon"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "bigmodel.bench.balloon"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
 
     def fill(self, num_bytes: int | None = None) -> None:

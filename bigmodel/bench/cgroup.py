@@ -73,9 +73,12 @@ class MemoryCgroup:
         return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self._folder / "cgroup.procs"), *argv]
 
     @property
-    def peak_bytes(self) -> int:
-        """The most that was charged, page cache included."""
-        return int(self._read("memory.peak" if self._is_v2 else "memory.max_usage_in_bytes"))
+    def peak_bytes(self) -> int | None:
+        """The most that was charged, page cache included; None before Linux 5.19 with version 2, which does not keep it."""
+        try:
+            return int(self._read("memory.peak" if self._is_v2 else "memory.max_usage_in_bytes"))
+        except FileNotFoundError:
+            return None
 
     @property
     def num_oom_kills(self) -> int:

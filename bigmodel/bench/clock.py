@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Clock", "criteria", "first_difference", "stated"]
+__all__ = ["Clock", "criteria", "first_difference", "greedy_options", "stated"]
 
 
 class Clock:
@@ -57,6 +57,13 @@ def criteria(on_token: Callable[[int], None]) -> Any:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     return StoppingCriteriaList([Ticks()])
+
+
+def greedy_options(num_tokens: int) -> dict[str, Any]:
+    """What ``generate`` is asked for, whatever the checkpoint's own defaults are: exactly so many tokens, the likeliest ones."""
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
+    options |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    return options | {"min_new_tokens": num_tokens, "max_new_tokens": num_tokens}
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:

@@ -31,7 +31,7 @@ from typing import IO, Any
 from bigmodel.bench.balloon import Balloon
 from bigmodel.bench.cgroup import CgroupNotAllowed, MemoryCgroup
 from bigmodel.bench.child import MARK
-from bigmodel.bench.page_cache import drop_from_cache, read_into_cache
+from bigmodel.bench.page_cache import cached_bytes, drop_from_cache, read_into_cache
 from bigmodel.footprint import PeakFootprint, footprint_bytes
 
 __all__ = ["Bench", "Outcome", "Trial"]
@@ -104,8 +104,9 @@ class Bench:
         self.timeout_s = timeout_s
         self.tell = tell or _print
         self.notes: list[str] = []
+        self.has_groups = True  # unless one could not be made
         self._balloon = Balloon(balloon_bytes)
-        if self._balloon.num_bytes < balloon_bytes * 0.99:
+        if self._balloon.num_bytes < balloon_bytes * 0.99 - (2 << 20):  # it holds whole huge pages
             self.note(
                 f"the balloon holds {self._balloon.num_bytes / 1e9:.1f} GB of the {balloon_bytes / 1e9:.1f} GB wanted: "
                 "less memory is free. Candidates that touch more may pay for host faults."
@@ -160,6 +161,7 @@ class Bench:
                 with MemoryCgroup(trial.limit_bytes) as cgroup:
                     return self._run(trial, cgroup)
             except CgroupNotAllowed as error:
+                self.has_groups = False
                 self.note(f"no memory cgroup, the limit of {trial.limit_bytes >> 20} MiB does not hold: {error}.")
         return self._run(trial, None)
 
@@ -182,12 +184,14 @@ class Bench:
                 "names_modules": trial.names_modules,
             }
             _tell(process, json.dumps(setup))
-            words, baseline_bytes, peak_bytes, still_cached = _hear(process), 0, 0, 0
+            words, baseline_bytes, peak_bytes, still_cached, not_cached = _hear(process), 0, 0, 0, 0
             if words is not None and "ready" in words:
                 if trial.is_cold:
                     still_cached = drop_from_cache(trial.files)
                 else:
+                    self._balloon.release()  # the files need the room
                     read_into_cache(trial.files)
+                    not_cached = sum(file.stat().st_size for file in trial.files) - cached_bytes(trial.files)
                 baseline_bytes = footprint_bytes(process.pid)
                 self._balloon.release()
                 with PeakFootprint(process.pid) as sampler:
@@ -196,7 +200,10 @@ class Bench:
                 peak_bytes = sampler.peak_bytes
             process.wait()
             failure = _failure(words, process.returncode, cgroup, errors)
-        if still_cached > sum(file.stat().st_size for file in trial.files) // 1000 and failure is None:
+        num_bytes = sum(file.stat().st_size for file in trial.files)
+        if not_cached > num_bytes // 20 and failure is None:
+            failure = f"not warm: {not_cached / 1e6:.0f} MB of the files did not stay in the page cache"
+        if still_cached > num_bytes // 1000 and failure is None:
             failure = (
                 f"not cold: {still_cached / 1e6:.0f} MB of the files stayed cached; another process has them mapped"
             )
@@ -225,12 +232,22 @@ def _process(
     argv: list[str], environment: dict[str, str], errors: IO[str], timeout_s: float
 ) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        argv, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        argv,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        start_new_session=True,  # what it starts ends with it
     )
+
+    def kill() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
     def end() -> None:
         errors.write(f"\nended after {timeout_s:.0f} s without a result")
-        process.kill()
+        kill()
 
     timer = threading.Timer(timeout_s, end)
     timer.start()
@@ -238,7 +255,7 @@ def _process(
         yield process
     finally:
         timer.cancel()
-        process.kill()
+        kill()
         process.communicate()
 
 

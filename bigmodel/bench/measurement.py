@@ -25,8 +25,8 @@ _READERS = (1, 2, 4)
 _BLOCK_BYTES, _RING_BYTES = 8 << 20, 512 << 20
 # Of the disk's reference: a whole step of most models, and seconds of the others.
 _MOST_READ_BYTES = 8 << 30
-# A run that takes longer is ended: some minutes, and the passes of a slow peer from a slow disk.
-_TIMEOUT_S, _SLOWEST_BYTES_PER_S = 900.0, 20e6
+# A run that takes longer is ended: some minutes, and its passes from a slow disk.
+_TIMEOUT_S, _SLOWEST_BYTES_PER_S = 900.0, 200e6
 _SUBJECT, _PEER = "bigmodel.bench.subject", "bigmodel.bench.peers.running"
 
 
@@ -77,12 +77,13 @@ def measure(settings: Settings) -> Result:
 
     Raises:
         InvalidArgumentError: there is too little disk for what peers write.
-        DoesNotFitError: no case fits.
-        BenchmarkError: nothing could be planned, or the first case could not be run; the message says why.
+        DoesNotFitError: the first case does not fit.
+        BenchmarkError: it could not be planned or run; the message says why.
     """
     num_bytes = sum(file.stat().st_size for file in settings.files)
     balloon_bytes = min(num_bytes, settings.ram_bytes or num_bytes) * 12 // 10
-    timeout_s = _TIMEOUT_S + num_bytes / _SLOWEST_BYTES_PER_S
+    num_passes = 2 * settings.guessed_tokens if settings.guesses else 16
+    timeout_s = _TIMEOUT_S + num_passes * num_bytes / _SLOWEST_BYTES_PER_S
     with (
         _scratch(settings, num_bytes) as scratch,
         Bench(balloon_bytes=balloon_bytes, timeout_s=timeout_s, tell=settings.tell) as bench,
@@ -100,7 +101,7 @@ def measure(settings: Settings) -> Result:
             else:
                 size = found["plan"]["workload"]["batch_size"]
                 cases.append(dataclasses.replace(case, workload=dataclasses.replace(case.workload, batch_size=size)))
-        if not cases:
+        if "error" in looked[0]:  # of the case that loads and peers are measured with
             raise _refusal(looked[0])
         return run.rounds(_distinct(cases), machine)
 
@@ -156,7 +157,7 @@ class _Run:
         return Result(
             path=settings.path,
             num_bytes=sum(file.stat().st_size for file in settings.files),
-            ram_bytes=settings.ram_bytes if base.cgroup_peak_bytes is not None else None,
+            ram_bytes=settings.ram_bytes if bench.has_groups else None,
             limits=self._limits,
             machine=dict(machine),
             cases=tuple(
@@ -168,7 +169,7 @@ class _Run:
             peers={title: tuple(map(_sample, outcomes[title])) for title in outcomes if title in _TITLES},
             left_out=left_out,
             recorded=recorded,
-            notes=tuple(bench.notes),
+            notes=(*bench.notes, *_silent(outcomes)),
             environment=settings.environment,
         )
 
@@ -229,8 +230,9 @@ class _Run:
         ]
         chosen, total = [], 0
         for file, offset, size in wanted:
-            if total < _MOST_READ_BYTES:
-                chosen.append((file, offset, size // 4096 * 4096))
+            size = min(size, _MOST_READ_BYTES - total) // 4096 * 4096
+            if size:
+                chosen.append((file, offset, size))
                 total += size
         return Trial(
             name=_disk_title(count),
@@ -266,6 +268,7 @@ class _Run:
             },
             files=[Path(file) for file in prepared["files"]],
             limit_bytes=settings.ram_bytes,
+            environment=prepared["environment"],
         )
         rehearsal = self._rehearsed(trial, {"num_tokens": 2})
         if rehearsal.error is not None:
@@ -308,6 +311,14 @@ def _read_rates(outcomes: Sequence[Outcome]) -> tuple[float, ...]:
     )
 
 
+def _silent(outcomes: Mapping[str, Sequence[Outcome]]) -> Iterator[str]:
+    """What failed and has no row that says so."""
+    for name in (WARM, *map(_disk_title, _READERS)):
+        errors = [each.error for each in outcomes[name] if each.error is not None]
+        if errors:
+            yield f"{name} failed in {len(errors)} of {len(outcomes[name])} rounds: {errors[-1]}"
+
+
 def _sample(outcome: Outcome) -> dict[str, Any]:
     """A run as data."""
     peaks = {"peak_bytes": outcome.peak_rise_bytes, "group_peak_bytes": outcome.cgroup_peak_bytes}
@@ -318,8 +329,7 @@ def _sample(outcome: Outcome) -> dict[str, Any]:
 def _scratch(settings: Settings, num_bytes: int) -> Iterator[Path]:
     """A folder for what peers write, on the checkpoint's disk."""
     num_written = sum(_copies(name) for name in settings.peers)
-    beside = settings.folder.parent
-    place = settings.scratch or (beside if os.access(beside, os.W_OK) else Path(tempfile.gettempdir()))
+    place = settings.scratch or settings.folder.parent
     try:
         place.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(place).free
@@ -327,6 +337,10 @@ def _scratch(settings: Settings, num_bytes: int) -> Iterator[Path]:
         raise InvalidArgumentError(
             f"{place} cannot be written: {error}. Give another folder with --scratch."
         ) from error
+    if settings.peers and not os.access(place, os.W_OK):
+        raise InvalidArgumentError(
+            f"The peers' files would go to {place}, which cannot be written. Give a folder on the same disk with --scratch."
+        )
     if num_written * num_bytes > free_bytes:
         raise InvalidArgumentError(
             f"What the peers write takes about {format_bytes(num_written * num_bytes)}, and {place} has "

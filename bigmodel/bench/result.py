@@ -250,6 +250,7 @@ class Result:
             steps = [statistics.median(theirs["seconds"]) for _, _, theirs in pairs]
             own_steps = [statistics.median(ours["seconds"]) for _, ours, _ in pairs]
             bounds = [self._bound("decode", number, ours)[1] for number, ours, _ in pairs]
+            differences = [first_difference(ours["tokens"], theirs["tokens"]) for _, ours, theirs in pairs]
             rows.append(
                 {
                     "title": title,
@@ -259,17 +260,21 @@ class Result:
                     "ttft_s": [theirs["ttft_s"] for _, _, theirs in pairs],
                     "load_s": [theirs["load_s"] for _, _, theirs in pairs],
                     "peak_bytes": [theirs["peak_bytes"] for _, _, theirs in pairs],
-                    "differs_at": first_difference(pairs[0][1]["tokens"], pairs[0][2]["tokens"]),
+                    "differs_at": min((at for at in differences if at is not None), default=None),
                     "settings": pairs[0][2]["settings"],
                 }
             )
         return rows
 
     def failures(self) -> dict[str, str]:
-        """What failed in some round -> its last error."""
+        """What did not run, or failed in some rounds -> how often, and why."""
         runs = {measured.case.title: measured.runs for measured in self.cases} | dict(self.peers) | dict(self.guesses)
-        found = {title: [run["error"] for run in each if "error" in run] for title, each in runs.items()}
-        return dict(self.left_out) | {title: errors[-1] for title, errors in found.items() if errors}
+        told = {title: f"did not run: {error}" for title, error in self.left_out.items()}
+        for title, each in runs.items():
+            errors = [run["error"] for run in each if "error" in run]
+            if errors:
+                told[title] = f"failed in {len(errors)} of {len(each)} rounds: {errors[-1]}"
+        return told
 
     def table(self) -> str:
         """What a person reads."""
@@ -311,7 +316,7 @@ class Result:
             lines += ["", *_aligned([heads, *map(_peer_cells, compared)])]
             lines += ["", *(f"{row['title']}: {row['settings']}" for row in compared)]
         lines += [line for name, runs in self.guesses.items() for line in _guesses(name, runs)]
-        lines += [f"{title} did not run: {error}" for title, error in self.failures().items()]
+        lines += [f"{title} {error}" for title, error in self.failures().items()]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import bigmodel
-from bigmodel.bench.clock import Clock, criteria, first_difference, stated
+from bigmodel.bench.clock import Clock, criteria, first_difference, greedy_options, stated
 from bigmodel.bench.raw_read import Range, widened
 from bigmodel.checkpoint.resolve import locate
 from bigmodel.errors import BigModelError, CheckpointError, InvalidArgumentError
@@ -59,9 +59,11 @@ def look(path: str, load: Load, cases: Sequence[Mapping[str, Any]], ram_bytes: i
     """
     if ram_bytes is not None and "cpu" not in (load["max_memory"] or {}):
         with suppress(BigModelError):  # then it is told below, for each case
-            bigmodel.make_plan(
-                path, workload=bigmodel.Workload(**cases[0]), **{**load, "max_memory": stated(load["max_memory"])}
-            )
+            options = {**load, "max_memory": stated(load["max_memory"])}
+            first = bigmodel.make_plan(path, workload=bigmodel.Workload(**cases[0]), **options)
+            if not load["max_memory"]:  # a limit of the host alone would take the accelerators away
+                others = {tier: size for tier, size in first.limits.items() if tier not in ("cpu", "disk")}
+                load = {**load, "max_memory": others}
         # What its libraries hold is known now that all of them are imported.
         left = max(0, ram_bytes - footprint_bytes() - OUTSIDE_BYTES)
         load = {**load, "max_memory": {**(load["max_memory"] or {}), "cpu": left}}
@@ -307,8 +309,7 @@ def _special_tokens(described: Any) -> set[int]:
 
 def _greedy(model: Any, num_tokens: int) -> dict[str, Any]:
     """Exactly so many tokens, the likeliest ones."""
-    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
-    options |= {"min_new_tokens": num_tokens, "max_new_tokens": num_tokens}
+    options = greedy_options(num_tokens)
     if model.generation_config.pad_token_id is None:
         options["pad_token_id"] = 0  # no sequence ends early, so none is filled up
     return options

@@ -54,6 +54,14 @@ def measured(asked: Asked, tell: Callable[[str], None]) -> Result:
     lengths = [_count(text, "--prompt-tokens") for text in asked.prompt_tokens.split(",")]
     sizes = [parse_batch_size(text.strip()) for text in asked.batch_sizes.split(",")]
     peers = _peers(asked.against)
+    is_other = asked.load["dtype"] != "auto" or asked.load["variant"] is not None or Path(asked.path).is_file()
+    if peers and is_other:
+        raise InvalidArgumentError(
+            "--against runs others on a folder's own weights in their own dtype. Leave --dtype and --variant out, and give the "
+            "folder."
+        )
+    if asked.draft is not None:
+        locate(asked.draft)
     ram_bytes = None if asked.ram is None else parse_bytes(asked.ram)
     place = locate(asked.path, **{name: asked.load[name] for name in ("revision", "subfolder", "variant")})
     prompt = None
@@ -62,21 +70,24 @@ def measured(asked: Asked, tell: Callable[[str], None]) -> Result:
         tokenizer = load_tokenizer(place.folder, **options)
         prompt = tuple(encode_prompt(tokenizer, asked.prompt)["input_ids"][0].tolist())
         lengths = [len(prompt)]
+    guesses = tuple(name for name in ("lookup", "draft") if getattr(asked, name))
+    guessed_tokens = max(64, asked.new_tokens)
+    most_new = guessed_tokens if guesses else asked.new_tokens
     settings = Settings(
         path=asked.path,
         folder=Path(place.folder),
         files=tuple(map(Path, place.files)),
         load=asked.load,
-        cases=_cases(_short_enough(lengths, asked.new_tokens, place.folder, tell), sizes, asked.new_tokens),
+        cases=_cases(_short_enough(lengths, most_new, place.folder, tell), sizes, asked.new_tokens),
         tell=tell,
         num_rounds=asked.rounds,
         ram_bytes=ram_bytes,
         peers=peers,
         prompt=prompt,
-        guesses=tuple(name for name in ("lookup", "draft") if getattr(asked, name)),
+        guesses=guesses,
         draft=asked.draft,
         records=asked.records,
-        guessed_tokens=max(64, asked.new_tokens),
+        guessed_tokens=guessed_tokens,
         scratch=None if asked.scratch is None else Path(asked.scratch),
         environment=describe_environment(),
     )
@@ -99,8 +110,10 @@ def _workload(size: int | str, prompt_tokens: int, new_tokens: int) -> Workload:
 def _short_enough(lengths: list[int], new_tokens: int, folder: str, tell: Callable[[str], None]) -> list[int]:
     """Without the prompts that the model has no positions for."""
     config = read_config(folder) or {}
-    longest = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
-    if not isinstance(longest, int):
+    parts = [config, config.get("text_config") or {}]
+    stated = [part.get(name) for part in parts for name in ("max_position_embeddings", "n_positions")]
+    longest = next((each for each in stated if isinstance(each, int)), None)
+    if longest is None:
         return lengths
     kept = [length for length in lengths if length + new_tokens <= longest]
     if not kept:

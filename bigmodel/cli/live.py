@@ -45,8 +45,10 @@ def bottom_line(text: Callable[[], str], *, enabled: bool = True) -> Iterator[No
         yield
     finally:
         over.set()
-        thread.join()
-        line.close()
+        try:
+            thread.join()
+        finally:  # also where a second interrupt comes
+            line.close()
 
 
 class _Line:
@@ -54,6 +56,7 @@ class _Line:
 
     def __init__(self) -> None:
         self._rows = 0  # of the terminal, when the row was set apart
+        self._is_closed = False
 
     def show(self, text: str) -> None:
         if not text:
@@ -62,19 +65,31 @@ class _Line:
             columns, rows = os.get_terminal_size(sys.stderr.fileno())
         except (OSError, ValueError):
             return
-        if rows < _LEAST_ROWS:
-            return
         begin = ""
         if rows != self._rows:
-            begin = f"{_MAKE_ROOM}{_SAVE}\x1b[1;{rows - 1}r{_RESTORE}"
-            self._rows = rows
+            begin = self._give_back()
+            if rows >= _LEAST_ROWS:
+                begin += f"{_MAKE_ROOM}{_SAVE}\x1b[1;{rows - 1}r{_RESTORE}"
+            self._rows = rows if rows >= _LEAST_ROWS else 0
+        if self._is_closed:
+            return
+        if not self._rows:
+            self._write(begin)
+            return
         self._write(f"{begin}{_SAVE}\x1b[{rows};1H\x1b[2K\x1b[2m{text[: columns - 1]}\x1b[0m{_RESTORE}")
 
     def close(self) -> None:
-        if self._rows:
-            self._write(f"{_SAVE}\x1b[r\x1b[{self._rows};1H\x1b[2K{_RESTORE}")
+        self._is_closed = True
+        self._write(self._give_back())
+        self._rows = 0
+
+    def _give_back(self) -> str:
+        """What empties the row, and lets all of them scroll again."""
+        return f"{_SAVE}\x1b[r\x1b[{self._rows};1H\x1b[2K{_RESTORE}" if self._rows else ""
 
     def _write(self, text: str) -> None:
+        if not text:
+            return
         with contextlib.suppress(OSError):  # the terminal is gone
             sys.stderr.write(text)
             sys.stderr.flush()

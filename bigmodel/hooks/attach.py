@@ -216,10 +216,11 @@ class Attachment:
         pass_s = time.perf_counter() - self._pass_started_s
         self._pass_s += pass_s
         self._num_passes += output is not None
-        reading = Reading() if self._streamer is None else self._streamer.reading()
-        self._pace.ended(self._kind, pass_s, reading)
         self._opener = None
         try:
+            if output is not None:  # one that failed is no pass, and moved what the next one is told of
+                reading = Reading() if self._streamer is None else self._streamer.reading()
+                self._pace.ended(self._kind, pass_s, reading)
             self._hops.forget()
             self._hops.phase = Phase.STEP  # which mostly comes next
             if self._streamer is not None:

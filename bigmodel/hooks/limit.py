@@ -34,7 +34,7 @@ class Limit:
     Attributes:
         binds: the resource that needed the most time for what was done: "disk", "link to cuda:0", "memory of cpu", ...
         fraction: of the limit that was reached: the seconds that the slowest resource of each kind of pass needed at least, over
-            those that passed.
+            those that passed, by the host's clock: where an accelerator computes and nobody waits for its tokens it means little.
         least_s: resource -> seconds that it needed at least for what was done.
         rate_bytes_per_s: that the binding resource gave, over all of the time; None for arithmetic.
         rests_on: "rates" (measured by `calibrate`, or stated in a machine file), "reached" (the best that the binding
@@ -182,7 +182,8 @@ def _of_page_cache(plan: Plan, steady: Steady) -> Iterator[str]:
     if reads.cached_bytes > _MUCH * total:
         yield (
             f"{format_bytes(reads.cached_bytes)} of {format_bytes(total)} were copied out of the page cache, so there is memory "
-            f"for them: raise max_memory['cpu'] by up to {format_bytes(plan.streamed_bytes_from('disk'))}, and they stay"
+            f"for them: raise max_memory['cpu'] by up to {format_bytes(plan.streamed_bytes_from('disk'))}, and where the map is "
+            "'auto' they stay"
         )
 
 
@@ -207,7 +208,7 @@ def _of_disk(steady: Steady, rates: _Rates) -> Iterator[str]:
 
 def _of_links(steady: Steady, rates: _Rates) -> Iterator[str]:
     flow = steady.flow
-    if not flow.is_page_locked and any(moved.num_bytes for moved in flow.copies.values()):
+    if not flow.is_page_locked and any(moved.busy_s > _MUCH * steady.wall_s for moved in flow.copies.values()):
         yield (
             "the system refused to page-lock host memory, and weights are copied through small buffers: raise the limit on "
             "locked memory (ulimit -l), or state less max_memory['cpu']"
@@ -269,7 +270,7 @@ def _of_computation(plan: Plan, steady: Steady, rates: _Rates, bound_s: float) -
             f"{per_pass} on {used:.1f} of {steady.num_threads} processors, and {planned_s / max(1, steady.num_passes):.3g} s "
             "were planned: end what else computes (top shows that); if the processors are slower now, run bigmodel calibrate"
         )
-    else:
+    elif rates.rest_on("memory of cpu") == "rates":
         yield (
             f"{per_pass}, where moving bytes and arithmetic need {bound_s / max(1, steady.num_passes):.3g} s: the rest is what "
             "each operator takes by itself; do more in a pass, with a larger Workload(batch_size=...), --prompts or --lookup"
@@ -279,6 +280,6 @@ def _of_computation(plan: Plan, steady: Steady, rates: _Rates, bound_s: float) -
 def _of_outside(steady: Steady) -> Iterator[str]:
     if steady.outside_s > _MUCH * steady.wall_s:
         yield (
-            f"{steady.outside_s / steady.wall_s:.0%} of the time lay between passes, where tokens are sampled, decoded and "
-            "taken: do slow work with them in another thread (transformers' TextIteratorStreamer), or after generate"
+            f"{steady.outside_s / steady.wall_s:.0%} of the time lay between passes, where a draft guesses, and tokens are "
+            "sampled, decoded and taken: do slow work in another thread (transformers' TextIteratorStreamer), or after generate"
         )

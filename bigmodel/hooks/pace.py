@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import resource
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
+from bigmodel.device_map.control_groups import ControlGroups
 from bigmodel.hooks.hops import Phase
 from bigmodel.offload.meter import Flow
 
@@ -79,7 +83,7 @@ class Steady:
         stall_s: of those, in which the computation on the host waited for weights.
         num_hits, num_misses: entries whose unit was read ahead, or only then.
         cpu_s: processor seconds of this process.
-        num_threads, num_processors: that torch computes with on the host, and that this process may use.
+        num_threads, num_processors: that torch computes with on the host, and cores that this process may use.
         flow: what was read and copied.
         idle_s: since the last pass, when this was taken; 0 before the first, and during one.
     """
@@ -176,7 +180,7 @@ class Pace:
                 num_misses=steady.num_misses + reading.num_misses - last.num_misses,
                 cpu_s=steady.cpu_s + cpu_s - self._last_cpu_s,
                 num_threads=torch.get_num_threads(),
-                num_processors=len(os.sched_getaffinity(0)),
+                num_processors=_num_cores(frozenset(os.sched_getaffinity(0))),
                 flow=reading.flow - self._first.flow,
             )
         else:
@@ -192,3 +196,17 @@ class Pace:
         if self._ended_s is None or is_running:
             return self._steady
         return replace(self._steady, idle_s=time.perf_counter() - self._ended_s)
+
+
+@functools.cache
+def _num_cores(processors: frozenset[int]) -> int:
+    """Cores of these processors: hardware threads of one core count once, and control groups' quotas hold."""
+    cores = {_siblings(number) for number in processors}
+    return max(1, math.floor(min([len(cores), *ControlGroups(Path("/")).processors()])))
+
+
+def _siblings(processor: int) -> str:
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list").read_text()
+    except OSError:  # a core of its own, as far as is known
+        return str(processor)

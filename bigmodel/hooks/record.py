@@ -226,7 +226,8 @@ class _Recorder:
         """Of the passes that were completed, and of what was called alone after them; waits for the devices."""
         for clock in self._clocks.values():
             clock.settle()
-        passes = [*self._passes, self._current] if self._current else self._passes
+        is_whole = bool(self._current) and not self._is_running  # not one that was interrupted where no hook saw it
+        passes = [*self._passes, self._current] if is_whole else self._passes
         return [
             step for number, stretches in enumerate(passes) for each in stretches for step in self._steps(number, each)
         ]

@@ -22,6 +22,7 @@ from bigmodel.hooks.stats import StreamStats
 from bigmodel.hooks.streamer import Streamer
 from bigmodel.loading.assembled import Assembled, remember
 from bigmodel.loading.marks import mark_dispatched
+from bigmodel.loading.pass_limit import kind_of
 from bigmodel.loading.route import move_buffers, route_of, run_devices, site_devices
 from bigmodel.loading.supply import Supply, crossing_units, streamed_units
 from bigmodel.offload.converted import cached_conversions
@@ -173,7 +174,14 @@ class Assembly:
         try:
             entries = _entries(self._model, units)
             return Attachment(
-                self._model, streamer, sites, entries, check_pass, sizes, refuses_moves=is_elsewhere, route=route
+                self._model,
+                streamer,
+                sites,
+                entries,
+                check_pass or kind_of,
+                sizes,
+                refuses_moves=is_elsewhere,
+                route=route,
             )
         except BaseException:
             if streamer is not None:

@@ -61,13 +61,13 @@ class Link:
             device_index=self._stream.device_index,
             device_type=self._stream.device_type,
         )
-        with torch.no_grad(), stream:
-            if after is not None:
-                self._stream.wait_event(after)
-            begun = self._mark_time()
-            target.copy_(source, non_blocking=True)
-            ended = self._mark_time()
-        with self._lock:
+        with self._lock:  # no copy of another thread between the marks of this one
+            with torch.no_grad(), stream:
+                if after is not None:
+                    self._stream.wait_event(after)
+                begun = self._mark_time()
+                target.copy_(source, non_blocking=True)
+                ended = self._mark_time()
             self._pending.append((begun, ended, target.nbytes))
             self._settle()
 

@@ -13,6 +13,8 @@ __all__ = ["Flow", "Meter", "Moved", "Reads", "Way"]
 
 # A best rate is one that held for so long: shorter ones are what a disk's own memory gives.
 _BEST_OVER_S = 0.1
+# ... and of so many bytes, beside which what several readers had begun before is little.
+_BEST_OVER_BYTES = 256 << 20
 
 
 class Way(enum.Enum):
@@ -124,7 +126,7 @@ class Meter:
                 self._num_blocks += done > 0
                 self._buffered_bytes += done if way is Way.BUFFERED else 0
                 self._span_bytes += done
-                if self._span_s >= _BEST_OVER_S:
+                if self._span_s >= _BEST_OVER_S and self._span_bytes >= _BEST_OVER_BYTES:
                     self._best = max(self._best, self._span_bytes / self._span_s)
                     self._span_bytes, self._span_s = 0, 0.0
 

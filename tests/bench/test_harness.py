@@ -32,6 +32,9 @@ def load_of(file):
     from pathlib import Path
     return cached_bytes([Path(file)])
 
+def read(file):
+    return len(open(file, "rb").read())
+
 def fail():
     raise ValueError("no such thing")
 
@@ -82,10 +85,14 @@ def test_a_run_that_takes_more_than_its_group_has_is_killed_and_says_so(runs: st
 
 @pytest.mark.root
 def test_a_group_counts_page_cache_too(runs: str, tmp_path: Path) -> None:
-    outcome = run(f"{runs}:hold", limit_bytes=128 * MIB, num_bytes=16 * MIB)
-    assert outcome.error is None
-    assert outcome.cgroup_peak_bytes is not None
-    assert 16 * MIB <= outcome.cgroup_peak_bytes <= 128 * MIB
+    file = tmp_path / "weights"
+    file.write_bytes(os.urandom(64 * MIB))
+    drop_from_cache([file])
+    little = run(f"{runs}:tell", limit_bytes=512 * MIB).cgroup_peak_bytes
+    much = run(f"{runs}:read", limit_bytes=512 * MIB, file=str(file)).cgroup_peak_bytes
+    assert little is not None
+    assert much is not None
+    assert much > little + 120 * MIB  # the bytes, and the pages that they came from
 
 
 def test_turns_are_interleaved_and_what_fails_twice_is_left(runs: str) -> None:
@@ -111,6 +118,12 @@ def test_cold_files_are_in_no_cache_and_warm_ones_are(runs: str, tmp_path: Path)
     assert drop_from_cache([file]) == 0
     read_into_cache([file])
     assert cached_bytes([file]) == 4 * MIB
+
+
+@pytest.mark.root
+def test_nothing_is_left_of_a_group_whose_run_was_killed(runs: str) -> None:
+    run(f"{runs}:hold", limit_bytes=64 * MIB, num_bytes=256 * MIB)
+    assert not list(Path("/sys/fs/cgroup").rglob(f"bigmodel-bench-{os.getpid()}-*"))
 
 
 def test_ranges_are_aligned_merged_and_read_whole(tmp_path: Path) -> None:

@@ -105,8 +105,8 @@ def test_a_round_that_failed_is_left_out_and_told() -> None:
     step = figure(result, "step of 1 sequence")
     assert step.measured == (0.625,)
     assert step.bound == (0.5,)  # of the second round
-    assert result.failures() == {"1 x 2 tokens, 5 generated": "killed"}
-    assert "1 x 2 tokens, 5 generated did not run: killed" in result.table()
+    assert result.failures() == {"1 x 2 tokens, 5 generated": "failed in 1 of 2 rounds: killed"}
+    assert "1 x 2 tokens, 5 generated failed in 1 of 2 rounds: killed" in result.table()
 
 
 def test_peers_are_compared_round_by_round_and_wrong_answers_are_marked() -> None:
@@ -124,7 +124,10 @@ def test_peers_are_compared_round_by_round_and_wrong_answers_are_marked() -> Non
     assert other["ratio"] == [2.0]
     assert other["differs_at"] == 1
     assert "DIFFER from number 1" in result.table()
-    assert result.failures() == {"other": "killed", "none": "killed again"}
+    assert result.failures() == {
+        "other": "failed in 1 of 2 rounds: killed",
+        "none": "failed in 2 of 2 rounds: killed again",
+    }
 
 
 def test_every_sample_is_in_the_json() -> None:

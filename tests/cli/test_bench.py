@@ -43,10 +43,12 @@ def refused(*arguments: str | Path) -> str:
         (("--ram", "2Gb"), "2Gb"),
         (("--prompt-tokens", "5000"), "more than the model's 4096 positions"),
         (("--device-map", "nowhere.json"), "nowhere.json"),
+        (("--against", "transformers", "--dtype", "float16"), "Leave --dtype and --variant out"),
+        (("--html", "/nowhere/page.html"), "/nowhere/page.html"),
     ],
 )
 def test_what_means_nothing_is_refused_before_anything_runs(
-    tiny_llama: Path, options: tuple[str, str], words: str
+    tiny_llama: Path, options: tuple[str, ...], words: str
 ) -> None:
     assert words in refused(tiny_llama, *options)
 
@@ -106,7 +108,7 @@ def test_guesses_are_counted_and_compared_with_plain_greedy(tiny_llama: Path) ->
     found = run_guesses(str(tiny_llama), LOAD, None, None, 32, 24)
     assert found["num_guesses"] >= 1
     assert 1 <= found["tokens_per_pass"] <= 24
-    assert found["differs_at"] is None or found["gap"] >= 0
+    assert (found["differs_at"] is None) == (found["gap"] is None)
 
 
 def test_a_draft_that_is_the_model_itself_is_always_right(tiny_llama: Path) -> None:
@@ -148,7 +150,7 @@ def test_a_clock_leaves_the_first_step_out() -> None:
 def test_tokens_are_compared_and_limits_survive_json() -> None:
     assert first_difference([1, 2, 3], [1, 2, 3]) is None
     assert first_difference([1, 2, 3], [1, 4, 3]) == 1
-    assert stated({"0": 5, "cpu": 6}) == {0: 5, "cpu": 6}
+    assert stated(json.loads(json.dumps({0: 5, "cpu": 6}))) == {0: 5, "cpu": 6}
     assert stated(None) is None
 
 
@@ -184,14 +186,14 @@ def test_bench_measures_everything_and_a_peer_beside_it(tiny_llama: Path, tmp_pa
     assert result["machine"]["host"]["memory_bytes_per_s"] > 0
     assert result["environment"]["bigmodel"]
     assert page.read_text().startswith("<!doctype html>")
-    assert (scratch / "accelerate" / "index.json").exists()
-    assert "round 2/2  step" not in done.stdout
+    assert len(list((scratch / "accelerate").glob("*/index.json"))) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.root
 def test_a_group_that_is_too_small_says_so_and_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bigmodel", "bench", str(tiny_llama), "--ram", "100MiB", "--rounds", "1"]
+    command += ["--against", "transformers"]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1

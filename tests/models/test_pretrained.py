@@ -220,7 +220,10 @@ def test_experts_stored_fused_are_one_range(tmp_path: Path) -> None:
 
 def test_arithmetic_on_the_way_is_a_conversion(made: Callable[[str], Path]) -> None:
     """Rotary weights of another layout are permuted, row by row, while they are loaded."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.conversion_mapping import (
+        get_model_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
     from transformers.core_model_loading import PermuteForRope, WeightConverter
 
     folder = made("llama")
@@ -233,7 +236,7 @@ def test_arithmetic_on_the_way_is_a_conversion(made: Callable[[str], Path]) -> N
         "self_attn.q_proj.weight",
         operations=[PermuteForRope(permute_layer_names=["q_proj"])],
     )
-    transformers.conversion_mapping.register_checkpoint_conversion_mapping("Permuted", [rule], overwrite=True)
+    register_checkpoint_conversion_mapping("Permuted", [rule], overwrite=True)
     config = transformers.LlamaConfig.from_pretrained(folder)
     with torch.device("meta"):
         given = Permuted(config)

@@ -15,10 +15,12 @@ class Peer(Protocol):
     Attributes:
         limits: tier -> bytes that it may use, as `max_memory` has them; None where nothing limits it. Set by the caller.
         num_positions: tokens of the longest text, prompt and answer. Set by the caller.
+        environment: variables that its process is started with.
     """
 
     limits: Mapping[Any, int] | None
     num_positions: int
+    environment: Mapping[str, str]
 
     def settings(self) -> str:
         """Versions, and how it is set up, in one line.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class AirLlm:
     """Its layer-by-layer mode, with the prefetching that is its default, in the checkpoint's dtype."""
 
     name = "AirLLM"
+    environment: Mapping[str, str] = {}
 
     def __init__(self) -> None:
         self._model: Any = None

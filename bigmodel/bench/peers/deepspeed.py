@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class DeepSpeedZero:
     """
 
     name = "DeepSpeed ZeRO-Inference"
+    environment: Mapping[str, str] = {}
 
     def __init__(self) -> None:
         self._model: Any = None

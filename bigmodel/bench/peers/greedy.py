@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bigmodel.bench.clock import greedy_options
 from bigmodel.checkpoint import Checkpoint, open_checkpoint
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.models import Skeleton, build_skeleton
@@ -47,9 +48,8 @@ def generate_greedily(
     model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
+        **greedy_options(new_tokens),
+        pad_token_id=0,  # no sequence ends early, so none is filled up
         streamer=_TokensAsTheyCome(on_token),
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -20,6 +22,7 @@ class _HuggingFace(ABC):
 
     limits: Mapping[Any, int] | None = None
     num_positions = 0
+    environment: Mapping[str, str] = {}
     packages: tuple[str, ...] = ("transformers", "accelerate")
     _model: Any = None
 
@@ -51,7 +54,9 @@ class TransformersAuto(_HuggingFace):
         return f'from_pretrained(device_map="auto", max_memory={{{allowed}}})' if allowed else 'device_map="auto"'
 
     def load(self, path: str, scratch: str) -> None:
-        self._model = _load(path, scratch, "auto", dict(self.limits) if self.limits else None)
+        # Accelerate knows accelerators by their index.
+        limits = {_index(tier): size for tier, size in (self.limits or {}).items() if tier != "disk"}
+        self._model = _load(path, scratch, "auto", limits or None)
 
 
 class TransformersDisk(_HuggingFace):
@@ -74,9 +79,10 @@ class AccelerateDiskOffload(_HuggingFace):
         from accelerate.utils import offload_state_dict
         from transformers import AutoModelForCausalLM
 
-        folder = _offload_folder(scratch)
+        folder = _offload_folder(path, scratch)
         if not (folder / "index.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+            for other in folder.parent.glob("*"):  # of a checkpoint as it was before
+                shutil.rmtree(other)
             whole = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
             offload_state_dict(str(folder), whole.state_dict())
         return [str(file) for file in folder.iterdir()]
@@ -91,7 +97,7 @@ class AccelerateDiskOffload(_HuggingFace):
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)  # type: ignore[no-untyped-call]
         model.eval().tie_weights()
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-        self._model = disk_offload(model, str(_offload_folder(scratch)), execution_device=device)
+        self._model = disk_offload(model, str(_offload_folder(path, scratch)), execution_device=device)
 
 
 def _load(path: str, scratch: str, device_map: Any, max_memory: Any) -> Any:
@@ -107,5 +113,17 @@ def _load(path: str, scratch: str, device_map: Any, max_memory: Any) -> Any:
     return model.eval()
 
 
-def _offload_folder(scratch: str) -> Path:
-    return Path(scratch) / "accelerate"
+def _offload_folder(path: str, scratch: str) -> Path:
+    """Of this content of this checkpoint."""
+    stamps = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(Path(path).iterdir())
+        if file.is_file()
+    ]
+    key = hashlib.sha256(f"{os.path.realpath(path)} {stamps}".encode()).hexdigest()[:16]
+    return Path(scratch) / "accelerate" / key
+
+
+def _index(tier: Any) -> Any:
+    number = str(tier).rpartition(":")[2]
+    return int(number) if number.isdigit() else tier

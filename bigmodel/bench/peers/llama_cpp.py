@@ -24,6 +24,7 @@ class LlamaCpp:
     """
 
     name = "llama.cpp"
+    environment = {"OMP_WAIT_POLICY": "passive"}  # read as OpenMP is loaded, which may be before `load`
 
     def __init__(self, dtype: str = "bf16", num_positions: int = 2048) -> None:
         self._dtype = dtype

@@ -51,10 +51,15 @@ def prepare_peer(peer: str, path: str, scratch: str, num_positions: int) -> dict
     """Let a peer write what it needs once, for texts of at most so many tokens.
 
     Returns:
-        ``files`` that its runs read; ``seconds``; ``settings``.
+        ``files`` that its runs read; ``seconds``; ``settings``; ``environment`` of its runs.
     """
     candidate = CANDIDATES[peer]()
     candidate.num_positions = num_positions
     settings, started_s = candidate.settings(), time.perf_counter()
     files = candidate.prepare(path, scratch)
-    return {"files": [str(file) for file in files], "seconds": time.perf_counter() - started_s, "settings": settings}
+    return {
+        "files": [str(file) for file in files],
+        "seconds": time.perf_counter() - started_s,
+        "settings": settings,
+        "environment": dict(candidate.environment),
+    }
