@@ -89,6 +89,8 @@ def measure(settings: Settings) -> Result:
         Bench(balloon_bytes=balloon_bytes, timeout_s=timeout_s, tell=settings.tell) as bench,
     ):
         run = _Run(settings, bench, scratch)
+        if settings.ram_bytes is not None:  # told before a minute of measuring
+            run.once("libraries", f"{_SUBJECT}:import_libraries", {}, in_group=True)
         machine = settings.machine
         if machine is None:
             settings.tell("measuring this machine's rates")

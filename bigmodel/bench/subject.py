@@ -25,7 +25,7 @@ from bigmodel.loading.assembled import assembled
 from bigmodel.loading.lifecycle import record
 from bigmodel.loading.planning import make_plan_and_timeline
 
-__all__ = ["look", "measure_rates", "prompt_ids", "run_guesses", "run_model", "run_recorded"]
+__all__ = ["import_libraries", "look", "measure_rates", "prompt_ids", "run_guesses", "run_model", "run_recorded"]
 
 OUTSIDE_BYTES = 128 << 20
 """Of a control group, for what the kernel keeps for a process: page tables, pages of libraries, page cache on its way."""
@@ -41,6 +41,14 @@ def measure_rates(folder: str) -> dict[str, Any]:
     """
     described: dict[str, Any] = json.loads(bigmodel.Machine.calibrate(folder, progress=False).to_json())
     return described
+
+
+def import_libraries() -> int:
+    """What every run imports; bytes that this process holds then."""
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    return footprint_bytes()
 
 
 def look(path: str, load: Load, cases: Sequence[Mapping[str, Any]], ram_bytes: int | None) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def test_tokens_are_compared_and_limits_survive_json() -> None:
 @pytest.mark.slow
 def test_bench_measures_everything_and_a_peer_beside_it(tiny_llama: Path, tmp_path: Path) -> None:
     page, scratch = tmp_path / "bench.html", tmp_path / "scratch"
-    command = [sys.executable, "-m", "bigmodel", "bench", str(tiny_llama), "--rounds", "2", "--json"]
+    command = [sys.executable, "-m", "bigmodel", "bench", str(tiny_llama), "--rounds", "1", "--json"]
     command += ["--prompt-tokens", "8,16", "--batch-sizes", "1,2", "--new-tokens", "4", "--lookup"]
     command += ["--against", "transformers,accelerate", "--html", str(page), "--scratch", str(scratch)]
     if os.geteuid() == 0:
@@ -177,12 +177,12 @@ def test_bench_measures_everything_and_a_peer_beside_it(tiny_llama: Path, tmp_pa
         "peak of host memory, 1 x 8 tokens",
     ):
         assert name in names
-    assert all(len(figure["measured"]) == 2 for figure in result["figures"])
+    assert all(len(figure["measured"]) == 1 for figure in result["figures"])
     # Equal weights, float32, greedy: every peer gives the same tokens.
     compared = {row["title"]: row for row in result["compared"]}
     assert set(compared) == {"transformers, auto", "transformers, disk", "accelerate, disk_offload"}, result["left_out"]
-    assert all(row["differs_at"] is None and len(row["ratio"]) == 2 for row in compared.values())
-    assert len(result["guesses"]["lookup"]) == 2
+    assert all(row["differs_at"] is None and len(row["ratio"]) == 1 for row in compared.values())
+    assert len(result["guesses"]["lookup"]) == 1
     assert result["machine"]["host"]["memory_bytes_per_s"] > 0
     assert result["environment"]["bigmodel"]
     assert page.read_text().startswith("<!doctype html>")
