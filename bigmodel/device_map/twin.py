@@ -61,10 +61,14 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _own_hooks(hooks: Any) -> Any:
-    """Of a module's hooks those that are part of its arithmetic: torch's own, such as weight_norm's."""
+    """Of a module's hooks those that are part of its arithmetic: torch's own, such as weight_norm's, and ours that say so."""
     if not isinstance(hooks, dict):
         return hooks
-    return type(hooks)((key, hook) for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils"))
+    return type(hooks)((key, hook) for key, hook in hooks.items() if _is_arithmetic(hook))
+
+
+def _is_arithmetic(hook: Any) -> bool:
+    return type(hook).__module__.startswith("torch.nn.utils") or getattr(hook, "is_arithmetic", False)
 
 
 def _kinds(blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:

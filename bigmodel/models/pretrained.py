@@ -23,6 +23,7 @@ from bigmodel.checkpoint import Checkpoint, refuse_prequantised
 from bigmodel.errors import CheckpointError, InvalidArgumentError, UnsupportedCheckpointError
 from bigmodel.models.config_checks import naming_config, refuse_counts, refuse_impossible, refuse_no_blocks
 from bigmodel.models.conversion import trace
+from bigmodel.models.heads import quicken_heads
 from bigmodel.models.meta import call_on_meta, refuse_meta_buffers, refuse_real
 from bigmodel.models.skeleton import Skeleton, change_tensors, match_names, refuse_mismatch, take_sources
 
@@ -85,6 +86,7 @@ def build_skeleton(
                 filled = match_names(given, checkpoint, dtype=wanted, key_mapping=renames, strict=strict)
         refuse_meta_buffers(dict(filled.model.named_buffers()))
         filled.model.requires_grad_(False).eval()
+        quicken_heads(filled.model)
     return filled
 
 
@@ -127,6 +129,7 @@ def build_without_weights(
         with naming_config(checkpoint, type(known).__name__):
             _initialise(known, set(), real_buffers)
         known.requires_grad_(False).eval()
+        quicken_heads(model)
     no_split = frozenset(getattr(model, "_no_split_modules", None) or ())
     return Skeleton(model=model, sources={}, initialised=(), unexpected=(), no_split=no_split)
 
