@@ -163,8 +163,11 @@ class Attachment:
             pass_s=self._pass_s,
             resident_bytes=self._sizes.resident_bytes,
             mapped_bytes=self._sizes.mapped_bytes,
-            steady=self._pace.steady(is_running=self.is_running),
+            steady=self._pace.steady(self._reading().flow, is_running=self.is_running),
         )
+
+    def _reading(self) -> Reading:
+        return Reading() if self._streamer is None else self._streamer.reading()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Attachment:
         raise StreamingError(COPY_REFUSED)
@@ -219,8 +222,7 @@ class Attachment:
         self._opener = None
         try:
             if output is not None:  # one that failed is no pass, and moved what the next one is told of
-                reading = Reading() if self._streamer is None else self._streamer.reading()
-                self._pace.ended(self._kind, pass_s, reading)
+                self._pace.ended(self._kind, pass_s, self._reading())
             self._hops.forget()
             self._hops.phase = Phase.STEP  # which mostly comes next
             if self._streamer is not None:

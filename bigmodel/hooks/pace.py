@@ -15,7 +15,7 @@ import torch
 
 from bigmodel.device_map.control_groups import ControlGroups
 from bigmodel.hooks.hops import Phase
-from bigmodel.offload.meter import Flow
+from bigmodel.offload.meter import Flow, Moved
 
 __all__ = ["Pace", "PassKind", "Passes", "Steady"]
 
@@ -59,6 +59,14 @@ class Passes:
     def __sub__(self, earlier: Passes) -> Passes:
         return self._with(earlier, -1)
 
+    def without(self, idle: Flow) -> Passes:
+        """The same, less what was read and copied for them beforehand."""
+        copied = {
+            device: max(0, size - idle.copies.get(device, Moved()).num_bytes)
+            for device, size in self.copied_bytes.items()
+        }
+        return replace(self, read_bytes=max(0, self.read_bytes - idle.reads.num_bytes), copied_bytes=copied)
+
     def _with(self, other: Passes, times: int) -> Passes:
         devices = {*self.copied_bytes, *other.copied_bytes}
         return Passes(
@@ -86,6 +94,7 @@ class Steady:
         num_threads, num_processors: that torch computes with on the host, and cores that this process may use.
         flow: what was read and copied.
         idle_s: since the last pass, when this was taken; 0 before the first, and during one.
+        idle_flow: what was read and copied in that time, for passes to come.
     """
 
     prefills: Passes = Passes()
@@ -100,6 +109,7 @@ class Steady:
     num_processors: int = 1
     flow: Flow = field(default_factory=Flow)
     idle_s: float = 0.0
+    idle_flow: Flow = field(default_factory=Flow)
 
     @property
     def outside_s(self) -> float:
@@ -114,7 +124,14 @@ class Steady:
     def __sub__(self, earlier: Steady) -> Steady:
         """What happened since `earlier` was taken."""
         prefills, steps = self.prefills - earlier.prefills, self.steps - earlier.steps
+        flow = self.flow - earlier.flow
         is_later = self.wall_s > earlier.wall_s
+        if is_later:  # what came before is not of its time: the next pass, of a prompt as a rule, found it there
+            flow -= earlier.idle_flow
+            if prefills.num_passes:
+                prefills = prefills.without(earlier.idle_flow)
+            else:
+                steps = steps.without(earlier.idle_flow)
         return Steady(
             prefills=prefills,
             steps=steps,
@@ -126,8 +143,9 @@ class Steady:
             cpu_s=self.cpu_s - earlier.cpu_s,
             num_threads=self.num_threads,
             num_processors=self.num_processors,
-            flow=self.flow - earlier.flow,
+            flow=flow,
             idle_s=self.idle_s,
+            idle_flow=self.idle_flow,
         )
 
 
@@ -187,15 +205,17 @@ class Pace:
             self._first = reading
         self._last, self._last_cpu_s, self._ended_s = reading, cpu_s, now_s
 
-    def steady(self, *, is_running: bool) -> Steady:
+    def steady(self, flow: Flow, *, is_running: bool) -> Steady:
         """The account up to the last pass.
 
         Args:
+            flow: what has moved up to now.
             is_running: whether a pass is under way.
         """
         if self._ended_s is None or is_running:
             return self._steady
-        return replace(self._steady, idle_s=time.perf_counter() - self._ended_s)
+        idle_s = time.perf_counter() - self._ended_s
+        return replace(self._steady, idle_s=idle_s, idle_flow=flow - self._last.flow)
 
 
 @functools.cache

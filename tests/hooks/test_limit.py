@@ -239,6 +239,21 @@ def test_time_between_passes_counts_and_before_the_first_of_them_does_not(folder
     assert (steady.prefills.num_passes, steady.prefills.num_tokens) == (2, 8)
 
 
+def test_what_was_read_before_a_difference_began_is_not_of_its_time(folder, throttled):
+    evict(folder)
+    model = streamed(folder)
+    with torch.no_grad():
+        model(input_ids=IDS)
+        time.sleep(0.5)  # the slots fill, for the pass to come
+        before = bigmodel.stats_of(model)
+        assert before.steady.idle_flow.reads.num_bytes > 0
+        model(input_ids=IDS)
+    steady = (bigmodel.stats_of(model) - before).steady
+    assert steady.prefills.num_passes == 1
+    assert steady.prefills.read_bytes == steady.flow.reads.num_bytes
+    assert limit_at(bigmodel.stats_of(model) - before, disk=DISK_BYTES_PER_S).fraction <= 1.02
+
+
 def test_generated_tokens_are_told_from_prompts(folder):
     model = bigmodel.load_sharded(folder, workload=SMALL, max_memory={"cpu": "8GiB"}, progress=False)
     assert bigmodel.stats_of(model).limit is None
