@@ -23,7 +23,10 @@ class MemoryCgroup:
     what another process has cached costs this one nothing.
 
     Args:
-        limit_bytes: memory and page cache together. Swap is not allowed on top of it.
+        limit_bytes: memory and page cache together. Swap is not allowed on top of it, where the kernel can tell.
+
+    Attributes:
+        may_swap: whether there is swap that the limit does not hold for; known inside the ``with`` block.
 
     Raises:
         CgroupNotAllowed: on entering, when there is no writable memory hierarchy.
@@ -31,6 +34,7 @@ class MemoryCgroup:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
+        self.may_swap = False
         self._folder = Path()
         self._is_v2 = False
 
@@ -44,14 +48,15 @@ class MemoryCgroup:
         try:
             if self._is_v2:
                 self._write("memory.max", self.limit_bytes)
-                self._write_if_there("memory.swap.max", 0)
+                is_held = self._write_if_there("memory.swap.max", 0)
             else:
                 self._write("memory.limit_in_bytes", self.limit_bytes)
                 # Fails where swap accounting is off; then there is no such file either.
-                self._write_if_there("memory.memsw.limit_in_bytes", self.limit_bytes)
+                is_held = self._write_if_there("memory.memsw.limit_in_bytes", self.limit_bytes)
         except OSError as error:
             self._folder.rmdir()
             raise CgroupNotAllowed(f"the limit cannot be set in {self._folder}: {error}") from error
+        self.may_swap = not is_held and _has_swap()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -89,15 +94,22 @@ class MemoryCgroup:
     def _write(self, file: str, value: int) -> None:
         (self._folder / file).write_text(str(value))
 
-    def _write_if_there(self, file: str, value: int) -> None:
+    def _write_if_there(self, file: str, value: int) -> bool:
+        """Whether it was written."""
         try:
             if (self._folder / file).exists():
                 self._write(file, value)
+                return True
         except OSError:
             pass
+        return False
 
     def _read(self, file: str) -> str:
         return (self._folder / file).read_text()
+
+
+def _has_swap() -> bool:
+    return len(Path("/proc/swaps").read_text().splitlines()) > 1  # below its heading
 
 
 def _memory_hierarchy() -> tuple[Path, bool]:

@@ -159,6 +159,8 @@ class Bench:
         if trial.limit_bytes is not None:
             try:
                 with MemoryCgroup(trial.limit_bytes) as cgroup:
+                    if cgroup.may_swap:
+                        self.note("the kernel does not limit swap here: memory beyond the limit may have gone there.")
                     return self._run(trial, cgroup)
             except CgroupNotAllowed as error:
                 self.has_groups = False
@@ -205,7 +207,8 @@ class Bench:
             failure = f"not warm: {not_cached / 1e6:.0f} MB of the files did not stay in the page cache"
         if still_cached > num_bytes // 1000 and failure is None:
             failure = (
-                f"not cold: {still_cached / 1e6:.0f} MB of the files stayed cached; another process has them mapped"
+                f"not cold: {still_cached / 1e6:.0f} MB of the files stayed in memory: another process has them mapped, or they "
+                "lie in a file system that is memory (tmpfs)"
             )
         return Outcome(
             name=trial.name,

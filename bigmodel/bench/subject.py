@@ -31,6 +31,7 @@ OUTSIDE_BYTES = 128 << 20
 """Of a control group, for what the kernel keeps for a process: page tables, pages of libraries, page cache on its way."""
 
 Load = Mapping[str, Any]
+_PLACE = ("revision", "subfolder", "variant")
 
 
 def measure_rates(folder: str) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def run_guesses(
     guesser, tokenizer = None, None
     if draft is not None:
         reading = {name: load[name] for name in ("dtype", "trust_remote_code")}
-        tokenizer, own = _tokenizer(path, load), _tokenizer(draft, load)
+        tokenizer, own = _tokenizer(path, load), _tokenizer(draft, {**load, **dict.fromkeys(_PLACE)})
         guesser = Draft.load(draft, tokenizer, own, stated(load["max_memory"]), workload, progress=False, **reading)
         options["max_memory"] = guesser.limits_beside()
     model = bigmodel.load_sharded(path, workload=workload, progress=False, **options)
@@ -253,8 +254,9 @@ def _streamed(model: Any, ids: Mapping[str, Any], new_tokens: int, options: Mapp
 
 def _tokenizer(path: str, load: Load) -> Any:
     """Of a checkpoint; None where it has none."""
+    place = locate(path, **{name: load[name] for name in _PLACE})
     with suppress(CheckpointError):
-        return load_tokenizer(locate(path).folder, trust_remote_code=load["trust_remote_code"])
+        return load_tokenizer(place.folder, subfolder=load["subfolder"], trust_remote_code=load["trust_remote_code"])
     return None
 
 

@@ -77,14 +77,16 @@ class AccelerateDiskOffload(_HuggingFace):
 
     def prepare(self, path: str, scratch: str) -> list[str]:
         from accelerate.utils import offload_state_dict
-        from transformers import AutoModelForCausalLM
+
+        import bigmodel
 
         folder = _offload_folder(path, scratch)
         if not (folder / "index.json").exists():
             for other in folder.parent.glob("*"):  # of a checkpoint as it was before
                 shutil.rmtree(other)
-            whole = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-            offload_state_dict(str(folder), whole.state_dict())
+            # Under transformers' names, as views of the files: nothing is in memory but what is being written.
+            at_rest = bigmodel.load_sharded(path, device_map={"": "disk"}, progress=False)
+            offload_state_dict(str(folder), at_rest.state_dict())
         return [str(file) for file in folder.iterdir()]
 
     def load(self, path: str, scratch: str) -> None:
