@@ -254,9 +254,11 @@ def _streamed(model: Any, ids: Mapping[str, Any], new_tokens: int, options: Mapp
 
 def _tokenizer(path: str, load: Load) -> Any:
     """Of a checkpoint; None where it has none."""
-    place = locate(path, **{name: load[name] for name in _PLACE})
+    place = locate(path, **{name: load.get(name) for name in _PLACE})
     with suppress(CheckpointError):
-        return load_tokenizer(place.folder, subfolder=load["subfolder"], trust_remote_code=load["trust_remote_code"])
+        return load_tokenizer(
+            place.folder, subfolder=load.get("subfolder"), trust_remote_code=load["trust_remote_code"]
+        )
     return None
 
 

@@ -322,7 +322,7 @@ def test_a_long_prompt_runs_on_the_card_and_the_tokens_after_it_where_their_weig
     # Activations of the whole prompt are on the card; what the host holds of it is one token's, and the cache.
     cache_bytes = len(moving) * 2 * 8 * 128 * 2 * workload.total_tokens
     steps = plan.estimate.phase_peak_bytes["decode"]["cpu"] - plan.estimate.phase_peak_bytes["load"]["cpu"]
-    assert cache_bytes <= steps < cache_bytes + plan.activation_bytes / 4
+    assert cache_bytes <= steps < cache_bytes + plan.activation_bytes / 3
     told = plan.explain()
     assert f"run on cpu, from {plan.prefill_from_tokens} tokens a pass on cuda:0" in told
     assert "the first pass streams" in told
