@@ -66,7 +66,7 @@ def _report(settings: Settings, result: Result, ram_bytes: int) -> None:
         "passes": f"a prompt of {PROMPT_TOKENS}, {NEW_TOKENS} tokens after it, the first two not among the steps; batch 1",
         "cgroup": f"{ram_bytes // MIB} MiB, process and page cache",
     }
-    report = Report(f"peers-{settings.shape}", configuration)
+    report = Report("-".join(["peers", settings.shape, *sorted(settings.only)]), configuration)
     rows = {row["title"]: row for row in result.compared()}
     step = next(figure for figure in result.figures if figure.name.startswith("step of"))
     report.add(
