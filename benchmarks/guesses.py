@@ -139,12 +139,14 @@ def run_guesses(path: str, with_lookup: bool) -> dict[str, Any]:
     import torch
 
     import bigmodel
-    from bigmodel.generation.drafts import lookup_options
+    from bigmodel.generation.drafts import MOST_GUESSES, lookup_options
     from bigmodel.generation.text import TextStream, encode_prompt, load_tokenizer
 
     tokenizer = load_tokenizer(path)
     inputs = encode_prompt(tokenizer, PROMPT, chat=True)
-    workload = bigmodel.Workload(prompt_tokens=inputs["input_ids"].shape[1], new_tokens=NEW_TOKENS)
+    workload = bigmodel.Workload(
+        prompt_tokens=inputs["input_ids"].shape[1] + MOST_GUESSES, new_tokens=NEW_TOKENS + MOST_GUESSES
+    )
     model = bigmodel.load_sharded(path, device_map={"": "disk"}, workload=workload, progress=False)
     options = lookup_options(bigmodel.plan_of(model)) if with_lookup else {}
     stream = TextStream(tokenizer, lambda text: None)
@@ -153,7 +155,7 @@ def run_guesses(path: str, with_lookup: bool) -> dict[str, Any]:
     assert stream.first_token_s is not None
     assert stream.last_token_s is not None
     return {
-        "seconds": (stream.last_token_s - stream.first_token_s) / (stream.num_tokens - 1),
+        "seconds": (stream.last_token_s - stream.first_token_s) / (stream.num_tokens - stream.num_first),
         "tokens_per_pass": stream.num_tokens / bigmodel.stats_of(model).num_passes,
         "num_guesses": options.get("prompt_lookup_num_tokens", 0),
         "digest": hashlib.sha256(found.numpy().tobytes()).hexdigest()[:16],

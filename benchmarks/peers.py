@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from benchmarks.report import Figure, Report, median
-from benchmarks.settings import Settings, parse_settings
+from benchmarks.settings import parse_settings
 from bigmodel.bench.measurement import Settings as Measurement
 from bigmodel.bench.measurement import measure
 from bigmodel.bench.peers import PEERS
@@ -29,7 +29,7 @@ GROUPS = {
     "the faster of llama.cpp's files": (("llama.cpp",), 2.5),
     "DeepSpeed ZeRO-3 with parameters in files": (("deepspeed",), 3.0),
 }
-# Where the bound is too near for that, this part of what it leaves.
+# Where the bound is too near for that, this part of what it leaves; DeepSpeed is held to its figure anyway.
 OF_THE_BOUND = 0.9
 
 
@@ -42,6 +42,12 @@ def main() -> None:
     )
     load = dict.fromkeys(("max_memory", "revision", "subfolder", "variant", "offload_folder"))
     load |= {"device_map": "auto", "allow_cpu_compute": False, "dtype": "auto", "trust_remote_code": False}
+    configuration = settings.configuration | {
+        "passes": f"a prompt of {PROMPT_TOKENS}, {NEW_TOKENS} tokens after it, the first two not among the steps; batch 1",
+        "cgroup": f"{ram_bytes // MIB} MiB, process and page cache",
+    }
+    # Made before the runs, because it notes how busy the machine is.
+    report = Report("-".join(["peers", settings.shape, *sorted(settings.only)]), configuration)
     result = measure(
         Measurement(
             path=str(settings.path),
@@ -58,15 +64,12 @@ def main() -> None:
         )
     )
     print(result.table())
-    _report(settings, result, ram_bytes)
+    _fill(report, result)
+    if settings.results is not None:
+        print(f"written: {report.write(result, settings.results)}", file=sys.stderr)
 
 
-def _report(settings: Settings, result: Result, ram_bytes: int) -> None:
-    configuration = settings.configuration | {
-        "passes": f"a prompt of {PROMPT_TOKENS}, {NEW_TOKENS} tokens after it, the first two not among the steps; batch 1",
-        "cgroup": f"{ram_bytes // MIB} MiB, process and page cache",
-    }
-    report = Report("-".join(["peers", settings.shape, *sorted(settings.only)]), configuration)
+def _fill(report: Report, result: Result) -> None:
     rows = {row["title"]: row for row in result.compared()}
     step = next(figure for figure in result.figures if figure.name.startswith("step of"))
     report.add(
@@ -88,13 +91,11 @@ def _report(settings: Settings, result: Result, ram_bytes: int) -> None:
             )
         )
     report.result = result
-    if settings.results is not None:
-        print(f"written: {report.write(result, settings.results)}", file=sys.stderr)
 
 
 def _figure(name: str, row: dict[str, Any], target: float) -> Figure:
     bound = median(row["bound_ratio"])
-    allowed = OF_THE_BOUND * bound
+    allowed = target if row["title"] in PEERS["deepspeed"] else OF_THE_BOUND * bound
     note = f"{row['title']}; nothing could be more than {bound:.2f}x"
     return Figure(
         name=f"decode step, times faster than {name}",

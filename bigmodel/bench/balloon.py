@@ -12,10 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["Balloon"]
+__all__ = ["Balloon", "available_bytes"]
 
 MADV_HUGEPAGE, MADV_POPULATE_WRITE = 14, 23
 MIB = 1 << 20
+
+
+def available_bytes() -> int:
+    """Of this machine's memory, what can be taken without swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()  # "MemAvailable:   20000000 kB"
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 class Balloon:
@@ -27,10 +33,7 @@ class Balloon:
     """
 
     def __init__(self, num_bytes: int) -> None:
-        # The line reads "MemAvailable:   20000000 kB".
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-        self.num_bytes = min(num_bytes, available * 6 // 10) // (2 * MIB) * (2 * MIB)
+        self.num_bytes = min(num_bytes, available_bytes() * 6 // 10) // (2 * MIB) * (2 * MIB)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bigmodel.bench.balloon"],
             stdin=subprocess.PIPE,

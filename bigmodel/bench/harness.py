@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from bigmodel.bench.balloon import Balloon
+from bigmodel.bench.balloon import Balloon, available_bytes
 from bigmodel.bench.cgroup import CgroupNotAllowed, MemoryCgroup
 from bigmodel.bench.child import MARK
 from bigmodel.bench.page_cache import cached_bytes, drop_from_cache, read_into_cache
@@ -191,7 +191,8 @@ class Bench:
                 if trial.is_cold:
                     still_cached = drop_from_cache(trial.files)
                 else:
-                    self._balloon.release()  # the files need the room
+                    if not _have_room(trial.files):
+                        self._balloon.release()
                     read_into_cache(trial.files)
                     not_cached = sum(file.stat().st_size for file in trial.files) - cached_bytes(trial.files)
                 baseline_bytes = footprint_bytes(process.pid)
@@ -219,6 +220,16 @@ class Bench:
             cgroup_peak_bytes=cgroup.peak_bytes if cgroup else None,
             modules=tuple(words.get("modules", ())) if words else (),
         )
+
+
+# Of memory, beside the files and the balloon, while both are held.
+_SPARE_BYTES = 2 << 30
+
+
+def _have_room(files: Sequence[Path]) -> bool:
+    """Whether the page cache can take these files while the balloon is held."""
+    needed = sum(file.stat().st_size for file in files) + _SPARE_BYTES
+    return needed < available_bytes()
 
 
 def _print(text: str) -> None:

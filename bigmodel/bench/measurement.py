@@ -102,7 +102,9 @@ def measure(settings: Settings) -> Result:
                 bench.note(f"{case.title} are left out: {found['error']}")
             else:
                 size = found["plan"]["workload"]["batch_size"]
-                cases.append(dataclasses.replace(case, workload=dataclasses.replace(case.workload, batch_size=size)))
+                workload = dataclasses.replace(case.workload, batch_size=size)
+                foreseen = {name: found[name] for name in ("planning_s", "stall_s")}
+                cases.append(dataclasses.replace(case, workload=workload, **foreseen))
         if "error" in looked[0]:  # of the case that loads and peers are measured with
             raise _refusal(looked[0])
         return run.rounds(_distinct(cases), machine)

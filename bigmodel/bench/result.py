@@ -29,10 +29,14 @@ class Case:
     Attributes:
         workload: that is planned for.
         num_tokens: that are generated; 1 where only the first pass counts.
+        planning_s: that building the module and planning took here, which a load does too; None where it is not known.
+        stall_s: in which a step is predicted to wait for weights; likewise.
     """
 
     workload: Workload
     num_tokens: int
+    planning_s: float | None = field(default=None, compare=False)
+    stall_s: float | None = field(default=None, compare=False)
 
     @property
     def title(self) -> str:
@@ -152,12 +156,21 @@ class Result:
                 name="load, page cache cold",
                 unit="s",
                 measured=tuple(run["load_s"] for _, run in good),
-                predicted=estimate["load_s"],
+                predicted=_sum(estimate["load_s"], measured.case.planning_s),
                 bound=tuple(loads) if all(loads) else (),
                 binds="disk" if all(loads) else "",
             )
             warm = tuple(run["load_s"] for run in measured.warm if "error" not in run)
-            yield Figure(name="load, page cache warm", unit="s", measured=warm)
+            copied = self._copy_bound_s(good[0][1])
+            yield Figure(
+                # Another process fills the page cache, which no control group of this one's would have to hold.
+                name="load, page cache warm" + (", files outside the limit" if self.ram_bytes else ""),
+                unit="s",
+                measured=warm,
+                predicted=_sum(copied, measured.case.planning_s),
+                bound=(copied,) * len(warm) if copied else (),
+                binds="memory of cpu" if copied else "",
+            )
         bounds = [self._bound("prefill", number, run) for number, run in good]
         yield Figure(
             name=f"first token, {size} x {tokens} tokens",
@@ -168,7 +181,7 @@ class Result:
             binds=_commonest(name for name, _ in bounds),
         )
         if good[0][1]["seconds"]:
-            yield from self._of_steps(good, size)
+            yield from self._of_steps(good, size, measured.case.stall_s)
         for tier, peaks in _peaks(run for _, run in good).items():
             limit = plan["limits"].get(tier)
             yield Figure(
@@ -180,7 +193,9 @@ class Result:
                 binds="limit" if limit else "",
             )
 
-    def _of_steps(self, good: Sequence[tuple[int, Mapping[str, Any]]], size: int) -> Iterator[Figure]:
+    def _of_steps(
+        self, good: Sequence[tuple[int, Mapping[str, Any]]], size: int, stall_s: float | None
+    ) -> Iterator[Figure]:
         plan = good[0][1]["plan"]
         estimate = plan["estimate"]
         steps = tuple(statistics.median(run["seconds"]) for _, run in good)
@@ -212,12 +227,18 @@ class Result:
                 streamed = sum(plan["streamed_bytes"]["decode"][tier] for tier in tiers)
                 yield Figure(name=f"{what} per step of {title}", unit="bytes", measured=counts, predicted=streamed)
         stalls = tuple(run["stall_s"] for _, run in good)
-        yield Figure(name=f"waiting for weights per step of {title}", unit="s", measured=stalls)
+        yield Figure(name=f"waiting for weights per step of {title}", unit="s", measured=stalls, predicted=stall_s)
 
     def _load_bound_s(self, number: int, run: Mapping[str, Any]) -> float:
         """What reading the weights that stay takes; those that are mapped are read by the first pass."""
         rate = self.disk_rate(number)
         return max(0, run["plan"]["resident_bytes"] - run["mapped_bytes"]) / rate if rate else 0.0
+
+    def _copy_bound_s(self, run: Mapping[str, Any]) -> float:
+        """What it takes to copy the weights that stay from the page cache: each byte is read and written."""
+        rate = self.machine.get("host", {}).get("memory_bytes_per_s")
+        num_bytes = max(0, run["plan"]["resident_bytes"] - run["mapped_bytes"])
+        return 2.0 * num_bytes / float(rate) if rate else 0.0
 
     def _bound(self, phase: str, number: int, run: Mapping[str, Any]) -> tuple[str, float]:
         """The resource that needs longest for a pass, and how long; the disk at what it gave in that round."""
@@ -351,6 +372,10 @@ def _run(outcome: Outcome) -> Mapping[str, Any]:
         return {"error": outcome.error}
     kept = {name: value for name, value in outcome.result.items() if name != "ranges"}
     return {**kept, "peak_bytes": outcome.peak_rise_bytes, "group_peak_bytes": outcome.cgroup_peak_bytes}
+
+
+def _sum(one: float, other: float | None) -> float | None:
+    return None if other is None else one + other
 
 
 def _peaks(runs: Any) -> dict[str, tuple[float, ...]]:

@@ -17,6 +17,7 @@ import bigmodel
 from bigmodel.bench.clock import Clock, criteria, first_difference, greedy_options, stated
 from bigmodel.bench.raw_read import Range, widened
 from bigmodel.checkpoint.resolve import locate
+from bigmodel.device_map.simulation import Step
 from bigmodel.errors import BigModelError, CheckpointError, InvalidArgumentError
 from bigmodel.footprint import footprint_bytes
 from bigmodel.generation.drafts import MOST_GUESSES, Draft, lookup_options
@@ -64,7 +65,8 @@ def look(path: str, load: Load, cases: Sequence[Mapping[str, Any]], ram_bytes: i
 
     Returns:
         ``cases``: for each its ``plan`` (as `Plan.to_json` has it, parsed) or the ``error``
-            that refuses it, and the sizes of one that does not fit; ``limits`` that hold.
+            that refuses it, and the sizes of one that does not fit; ``planning_s`` that it took, of which a load is made too;
+            ``stall_s``, in which a step is predicted to wait; ``limits`` that hold.
     """
     if ram_bytes is not None and "cpu" not in (load["max_memory"] or {}):
         with suppress(BigModelError):  # then it is told below, for each case
@@ -78,15 +80,30 @@ def look(path: str, load: Load, cases: Sequence[Mapping[str, Any]], ram_bytes: i
         load = {**load, "max_memory": {**(load["max_memory"] or {}), "cpu": left}}
     options = {**load, "max_memory": stated(load["max_memory"])}
     planned: list[dict[str, Any]] = []
+    with suppress(BigModelError):  # told below; what the first of a process imports is not of planning
+        bigmodel.make_plan(path, workload=bigmodel.Workload(**cases[0]), **options)
     for case in cases:
+        started_s = time.perf_counter()
         try:
-            plan = bigmodel.make_plan(path, workload=bigmodel.Workload(**case), **options)
+            plan, timeline = make_plan_and_timeline(path, None, bigmodel.Workload(**case), **options)
         except BigModelError as error:
             sizes = {name: getattr(error, name, None) for name in ("tier", "needed_bytes", "available_bytes")}
             planned.append({"error": str(error), **sizes})
         else:
-            planned.append({"plan": json.loads(plan.to_json())})
+            planning_s = time.perf_counter() - started_s
+            described = json.loads(plan.to_json())
+            planned.append({"plan": described, "planning_s": planning_s, "stall_s": _stall_s(plan, timeline())})
     return {"cases": planned, "limits": dict(load["max_memory"] or {})}
+
+
+def _stall_s(plan: bigmodel.Plan, timeline: Sequence[Step]) -> float | None:
+    """Of a predicted step, what no unit computes in; None where an accelerator waits by itself."""
+    number = max((step.number for step in timeline), default=0)
+    before, last = ([step.run for step in timeline if step.number == each] for each in (number - 1, number))
+    if plan.run_devices != {"cpu"} or not before:
+        return None
+    took_s = max(end for _, end in last) - max(end for _, end in before)
+    return max(0.0, took_s - sum(end - begin for begin, end in last))
 
 
 def run_model(
@@ -155,16 +172,19 @@ def run_recorded(path: str, load: Load, workload: Mapping[str, Any], prompt: Seq
 
     options = {**load, "max_memory": stated(load["max_memory"])}
     planned_for = bigmodel.Workload(**workload)
+    # Before the model takes memory that is free now.
+    plan, timeline = make_plan_and_timeline(path, None, planned_for, **options)
+    predicted = [asdict(step) for step in timeline()]
+    options["device_map"] = plan
     model = bigmodel.load_sharded(path, workload=planned_for, progress=False, **options)
     _refuse_silent(path, model)
     ids = prompt_ids(model, planned_for, prompt)
     with torch.no_grad(), record(model) as measured:
         model.generate(**ids, **_greedy(model, 3))
-    _, timeline = make_plan_and_timeline(path, None, planned_for, **options)
     return {
         "plan": json.loads(bigmodel.plan_of(model).to_json()),
         "measured": [asdict(step) for step in measured],
-        "predicted": [asdict(step) for step in timeline()],
+        "predicted": predicted,
     }
 
 
@@ -188,7 +208,7 @@ def run_guesses(
     import torch
 
     options = {**load, "max_memory": stated(load["max_memory"])}
-    workload = bigmodel.Workload(prompt_tokens=max(prompt_tokens, MOST_GUESSES + 1), new_tokens=new_tokens)
+    workload = bigmodel.Workload(prompt_tokens=prompt_tokens + MOST_GUESSES, new_tokens=new_tokens + MOST_GUESSES)
     guesser, tokenizer = None, None
     if draft is not None:
         reading = {name: load[name] for name in ("dtype", "trust_remote_code")}
@@ -222,12 +242,13 @@ def run_guesses(
     }
 
 
-class _Stream:
+class Stream:
     """Takes tokens of one sequence from ``generate(streamer=)``, several at a time where guesses were right."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self._has_prompt = False
+        self._started_s = time.perf_counter()
         self._times: list[tuple[float, int]] = []
 
     def put(self, value: Any) -> None:
@@ -241,13 +262,13 @@ class _Stream:
 
     @property
     def seconds_per_token(self) -> float:
-        """From the first that came to the last."""
+        """From the first that came to the last; from the start, where all came at once."""
         (first_s, first), (last_s, last) = self._times[0], self._times[-1]
-        return (last_s - first_s) / max(1, last - first)
+        return (last_s - first_s) / (last - first) if last > first else (last_s - self._started_s) / last
 
 
-def _streamed(model: Any, ids: Mapping[str, Any], new_tokens: int, options: Mapping[str, Any]) -> _Stream:
-    stream = _Stream()
+def _streamed(model: Any, ids: Mapping[str, Any], new_tokens: int, options: Mapping[str, Any]) -> Stream:
+    stream = Stream()
     model.generate(**ids, **_greedy(model, new_tokens), **options, streamer=stream)
     return stream
 

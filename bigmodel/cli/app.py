@@ -409,7 +409,7 @@ def bench(
             records=html_file is not None,
         )
         if html_file is not None:
-            write_page(html_file, "")  # one that cannot be written is told now, not after the rounds
+            write_page(html_file, None)  # one that cannot be written is told now, not after the rounds
         found = measured(asked, _say)
         typer.echo(found.to_json() if as_json else found.table())
         if html_file is not None:

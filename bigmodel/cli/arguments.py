@@ -119,9 +119,12 @@ def parse_device_map(text: str) -> str | dict[str, Any] | Plan:
     return value
 
 
-def write_page(file: str, text: str) -> None:
-    """Writes what --html asked for."""
+def write_page(file: str, text: str | None) -> None:
+    """Writes what --html asked for; None only tries whether that is possible, and leaves what is there."""
     try:
-        Path(file).write_text(text, encoding="utf-8")
+        if text is None:
+            Path(file).open("a").close()
+        else:
+            Path(file).write_text(text, encoding="utf-8")
     except OSError as error:
         raise InvalidArgumentError(f"--html {file} cannot be written: {error}.") from error

@@ -71,16 +71,17 @@ def answer(settings: Settings, prompt: str, write: Callable[[str], None]) -> Non
     """Write the text that a model generates after a prompt, as it comes."""
     tokenizer = _tokenizer_of(settings)
     inputs = encode_prompt(tokenizer, prompt, chat=settings.chat)
-    prompt_tokens = inputs["input_ids"].shape[1]
-    if settings.lookup or settings.draft is not None:  # passes that check guesses are planned as well
-        prompt_tokens = max(prompt_tokens, MOST_GUESSES + 1)
-    workload = bigmodel.Workload(prompt_tokens=prompt_tokens, new_tokens=settings.max_new_tokens)
+    # A first pass checks guesses already, and the last ones may go beyond the end.
+    guesses = MOST_GUESSES if settings.lookup or settings.draft is not None else 0
+    workload = bigmodel.Workload(
+        prompt_tokens=inputs["input_ids"].shape[1] + guesses, new_tokens=settings.max_new_tokens + guesses
+    )
     with _loaded(settings, workload, tokenizer) as run:
         stream = TextStream(tokenizer, write)
         if settings.seed is not None:
             torch.manual_seed(settings.seed)
         start_s = time.perf_counter()
-        with bottom_line(run.headline, enabled=not settings.is_quiet):
+        with bottom_line(run.bottom, enabled=not settings.is_quiet):
             run.generate(inputs, streamer=stream)
         end_s = time.perf_counter()
     write("\n")
@@ -89,8 +90,9 @@ def answer(settings: Settings, prompt: str, write: Callable[[str], None]) -> Non
         return
     parts = [f"TTFT {stream.first_token_s - start_s:.2f} s"]
     decode_s = stream.last_token_s - stream.first_token_s
-    if stream.num_tokens > 1 and decode_s > 0:
-        parts.append(f"{(stream.num_tokens - 1) / decode_s:.2f} tokens/s over {stream.num_tokens} tokens")
+    if decode_s > 0:
+        later = stream.num_tokens - stream.num_first
+        parts.append(f"{later / decode_s:.2f} tokens/s over {stream.num_tokens} tokens")
     run.tell(settings, parts, stream.num_tokens, end_s - start_s)
 
 
@@ -121,7 +123,7 @@ def answer_all(settings: Settings, prompts: Sequence[Mapping[str, Any]], output:
             report(GENERATING, 0, len(waiting))
             for first in range(waiting.start, waiting.stop, workload.num_sequences):
                 batch = range(first, min(first + workload.num_sequences, waiting.stop))
-                if settings.seed is not None:  # a run that goes on draws as one that was never interrupted
+                if settings.seed is not None:
                     torch.manual_seed(settings.seed + first)
                 inputs = padded([encoded[number] for number in batch], _padding_of(tokenizer, run.model))
                 texts, counts = run.texts(inputs)
@@ -174,6 +176,11 @@ class _Run:
         """What binds up to now, its rate and the fraction of the limit; "" where that is not known yet."""
         limit = (bigmodel.stats_of(self.model) - self.before).limit
         return "" if limit is None else limit.headline
+
+    def bottom(self) -> str:
+        """The same, and below 0.7 of the limit why."""
+        limit = (bigmodel.stats_of(self.model) - self.before).limit
+        return "" if limit is None else ": ".join([limit.headline, *limit.causes[:1]])
 
     def tell(self, settings: Settings, parts: Sequence[str], num_tokens: int, seconds: float) -> None:
         """Tell in one line what a run took, moved and held; and what kept it from its limit, a line for each cause."""

@@ -108,6 +108,7 @@ class TextStream:
 
     Attributes:
         num_tokens: new tokens so far, the end token included.
+        num_first: of them, those that came first, together: several where guesses were right.
         first_token_s: ``time.perf_counter()`` when the first came; None before.
         last_token_s: when the latest came.
     """
@@ -123,7 +124,7 @@ class TextStream:
         self._window_start = 0  # decoding starts here ...
         self._written_end = 0  # ... and the text of tokens up to here is written
         self._has_prompt = False
-        self.num_tokens = 0
+        self.num_tokens = self.num_first = 0
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
 
@@ -133,9 +134,9 @@ class TextStream:
             self._has_prompt = True
             return
         self.last_token_s = time.perf_counter()
-        if self.first_token_s is None:
-            self.first_token_s = self.last_token_s
         tokens = value.flatten().tolist()
+        if self.first_token_s is None:
+            self.first_token_s, self.num_first = self.last_token_s, len(tokens)
         self.num_tokens += len(tokens)
         self._tokens += tokens
         self._flush(is_end=False)

@@ -22,7 +22,7 @@ from bigmodel.hooks.stats import StreamStats
 from bigmodel.loading.assembled import assembled, forget, own_generation_config
 from bigmodel.loading.marks import unmark_dispatched
 from bigmodel.loading.pass_limit import kind_of
-from bigmodel.models import revert_of
+from bigmodel.models import leave_heads, revert_of
 from bigmodel.offload.resident import ResidentLoad
 from bigmodel.progress import Report, progress_bar
 from bigmodel.units import format_bytes
@@ -110,6 +110,7 @@ def unload(model: nn.Module) -> nn.Module:
     if state.attachment is not None:
         state.attachment.detach()
     unmark_dispatched(root, state.compile_before)
+    leave_heads(root)
     forget(root)
     return model
 
@@ -189,6 +190,7 @@ def materialize(model: nn.Module, device: str | torch.device = "cpu") -> nn.Modu
     for name, tensor in tensors.items():
         state.bindings[name].settle(tensor)
     unmark_dispatched(root, state.compile_before)
+    leave_heads(root)
     forget(root)
     root.to(device)
     return model

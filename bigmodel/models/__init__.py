@@ -1,5 +1,6 @@
 """A model without its weights, and where the bytes of each weight come from."""
 
+from bigmodel.models.heads import leave_heads
 from bigmodel.models.inputs import example_inputs
 from bigmodel.models.pretrained import (
     build_skeleton,
@@ -16,6 +17,7 @@ __all__ = [
     "build_without_weights",
     "example_inputs",
     "import_libraries",
+    "leave_heads",
     "load_generation_config",
     "revert_of",
 ]

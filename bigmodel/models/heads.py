@@ -9,6 +9,7 @@ would round otherwise.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["quicken_heads"]
+__all__ = ["leave_heads", "quicken_heads"]
 
 # Below it a copy takes less than a tenth of a second, and a model is left without a hook.
 _LEAST_BYTES = 8 << 20
@@ -35,19 +36,31 @@ def quicken_heads(model: nn.Module) -> None:
             module.register_forward_pre_hook(give_by_sequence)
 
 
+def leave_heads(model: nn.Module) -> None:
+    """Takes the hooks off again: the model is torch's and transformers' own."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is give_by_sequence]:
+            del module._forward_pre_hooks[key]
+
+
 def give_by_sequence(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """A forward pre-hook: the layer sees the same tensor, whose product with a weight goes sequence by sequence."""
-    if torch.compiler.is_compiling() or len(args) != 1 or not isinstance(args[0], torch.Tensor):
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or len(args) != 1:
         return None
     hidden_BLD, weight = args[0], module.weight
-    if hidden_BLD.ndim != 3 or hidden_BLD.device.type != "cpu" or hidden_BLD.dtype != weight.dtype:
+    if not (_is_plain(hidden_BLD) and _is_plain(weight)) or hidden_BLD.ndim != 3 or hidden_BLD.device.type != "cpu":
+        return None
+    if hidden_BLD.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16 or weight.requires_grad:
         return None
     batch_stride, row_stride, _ = hidden_BLD.stride()
     is_matrix = batch_stride == row_stride * hidden_BLD.shape[1] or hidden_BLD.shape[0] == 0
-    if is_matrix or weight.dtype != torch.bfloat16 or weight.requires_grad:
+    # With a bias torch takes what is contiguous for a matrix, whatever the strides of dimensions of one element.
+    if is_matrix or (module.bias is not None and hidden_BLD.is_contiguous()):
         return None
     if torch.is_grad_enabled() and hidden_BLD.requires_grad:
         return None
+    if hidden_BLD.shape[0] == 1:
+        return (hidden_BLD[0].unsqueeze(0),)  # the strides of a matrix
     if type(hidden_BLD) is torch.Tensor:
         return (hidden_BLD.as_subclass(_BySequence),)
     return (_HeldBySequence(hidden_BLD),)
@@ -56,8 +69,20 @@ def give_by_sequence(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
 give_by_sequence.is_arithmetic = True  # type: ignore[attr-defined]  # trials of a pass keep it
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor without ways of its own: torch's, or one that holds nothing, in a trial."""
+    if type(value) in (torch.Tensor, nn.Parameter):
+        return True
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return fake is not None and type(value) is fake.FakeTensor
+
+
 def _linear(hidden_BLD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.stack([functional.linear(hidden_LD, weight_VD, bias_V) for hidden_LD in hidden_BLD])
+    logits_BLV = hidden_BLD.new_empty((*hidden_BLD.shape[:2], weight_VD.shape[0]))
+    for number, hidden_LD in enumerate(hidden_BLD):
+        logits_BLV[number] = functional.linear(hidden_LD, weight_VD)
+    # As torch does: the product is rounded before the bias is added.
+    return logits_BLV if bias_V is None else logits_BLV.add_(bias_V)
 
 
 class _BySequence(torch.Tensor):
@@ -73,7 +98,7 @@ class _BySequence(torch.Tensor):
 
 
 class _HeldBySequence:
-    """The same around a tensor of another class, such as one that holds nothing, in a trial: good for `F.linear` alone."""
+    """The same around a tensor that holds nothing, in a trial: good for `F.linear` alone."""
 
     def __init__(self, hidden_BLD: torch.Tensor) -> None:
         self._hidden_BLD = hidden_BLD

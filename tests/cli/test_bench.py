@@ -169,7 +169,7 @@ def test_bench_measures_everything_and_a_peer_beside_it(tiny_llama: Path, tmp_pa
     names = [figure["name"] for figure in result["figures"]]
     for name in (
         "load, page cache cold",
-        "load, page cache warm",
+        "load, page cache warm, files outside the limit",
         "first token, 1 x 8 tokens",
         "first token, 1 x 16 tokens",
         "step of 1 sequence",

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import bigmodel
+from bigmodel.bench.subject import Stream
 from bigmodel.cli import app
-from bigmodel.generation.drafts import best_number, lookup_options
-from bigmodel.generation.text import encode_prompt, load_tokenizer
+from bigmodel.generation.drafts import MOST_GUESSES, best_number, lookup_options
+from bigmodel.generation.text import TextStream, encode_prompt, load_tokenizer
 
 REPEATING = "the quick brown fox jumps over the lazy dog. " * 6
 
@@ -57,7 +58,9 @@ def test_what_follows_earlier_tokens_is_guessed_and_checked(tiny_llama: Path, wh
     done = invoke("run", tiny_llama, "-p", REPEATING, "-n", "48", "--device-map", where, "--lookup")
     assert done.exit_code == 0, done.stderr
     inputs = encode_prompt(load_tokenizer(tiny_llama), REPEATING)
-    workload = bigmodel.Workload(prompt_tokens=max(65, inputs["input_ids"].shape[1]), new_tokens=48)
+    workload = bigmodel.Workload(
+        prompt_tokens=inputs["input_ids"].shape[1] + MOST_GUESSES, new_tokens=48 + MOST_GUESSES
+    )
     options = lookup_options(bigmodel.make_plan(tiny_llama, workload=workload, device_map={"": where}))
     assert done.stdout == resident_text(tiny_llama, REPEATING, 48, **options)
     assert done.stdout == plain.stdout  # in float32 here; a pass of n tokens may round otherwise than n of one
@@ -116,3 +119,18 @@ def test_the_number_of_guesses_is_what_gives_most_tokens_per_second() -> None:
     gains = {n: (1 - 0.8 ** (n + 1)) / 0.2 / (1 + 0.1 * n) for n in (0, 1, 2, 4, 8, 16, 32, 64)}
     assert best_number(free, 0.1, 0.8) == max(gains, key=gains.get) == 8
     assert best_number({}, 0.0, 0.9) == 0
+
+
+def test_the_rate_is_of_the_tokens_after_those_that_came_first(tiny_llama: Path) -> None:
+    stream = TextStream(load_tokenizer(tiny_llama), lambda text: None)
+    for tokens in ([1, 2, 3], [5, 6, 7, 8], [9]):  # the prompt; a pass of three right guesses and one token; one more
+        stream.put(torch.tensor(tokens))
+    assert (stream.num_tokens, stream.num_first) == (5, 4)
+
+
+def test_an_answer_that_came_at_once_has_a_rate_too() -> None:
+    stream = Stream()
+    stream.put(torch.tensor([1, 2, 3]))
+    stream.put(torch.tensor([5, 6, 7, 8]))
+    assert stream.tokens == [5, 6, 7, 8]
+    assert stream.seconds_per_token > 0

@@ -15,7 +15,7 @@ from bigmodel.cli import app
 from bigmodel.cli.live import bottom_line
 
 ASIDE = re.compile(r"(?:\x1bD\x1b\[1A)?\x1b7.*?\x1b8", re.DOTALL)
-LINE = re.compile(r"\x1b\[24;1H\x1b\[2K\x1b\[2m[a-z ]+ [\d.]+ \w+/s, \d+% of [a-z ]+\x1b\[0m\x1b8$")
+LINE = re.compile(r"\x1b\[24;1H\x1b\[2K\x1b\[2m[a-z ]+ [\d.]+ \w+/s, \d+% of [a-z ]+(: .*)?\x1b\[0m\x1b8$")
 ENVIRONMENT = {**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 

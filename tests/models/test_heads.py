@@ -24,6 +24,28 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def with_bias(tmp_path_factory) -> Path:
+    from transformers import PhiConfig, PhiForCausalLM
+
+    path = tmp_path_factory.mktemp("large-head-with-bias")
+    config = PhiConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = PhiForCausalLM(config).to(torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+        model.save_pretrained(path)
+    return path
+
+
 class Products(TorchDispatchMode):
     """Names of the operators that gave something as wide as the vocabulary."""
 
@@ -45,8 +67,12 @@ def prompts(num_sequences: int, num_tokens: int = 16) -> torch.Tensor:
 @pytest.mark.parametrize("home", ["cpu", "disk"])
 @pytest.mark.parametrize("num_sequences", [1, 2, 3])
 @pytest.mark.parametrize("num_kept", [1, 3])
-def test_the_last_logits_are_those_of_the_plain_model_bit_for_bit(folder, home, num_sequences, num_kept):
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_last_logits_are_those_of_the_plain_model_bit_for_bit(
+    folder, with_bias, home, num_sequences, num_kept, has_bias
+):
     inputs = prompts(num_sequences)
+    folder = with_bias if has_bias else folder
     model = bigmodel.load_sharded(folder, device_map={"": home})
     with torch.no_grad():
         expected = resident(folder)(inputs, logits_to_keep=num_kept).logits
@@ -111,3 +137,44 @@ def test_small_heads_and_other_dtypes_get_no_hook(folder, tmp_path):
     save_random(tmp_path, "llama")
     models = bigmodel.load_sharded(tmp_path), bigmodel.load_sharded(folder, dtype="float32")
     assert not any(module._forward_pre_hooks for model in models for module in model.modules())
+
+
+def test_what_is_made_plain_has_no_hook_and_the_same_logits(folder):
+    model = bigmodel.load_sharded(folder, device_map={"": "disk"})
+    with torch.no_grad():
+        expected = model(prompts(2), logits_to_keep=1).logits
+        plain = bigmodel.materialize(model)
+        assert torch.equal(plain(prompts(2), logits_to_keep=1).logits, expected)
+    assert not any(module._forward_pre_hooks for module in plain.modules())
+    unloaded = bigmodel.unload(bigmodel.load_sharded(folder))
+    assert not any(module._forward_pre_hooks for module in unloaded.modules())
+
+
+def test_weights_and_inputs_of_classes_of_their_own_keep_their_ways(folder):
+    class Told(torch.Tensor):
+        seen = 0
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            Told.seen += func is torch.nn.functional.linear
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    model = bigmodel.load_sharded(folder)
+    head = model.lm_head
+    hidden = torch.randn(2, 5, 64).to(torch.bfloat16)[:, -1:]
+    with torch.no_grad():
+        expected = head(hidden)
+        assert torch.equal(head(hidden.as_subclass(Told)).as_subclass(torch.Tensor), expected)
+        assert Told.seen == 1
+        head.weight = torch.nn.Parameter(head.weight.data.as_subclass(Told), requires_grad=False)
+        assert torch.equal(head(hidden).as_subclass(torch.Tensor), expected)
+        assert Told.seen == 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+def test_a_traced_head_takes_other_batches(folder):
+    head = bigmodel.load_sharded(folder).lm_head
+    hidden = torch.randn(4, 5, 64).to(torch.bfloat16)[:, -1:]
+    with torch.no_grad():
+        traced = torch.jit.trace(head, hidden[:2])
+        assert traced(hidden).shape == (4, 1, VOCAB)
