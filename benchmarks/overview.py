@@ -45,8 +45,8 @@ def main() -> None:
     before, _, after = text.partition(f"{HEADING}\n")
     rest = after.partition("\n## ")[2]
     page.write_text(
-        f"{before}{HEADING}\n\nEvery figure that has a target, as `python -m benchmarks.overview` finds them in the result files, which "
-        f"hold the others too, and hardware, versions and configuration.\n\n{overview(FOLDER / 'results')}"
+        f"{before}{HEADING}\n\nEvery figure that has a target, as `python -m benchmarks.overview` finds them in the result files.\n"
+        f"These hold the others too, and hardware, versions and configuration.\n\n{overview(FOLDER / 'results')}"
         + (f"\n## {rest}" if rest else ""),
         encoding="utf-8",
     )
