@@ -13,6 +13,10 @@ __all__ = ["overview"]
 
 FOLDER = Path(__file__).parent
 HEADING = "## Results"
+INTRODUCTION = (
+    "Every figure that has a target, as `python -m benchmarks.overview` finds them in the result files.\n"
+    "These hold the others too, and hardware, versions and configuration."
+)
 COLUMNS = "| figure | target | min | median | max | verdict |\n|---|---|---|---|---|---|\n"
 _TITLE = re.compile(r"# (.+), (\d{4}-\d\d-\d\d)")
 
@@ -45,9 +49,7 @@ def main() -> None:
     before, _, after = text.partition(f"{HEADING}\n")
     rest = after.partition("\n## ")[2]
     page.write_text(
-        f"{before}{HEADING}\n\nEvery figure that has a target, as `python -m benchmarks.overview` finds them in the result files.\n"
-        f"These hold the others too, and hardware, versions and configuration.\n\n{overview(FOLDER / 'results')}"
-        + (f"\n## {rest}" if rest else ""),
+        f"{before}{HEADING}\n\n{INTRODUCTION}\n\n{overview(FOLDER / 'results')}" + (f"\n## {rest}" if rest else ""),
         encoding="utf-8",
     )
 
