@@ -96,6 +96,11 @@ class Bench:
         balloon_bytes: touched memory that is released before each run; 0 for none.
         timeout_s: a trial that takes longer is ended and counts as failed.
         tell: called with each outcome and remark, a line each; they go to stderr if None.
+
+    Attributes:
+        notes: remarks for the report.
+        has_groups: whether control groups could be made, as far as any was asked for.
+        was_interrupted: whether the rounds were ended before their time.
     """
 
     def __init__(
@@ -105,6 +110,7 @@ class Bench:
         self.tell = tell or _print
         self.notes: list[str] = []
         self.has_groups = True  # unless one could not be made
+        self.was_interrupted = False
         self._balloon = Balloon(balloon_bytes)
         if self._balloon.num_bytes < balloon_bytes * 0.99 - (2 << 20):  # it holds whole huge pages
             self.note(
@@ -130,17 +136,28 @@ class Bench:
         """Run every trial `num_rounds` times, A B C A B C; one that failed twice in a row is not tried again.
 
         Returns:
-            The outcomes by trial name, one per round, failures among them.
+            The outcomes by trial name, one per round, failures among them. After Ctrl-C or SIGTERM, those of the rounds
+            that are whole; in the first round it is raised.
         """
         outcomes: dict[str, list[Outcome]] = {trial.name: [] for trial in trials}
         for number in range(num_rounds):
-            for trial in trials:
-                past = outcomes[trial.name]
-                if len(past) >= 2 and past[-1].error is not None and past[-2].error is not None:
-                    continue
-                past.append(self.run(trial))
-                self.tell(f"round {number + 1}/{num_rounds}  {_summary(past[-1])}")
+            try:
+                self._round(trials, outcomes, f"round {number + 1}/{num_rounds}")
+            except (KeyboardInterrupt, SystemExit):  # the latter from SIGTERM
+                if not number:
+                    raise
+                self.was_interrupted = True
+                self.note(f"interrupted: {number} of {num_rounds} rounds")
+                return {name: past[:number] for name, past in outcomes.items()}
         return outcomes
+
+    def _round(self, trials: Sequence[Trial], outcomes: Mapping[str, list[Outcome]], title: str) -> None:
+        for trial in trials:
+            past = outcomes[trial.name]
+            if len(past) >= 2 and past[-1].error is not None and past[-2].error is not None:
+                continue
+            past.append(self.run(trial))
+            self.tell(f"{title}  {_summary(past[-1])}")
 
     def with_modules(self, trial: Trial, arguments: Mapping[str, Any]) -> Trial:
         """The trial, importing beforehand all that its run imports, as a run with other (small) arguments shows.

@@ -157,7 +157,7 @@ class _Run:
             if trial is not None:
                 trials.append(trial)
         outcomes = bench.interleaved(trials, settings.num_rounds)
-        recorded = self._recorded(cases[0]) if settings.records else None
+        recorded = self._recorded(cases[0]) if settings.records and not bench.was_interrupted else None
         return Result(
             path=settings.path,
             num_bytes=sum(file.stat().st_size for file in settings.files),
@@ -173,6 +173,7 @@ class _Run:
             peers={title: tuple(map(_sample, outcomes[title])) for title in outcomes if title in _TITLES},
             left_out=left_out,
             recorded=recorded,
+            was_interrupted=bench.was_interrupted,
             notes=(*bench.notes, *_silent(outcomes)),
             environment=settings.environment,
         )

@@ -114,6 +114,7 @@ class Result:
         guesses: "lookup" or "draft" -> each round's run, with guessed tokens and without.
         left_out: peers that did not run -> why.
         recorded: what `run_recorded` gave; None where it was not asked for, or failed.
+        was_interrupted: whether there are fewer rounds than were asked for.
         notes: what a reader must know.
         environment: versions and hardware.
     """
@@ -129,6 +130,7 @@ class Result:
     guesses: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     recorded: Mapping[str, Any] | None = None
+    was_interrupted: bool = False
     notes: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 

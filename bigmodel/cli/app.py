@@ -414,6 +414,8 @@ def bench(
         typer.echo(found.to_json() if as_json else found.table())
         if html_file is not None:
             write_page(html_file, found.page())
+        if found.was_interrupted:
+            raise typer.Exit(INTERRUPTED)
 
 
 @app.command(

@@ -140,3 +140,24 @@ def test_the_process_of_a_peer_holds_nothing_of_ours_but_the_harness() -> None:
     code = "import sys, bigmodel.bench.child, bigmodel.bench.peers.running; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "transformers"} & set(done.stdout.split())
+
+
+def test_an_interrupt_leaves_the_rounds_that_are_whole(runs: str) -> None:
+    told: list[str] = []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        if len(told) == stop_at:
+            raise KeyboardInterrupt
+
+    trials = [Trial(name=name, call=f"{runs}:tell", arguments={"name": name}) for name in ("a", "b")]
+    stop_at = 3  # in the second round
+    with Bench(balloon_bytes=0, tell=tell) as bench:
+        outcomes = bench.interleaved(trials, 5)
+        assert bench.was_interrupted
+        assert "interrupted: 1 of 5 rounds" in bench.notes
+    assert {name: len(each) for name, each in outcomes.items()} == {"a": 1, "b": 1}
+    told.clear()
+    stop_at = 1
+    with pytest.raises(KeyboardInterrupt), Bench(balloon_bytes=0, tell=tell) as bench:
+        bench.interleaved(trials, 5)

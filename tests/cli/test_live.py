@@ -47,7 +47,7 @@ def on_terminal(command, *, stdout=None, env=ENVIRONMENT):
 
 @pytest.mark.parametrize("is_piped", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_line_never_stands_in_the_text(tiny_llama, is_piped):
-    arguments = ["run", str(tiny_llama), "--prompt", "the quick brown", "-n", "400", "--device-map", "disk"]
+    arguments = ["run", str(tiny_llama), "--prompt", "the quick brown", "-n", "150", "--device-map", "disk"]
     expected = CliRunner().invoke(app, arguments).stdout
     command = [sys.executable, "-m", "bigmodel", *arguments]
     shown, status, piped = on_terminal(command, stdout=subprocess.PIPE if is_piped else None)
