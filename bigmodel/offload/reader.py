@@ -7,6 +7,7 @@ there is memory would defeat the page cache anyway, and direct reads cost almost
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import threading
@@ -310,13 +311,15 @@ class _Slab:
 
     def read(self, file: _Open, bounce: Arena | None) -> None:
         block = file.block
-        if block.is_aligned:
+        # What is not read past the page cache can go anywhere.
+        if block.is_aligned or (block.cast_from is None and file.way is not Way.DIRECT):
             file.into(self.memory[block.into : block.into + block.nbytes])
             return
         assert bounce is not None
         raw = file.around(bounce.memory, bounce.tensor)
         if block.cast_from is None or block.cast_to is None:
-            _copy_serially(self.tensor[block.into : block.into + block.needed], raw)
+            # Without the interpreter's lock, which torch's copies of small pieces would take thousands of times.
+            ctypes.memmove(self.tensor.data_ptr() + block.into, raw.data_ptr(), block.needed)
         else:
             _cast(block, raw, self.tensor[block.into : block.into + _cast_bytes(block)])
 
