@@ -13,6 +13,7 @@
     |   `-- DeviceMapError           unknown or uncovered names, unknown tiers
     |-- DoesNotFitError              a tier's limit is too small: needed, available, what would do
     |-- BenchmarkError               nothing could be measured: why
+    |-- TrainingError                a training loop cannot go on: why
     |-- SavingError                  a model cannot be written as asked; what was there is left as it was
     `-- StreamingError               while a loaded model runs
         |-- ReadError                the bytes of a unit could not be read
@@ -45,6 +46,7 @@ __all__ = [
     "ReadError",
     "SavingError",
     "StreamingError",
+    "TrainingError",
     "UnsafeFileError",
     "UnsupportedCheckpointError",
     "WeightNotResidentError",
@@ -114,6 +116,10 @@ class DoesNotFitError(BigModelError):
 
 class BenchmarkError(BigModelError):
     """What was to be measured could not be run."""
+
+
+class TrainingError(BigModelError):
+    """A training loop cannot go on; the message says why."""
 
 
 class SavingError(BigModelError):

@@ -1,0 +1,103 @@
+"""Training: what a load holds on each process, what engines give, what our own code takes.
+
+``python -m benchmarks.training``; benchmarks/README.md says what is held equal.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import ROOT, Figure, Report
+from benchmarks.settings import Settings, parse_settings
+from bigmodel.bench.harness import Bench
+
+__all__: list[str] = []
+
+PARTS = ("memory", "engines", "overhead")
+ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {"strategy": "single"}),
+    "DDP": (2, {"strategy": "ddp"}),
+    "FSDP2": (2, {"strategy": "fsdp"}),
+    "FSDP2, gathered weights kept": (2, {"strategy": "fsdp", "reshard_after_forward": False}),
+}
+MIB = 1 << 20
+
+
+def main() -> None:
+    settings = parse_settings(__doc__ or "", PARTS)
+    configuration = settings.configuration | {"processes": "over gloo, one thread each; 4 samples of 256 tokens a step"}
+    report = Report("-".join(["training", settings.shape, *sorted(settings.only)]), configuration)
+    with Bench(balloon_bytes=0) as bench:
+        if settings.runs("memory"):
+            _memory(report, settings)
+        if settings.runs("engines"):
+            _engines(report, settings)
+        if settings.runs("overhead"):
+            seconds = [_run(1, "overhead", {"strategy": "single"})[0]["seconds"] for _ in range(settings.num_rounds)]
+            report.add(
+                Figure(
+                    name="our time for a micro-batch", values=[1e6 * each for each in seconds], limit=300, unit=" us"
+                )
+            )
+        print(report.markdown(bench))
+        if settings.results is not None:
+            print(f"written: {report.write(bench, settings.results)}", file=sys.stderr)
+
+
+def _memory(report: Report, settings: Settings) -> None:
+    """FSDP2 from a path, on the process that held most."""
+    values, note = [], ""
+    for _ in range(settings.num_rounds):
+        paths = {"path": str(settings.path), "tiny": str(settings.tiny)}
+        found = _run(2, "load", paths | {"strategy": "fsdp"})
+        allowed = [1.15 * each["own_bytes"] + each["unit_bytes"] + 150 * MIB for each in found]
+        values.append(max(each["rise_bytes"] / limit for each, limit in zip(found, allowed, strict=True)))
+        sizes = " and ".join(f"{each['rise_bytes'] / MIB:.0f}" for each in found)
+        note = f"{sizes} MiB for {found[0]['own_bytes'] / MIB:.0f} MiB of parameters each"
+    report.add(
+        Figure(
+            name="FSDP2, 2 processes, loading: peak over 1.15 x own parameters + largest unit + 150 MiB",
+            values=values,
+            limit=1.0,
+            is_promise=True,
+            note=note,
+        )
+    )
+
+
+def _engines(report: Report, settings: Settings) -> None:
+    runs: dict[tuple[str, str], list[list[dict[str, Any]]]] = {}
+    for _ in range(settings.num_rounds):
+        for precision in ("fp32", "bf16"):
+            for name, (size, options) in ENGINES.items():
+                paths = {"path": str(settings.path), "tiny": str(settings.tiny)}
+                found = _run(size, "speed", paths | options | {"precision": precision})
+                runs.setdefault((name, precision), []).append(found)
+                print(f"{name}, {precision}: {found}", file=sys.stderr, flush=True)
+    for (name, precision), rounds in runs.items():
+        peaks = [max(each["rise_bytes"] for each in found) / MIB for found in rounds]
+        report.add(
+            Figure(
+                name=f"{name}, {precision}: tokens/s",
+                values=[found[0]["tokens_per_s"] for found in rounds],
+                note=f"peak of a process {max(peaks):.0f} MiB",
+            )
+        )
+
+
+def _run(size: int, call: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each process of a new group found."""
+    with tempfile.TemporaryDirectory() as folder:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "benchmarks.training_runs"]
+        subprocess.run([*launcher, *rendezvous, call, json.dumps(arguments), folder], cwd=ROOT, check=True)
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,377 @@
+"""A run on disk: logical tensors under the model's own names, whoever held which part, and a manifest that makes it complete.
+
+```
+FOLDER/
+  manifest.json     version, run, step, cursor, names and shapes; written last
+  state.pt          parameter groups, scheduler, registered objects: plain values
+  random-RANK.pt    random generators of each process
+  *.distcp, .metadata   torch.distributed.checkpoint: model.NAME, buffers.NAME, optimizer.NAME.KEY
+```
+
+It is made beside its place and put there whole, so that a kill at any moment leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import random
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.optim import Optimizer
+
+from bigmodel.errors import InvalidArgumentError, MissingFilesError, TrainingError, join_some
+from bigmodel.training.processes import Processes
+
+__all__ = ["CALL_TIMEOUT", "complete_ones", "is_complete", "load_state", "prune", "read_manifest", "save_state"]
+
+logger = logging.getLogger("bigmodel.training")
+
+KIND, VERSION = "bigmodel.training", 1
+MANIFEST = "manifest.json"
+CALL_TIMEOUT = timedelta(minutes=5)
+"""All processes must have called save or load within this time of the first."""
+_AT_FDCWD, _EXCHANGE = -100, 2
+
+Named = Mapping[str, nn.Parameter]
+
+
+def save_state(
+    folder: Path,
+    module: nn.Module,
+    optimizer: Optimizer | None,
+    manifest: Mapping[str, Any],
+    others: Mapping[str, Any],
+    processes: Processes,
+) -> None:
+    """Write a checkpoint; every process calls it.
+
+    Args:
+        folder: replaced whole where it is a checkpoint.
+        module, optimizer: whose logical tensors are written.
+        manifest: what JSON can hold.
+        others: what ``torch.load(weights_only=True)`` can.
+        processes: all of them.
+
+    Raises:
+        InvalidArgumentError: the folder holds something else.
+        TrainingError: not all processes came in time.
+    """
+    _together(processes, "save")
+    folder = folder.absolute()
+    if folder.exists() and not is_complete(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise InvalidArgumentError(f"{folder} is no checkpoint of a training run. Give another folder to save into.")
+    staging = folder.with_name(f".{folder.name}.saving")
+    if processes.is_main:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    processes.wait()
+    state = _tensors(module, optimizer)
+    with _alone_is_right():
+        save_tensors(state, storage_writer=FileSystemWriter(staging), no_dist=processes.size == 1)
+    error: BaseException | None = None
+    try:
+        torch.save(_random_states(processes), staging / f"random-{processes.rank}.pt")
+    except Exception as caught:
+        error = caught
+    processes.all_right(error)
+    if processes.is_main:
+        try:
+            _write_others(staging, {"groups": _groups(module, optimizer), **others})
+            shapes = {name: list(each.shape) for name, each in module.named_parameters()}
+            written = {"kind": KIND, "version": VERSION, "written_ns": time.time_ns(), "num_processes": processes.size}
+            text = json.dumps({**written, **manifest, "shapes": shapes}, indent=1)
+            (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
+            for path in (*staging.iterdir(), staging):
+                _sync(path)
+            _put(staging, folder)
+        except Exception as caught:
+            error = caught
+    processes.all_right(error)
+
+
+def load_state(
+    folder: Path, module: nn.Module, optimizer: Optimizer | None, processes: Processes
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a checkpoint into a model and an optimizer, whatever engine and number of processes wrote it; every process calls it.
+
+    Returns:
+        The manifest and the other values that were saved.
+
+    Raises:
+        MissingFilesError: there is no complete checkpoint.
+        TrainingError: it is of another model, or not all processes came in time.
+    """
+    _together(processes, "load")
+    manifest = read_manifest(folder)
+    parameters = dict(module.named_parameters())
+    shapes = {name: list(each.shape) for name, each in parameters.items()}
+    stored = manifest["shapes"]
+    different = sorted(name for name in shapes.keys() | stored.keys() if shapes.get(name) != stored.get(name))
+    if different:
+        raise TrainingError(
+            f"{folder} is a checkpoint of another model: {len(different)} parameters differ in name or shape: "
+            f"{join_some(different)}. Prepare the model that was saved."
+        )
+    others = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    reader = FileSystemReader(folder)
+    state: dict[str, Any] = {"model": _data(parameters), "buffers": _buffers(module)}
+    states = _empty_states(reader, parameters) if optimizer is not None else {}
+    if states:
+        state["optimizer"] = states
+    with _alone_is_right():
+        wanted = {kind: each for kind, each in state.items() if each}
+        load_tensors(wanted, storage_reader=reader, no_dist=processes.size == 1)
+    if optimizer is not None:
+        _restore_groups(folder, parameters, optimizer, others.pop("groups"))
+        optimizer.state.clear()
+        for name, values in states.items():
+            optimizer.state[parameters[name]] = values
+        for group in optimizer.param_groups:
+            if group.get("fused") or group.get("capturable"):  # their kernels count on the device
+                for parameter in group["params"]:
+                    values = optimizer.state.get(parameter, {})
+                    if "step" in values:
+                        values["step"] = values["step"].to(parameter.device)
+    if manifest["num_processes"] == processes.size:
+        _restore_random(torch.load(folder / f"random-{processes.rank}.pt", weights_only=True), processes)
+    processes.wait()
+    return manifest, others
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Of a complete checkpoint.
+
+    Raises:
+        MissingFilesError: it is not there, or not complete.
+        TrainingError: a newer version wrote it.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["kind"] != KIND:
+            raise ValueError("of another program")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise MissingFilesError(
+            f"{folder} has no complete checkpoint of a training run. Give one that run.save wrote, or use run.load_last."
+        ) from error
+    if manifest.get("version") != VERSION:
+        raise TrainingError(
+            f"{folder} is of version {manifest.get('version')}, and this bigmodel reads version {VERSION}. Install "
+            "the one that wrote it."
+        )
+    return manifest
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether it is a checkpoint, and all of one."""
+    try:
+        read_manifest(folder)
+    except MissingFilesError:
+        return False
+    except TrainingError:  # of another version
+        return True
+    return True
+
+
+def complete_ones(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The complete checkpoints inside a folder that this version reads, the one that was written last first."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not path.name.startswith("."):
+            with contextlib.suppress(MissingFilesError, TrainingError):
+                found.append((path, read_manifest(path)))
+    return sorted(found, key=lambda each: int(each[1]["written_ns"]), reverse=True)
+
+
+def prune(folder: Path, run_id: str, keep: int) -> None:
+    """Removes this run's checkpoints in a folder but for the newest ones."""
+    own = [path for path, manifest in complete_ones(folder) if manifest["run"] == run_id]
+    for path in own[keep:]:
+        dying = path.with_name(f".{path.name}.removing")  # never half a checkpoint under its own name
+        shutil.rmtree(dying, ignore_errors=True)  # of a run that was killed
+        os.replace(path, dying)
+        shutil.rmtree(dying)
+
+
+# --- Tensors
+
+
+def _data(parameters: Named) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Those that a state dict holds."""
+    found = {}
+    for prefix, each in module.named_modules():
+        for name, buffer in each._buffers.items():
+            if buffer is not None and name not in each._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
+
+
+def _tensors(module: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
+    parameters = dict(module.named_parameters())
+    state: dict[str, Any] = {"model": _data(parameters), "buffers": _buffers(module)}
+    if optimizer is not None:
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        state["optimizer"] = {
+            names[id(parameter)]: {
+                key: value if isinstance(value, torch.Tensor) else torch.tensor(value) for key, value in values.items()
+            }
+            for parameter, values in optimizer.state.items()
+        }
+    return {kind: each for kind, each in state.items() if each}
+
+
+def _empty_states(reader: FileSystemReader, parameters: Named) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors for the optimizer's state as it was saved, divided as the parameters are."""
+    stored = reader.read_metadata().state_dict_metadata
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in parameters.items():
+        prefix = f"optimizer.{name}."
+        for key in (key for key in stored if key.startswith(prefix) and "." not in key[len(prefix) :]):
+            described = stored[key]
+            assert isinstance(described, TensorStorageMetadata)
+            dtype = described.properties.dtype
+            if described.size == parameter.shape:
+                value = torch.zeros_like(parameter.detach(), dtype=dtype)
+            else:  # a step, which every process has
+                value = torch.zeros(described.size, dtype=dtype)
+            found.setdefault(name, {})[key[len(prefix) :]] = value
+    return found
+
+
+def _groups(module: nn.Module, optimizer: Optimizer | None) -> list[dict[str, Any]]:
+    if optimizer is None:
+        return []
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [
+        {**group, "params": [names[id(parameter)] for parameter in group["params"]]} for group in optimizer.param_groups
+    ]
+
+
+def _restore_groups(folder: Path, parameters: Named, optimizer: Optimizer, saved: list[dict[str, Any]]) -> None:
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    own = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+    if [sorted(each) for each in own] != [sorted(group["params"]) for group in saved]:
+        raise TrainingError(
+            f"The optimizer of {folder} has {len(saved)} parameter groups of {', '.join(str(len(g['params'])) for g in saved)} "
+            f"parameters, and this one {len(own)} of {', '.join(map(str, map(len, own)))}, or others in them. Build the "
+            "optimizer that was saved."
+        )
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
+        group.update({key: value for key, value in values.items() if key != "params"})
+
+
+# --- Processes and files
+
+
+def _write_others(folder: Path, others: Mapping[str, Any]) -> None:
+    """As `torch.load(weights_only=True)` will read it: tried now, when there is something to be done about it."""
+    file = folder / "state.pt"
+    torch.save(_plain(others), file)
+    try:
+        torch.load(file, weights_only=True)
+    except Exception as error:
+        raise TrainingError(
+            f"The state of the scheduler, the optimizer's groups or a registered object cannot be saved: {error}. "
+            "Let its state_dict hold numbers, strings, tensors, and lists and dicts of them."
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(each) for each in value)
+    return value
+
+
+def _together(processes: Processes, what: str) -> None:
+    if processes.size == 1:
+        return
+    try:
+        processes.come(CALL_TIMEOUT)
+    except RuntimeError as error:
+        raise TrainingError(
+            f"Not every process called run.{what} within {CALL_TIMEOUT}: {str(error).splitlines()[0]}. Call it on all of them, "
+            "not under is_main_process."
+        ) from error
+
+
+@contextlib.contextmanager
+def _alone_is_right() -> Iterator[None]:
+    """Without torch's warning that there is no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _random_states(processes: Processes) -> dict[str, Any]:
+    numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
+    key = torch.from_numpy(numpy["state"]["key"].astype(np.int64))  # what weights_only lets through
+    numpy["state"] = {"key": key, "pos": int(numpy["state"]["pos"])}
+    states = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
+    if processes.device.type != "cpu":
+        states["device"] = torch.get_device_module(processes.device).get_rng_state()
+    return states
+
+
+def _restore_random(states: Mapping[str, Any], processes: Processes) -> None:
+    random.setstate(states["python"])
+    numpy = states["numpy"]
+    key = numpy["state"]["key"].numpy().astype(np.uint32)
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})
+    torch.set_rng_state(states["torch"])
+    if processes.device.type != "cpu" and "device" in states:
+        torch.get_device_module(processes.device).set_rng_state(states["device"])
+
+
+def _put(staging: Path, folder: Path) -> None:
+    """In one step: what was there before is whole until the new one is."""
+    if not folder.exists() or not any(folder.iterdir()):
+        os.replace(staging, folder)
+    else:
+        _exchange(staging, folder)
+        shutil.rmtree(staging)
+    _sync(folder.parent)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Linux's renameat2, which swaps two names."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None or renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE):
+        # A file system that cannot swap: what is moved aside keeps a name under which it is found.
+        aside = other.with_name(f"{other.name}.replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(other, aside)
+        os.replace(one, other)
+        os.replace(aside, one)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,81 @@
+"""What a training run is asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bigmodel.errors import InvalidArgumentError, shown
+
+__all__ = ["PRECISIONS", "STRATEGIES", "TrainingConfig"]
+
+STRATEGIES = ("auto", "single", "ddp", "fsdp")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""The dtype that products are computed in; masters of what is trained are float32 in either."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What a training run is asked for.
+
+    Attributes:
+        strategy: "single" (one process), "ddp" (each process holds the model), "fsdp" (each holds a part of every unit); "auto"
+            is "single" for one process and "fsdp" for more.
+        precision: "bf16" (bfloat16 copies compute; masters, gradients and their reduction are float32) or "fp32".
+        global_batch_size: samples of one optimizer step, over all processes and micro-batches; None: one micro-batch of each
+            process.
+        micro_batch_size: samples of one pass of one process; "auto" is 1, or the batch size of the DataLoader that is given.
+        grad_clip: the largest norm of all gradients together; None for no limit.
+        seed: of the order of samples, of what they draw at random, and of weights that no checkpoint has.
+        drop_last: whether samples that do not fill a last global batch are left out; otherwise it is stepped as it is.
+        reshard_after_forward: of "fsdp": whether gathered weights are freed between forward and backward (as in ZeRO-3), or
+            kept (as in ZeRO-2).
+        replicas: of "fsdp": groups of processes that hold the same parts; 1 divides each unit over all processes.
+        reduce_dtype: in which gradients are summed over processes: "fp32", or "bf16", which sums micro-batches in it
+            too; None for "fp32".
+        find_unused_parameters: of "ddp" in float32: whether passes may leave trained parameters out; costs a look at each graph.
+    """
+
+    strategy: str = "auto"
+    precision: str = "bf16"
+    global_batch_size: int | None = None
+    micro_batch_size: int | str = "auto"
+    grad_clip: float | None = None
+    seed: int = 0
+    drop_last: bool = False
+    reshard_after_forward: bool = True
+    replicas: int = 1
+    reduce_dtype: str | None = None
+    find_unused_parameters: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("strategy", self.strategy, STRATEGIES)
+        _one_of("precision", self.precision, tuple(PRECISIONS))
+        if self.reduce_dtype is not None:
+            _one_of("reduce_dtype", self.reduce_dtype, tuple(PRECISIONS))
+        if self.global_batch_size is not None:
+            _whole("global_batch_size", self.global_batch_size, 1)
+        if self.micro_batch_size != "auto":
+            _whole("micro_batch_size", self.micro_batch_size, 1)
+        _whole("replicas", self.replicas, 1)
+        _whole("seed", self.seed, 0)
+        clip = self.grad_clip
+        is_number = isinstance(clip, (int, float)) and not isinstance(clip, bool)
+        if clip is not None and not (is_number and clip > 0 and not math.isnan(clip)):
+            raise InvalidArgumentError(f"grad_clip is {shown(clip)}. Give a positive number, or None.")
+        for name in ("drop_last", "reshard_after_forward", "find_unused_parameters"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgumentError(f"{name} is {shown(getattr(self, name))}. Give True or False.")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if not (isinstance(value, str) and value in allowed):
+        raise InvalidArgumentError(f"{name} is {shown(value)}. Give one of: {', '.join(allowed)}.")
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidArgumentError(f"{name} is {shown(value)}. Give a whole number from {least} on.")

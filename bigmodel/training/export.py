@@ -1,0 +1,126 @@
+"""A trained model as others read it: safetensors in the dtype that it came in, configuration and tokenizer."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from bigmodel import saving
+from bigmodel.models import revert_of
+from bigmodel.training.processes import Processes
+from bigmodel.training.weights import Origin
+
+__all__ = ["export_model"]
+
+# Beside the weights, what a user of the model needs: tokenizers, processors, templates.
+_BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+
+
+def export_model(
+    folder: Path, module: nn.Module, origin: Origin, processes: Processes, max_shard_size: int | str
+) -> list[Path]:
+    """Write the model; every process calls it, and one writes.
+
+    Each parameter is put together in turn and kept in a file beside the target, so that no process holds the model.
+
+    Args:
+        folder: made if it is not there.
+        module: as the engine has it.
+        origin: where it came from: dtypes, and the files beside its weights.
+        processes: all of them.
+        max_shard_size: of a file.
+
+    Returns:
+        What was written; in other processes than the main one, nothing.
+    """
+    gathered, written = _Gathered(folder, module, origin, processes), []
+    try:
+        twin = gathered.twin(module)
+        if processes.is_main:
+            written = saving.save(twin, folder, max_shard_size, revert=revert_of(twin))
+            written += _copy_beside(origin.path, folder)
+    finally:
+        gathered.close()
+    processes.wait()
+    return written
+
+
+class _Gathered:
+    """Every parameter whole, as a map of a file of the main process; in the others they pass by."""
+
+    def __init__(self, folder: Path, module: nn.Module, origin: Origin, processes: Processes) -> None:
+        self._is_main = processes.is_main
+        self._scratch: Path | None = None
+        self.tensors: dict[int, torch.Tensor] = {}
+        if self._is_main:
+            folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+            self._scratch = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=".exporting-"))
+        try:
+            for number, (name, parameter) in enumerate(module.named_parameters()):
+                data: Any = parameter.detach()
+                whole = data.full_tensor() if isinstance(data, DTensor) else data
+                if self._scratch is not None:
+                    dtype = origin.stored_dtypes.get(name, parameter.dtype)
+                    self.tensors[id(parameter)] = _mapped(self._scratch / str(number), whole, dtype)
+                del whole
+        except BaseException:
+            self.close()
+            raise
+
+    def twin(self, module: nn.Module) -> nn.Module:
+        """The user's module with these weights: the classes that it had before an engine took it."""
+        modules = list(module.modules())
+        twins = {each: object.__new__(_own_class(each)) for each in modules}
+        parameters: dict[int, nn.Parameter] = {}
+        for each, twin in twins.items():
+            twin.__dict__.update(each.__dict__)
+            twin.__dict__["_modules"] = {
+                key: None if child is None else twins[child] for key, child in each._modules.items()
+            }
+            own = {}
+            for key, parameter in each._parameters.items():
+                if parameter is not None and id(parameter) in self.tensors and id(parameter) not in parameters:
+                    parameters[id(parameter)] = nn.Parameter(self.tensors[id(parameter)], requires_grad=False)
+                own[key] = None if parameter is None else parameters.get(id(parameter), parameter)
+            twin.__dict__["_parameters"] = own
+        return twins[module]
+
+    def close(self) -> None:
+        self.tensors.clear()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _mapped(file: Path, whole: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if not whole.numel():
+        return torch.empty(whole.shape, dtype=dtype)
+    flat = torch.from_file(str(file), shared=True, size=math.prod(whole.shape), dtype=dtype)
+    flat.copy_(whole.detach().reshape(-1))
+    return flat.view(whole.shape)
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """FSDP2 puts a class of its own before the module's."""
+    kind = type(module)
+    return next(each for each in kind.__mro__[1:] if each is not FSDPModule) if isinstance(module, FSDPModule) else kind
+
+
+def _copy_beside(source: Path | None, folder: Path) -> list[Path]:
+    """Files of the source that are neither weights nor configuration, which are written anew."""
+    written: list[Path] = []
+    if source is None or not source.is_dir() or source.resolve() == folder.resolve():
+        return written
+    anew = {"config.json", "generation_config.json"}
+    for file in sorted({each for pattern in _BESIDE for each in source.glob(pattern)}):
+        if file.name not in anew and not file.name.endswith(".index.json") and file.is_file():
+            shutil.copyfile(file, folder / file.name)
+            written.append(folder / file.name)
+    return written

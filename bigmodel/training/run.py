@@ -1,0 +1,648 @@
+"""A training run: the model, its optimizer and its data in the hands of an engine, and the loop's verbs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.hooks import RemovableHandle
+
+from bigmodel.errors import InvalidArgumentError, TrainingError
+from bigmodel.progress import progress_bar
+from bigmodel.training.checkpoint import complete_ones, load_state, prune, read_manifest, save_state
+from bigmodel.training.config import TrainingConfig
+from bigmodel.training.data import Cursor, Division, GlobalLoader, data_of, mixed
+from bigmodel.training.export import export_model
+from bigmodel.training.gradients import clip, norm_and_sums
+from bigmodel.training.losses import (
+    COUNT_KEY,
+    CountItems,
+    counted_labels,
+    is_divided,
+    losses_of_counts,
+    refuse_strange,
+)
+from bigmodel.training.processes import Processes
+from bigmodel.training.strategy import Engine, engine_of
+from bigmodel.training.weights import Origin
+
+__all__ = ["Evaluation", "StepRecord", "TrainingRun"]
+
+logger = logging.getLogger("bigmodel.training")
+
+Params = list[nn.Parameter]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """Of one optimizer step, the same in all processes.
+
+    Attributes:
+        step: its number, from 1.
+        loss: mean over the predicted labels of the global batch (over its samples, where there are no labels).
+        num_tokens: predicted labels, or samples.
+        grad_norm: of all gradients, before they were clipped.
+        lr: of the first parameter group, in this step.
+        skipped: whether the step was left out because a gradient was not finite.
+    """
+
+    step: int
+    loss: float
+    num_tokens: int
+    grad_norm: float
+    lr: float
+    skipped: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Of all samples of an evaluation, the same in all processes.
+
+    Attributes:
+        loss: mean over the predicted labels.
+        num_tokens: predicted labels.
+    """
+
+    loss: float
+    num_tokens: int
+
+
+class TrainingRun:
+    """The verbs of a training loop, the same for every engine.
+
+    ::
+
+        run = TrainingRun(TrainingConfig(strategy="fsdp", global_batch_size=16, micro_batch_size=2))
+        model, optimizer, loader = run.prepare(
+            model="path", optimizer=lambda params: torch.optim.AdamW(params, lr=2e-5), data=dataset)
+        for batch in loader:
+            with run.accumulate():
+                run.backward(run.loss(model(**batch), batch))
+                run.step()
+
+    Args:
+        config: what is asked for.
+
+    Attributes:
+        config, processes: as they are.
+        last_step: of the last optimizer step; None before the first.
+    """
+
+    def __init__(self, config: TrainingConfig | None = None) -> None:
+        if config is not None and not isinstance(config, TrainingConfig):
+            raise InvalidArgumentError(f"config is a {type(config).__name__}. Give a bigmodel.training.TrainingConfig.")
+        self.config = config or TrainingConfig()
+        self.processes = Processes.join()
+        self._make_engine = engine_of(self.config, self.processes)
+        self.last_step: StepRecord | None = None
+        self._engine: Engine | None = None
+        self._optimizer: Optimizer | None = None
+        self._scheduler: LRScheduler | None = None
+        self._loader: GlobalLoader | None = None
+        self._count_items: CountItems | None = None
+        self._own_count = False
+        self._divides: bool | None = None
+        self._counts: list[int] = []  # of this process's micro-batches of the global batch
+        self._total = 0  # of the global batch
+        self._lost: list[torch.Tensor] = []  # of the micro-batches of the global batch
+        self._num_steps = 0
+        self._origin: Origin | None = None
+        self._registered: list[Any] = []
+        self._run_id = self.processes.same(uuid.uuid4().hex)
+        self._is_weighed = False  # whether run.loss was called for this micro-batch
+        self._was_told = False
+        self._is_inside = False
+        self._is_stepping = False
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether it is the one that writes and prints."""
+        return self.processes.is_main
+
+    def prepare(
+        self,
+        *objects: Any,
+        model: Any = None,
+        optimizer: Callable[[Params], Optimizer] | Optimizer | None = None,
+        data: Any = None,
+        scheduler: Callable[[Optimizer], LRScheduler] | LRScheduler | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_workers: int = 0,
+        count_items: CountItems | None = None,
+        trust_remote_code: bool = False,
+        progress: bool | None = None,
+    ) -> Any:
+        """Put what the loop needs into the hands of the engine.
+
+        Args:
+            objects: a model, an optimizer, a DataLoader or a dataset, and a scheduler that were built already, in any order and
+                as many of them as there are; or the same by keyword.
+            model: folder, Hub repo id or module.
+            optimizer: of the parameters that are trained, to the optimizer; or one that was built of the model's parameters
+                and has not stepped: it is pointed at those that take their place, its groups kept.
+            data: a map-style dataset, or a DataLoader, whose batch size is the micro-batch of a process.
+            scheduler: of the optimizer, to its scheduler; or one of the optimizer that is given. Stepped once per optimizer step.
+            collate_fn: samples -> batch, where `data` is a dataset.
+            num_workers: processes that make samples, where `data` is a dataset.
+            count_items: of a micro-batch, what its loss is a sum over; its labels that are not -100 if None.
+            trust_remote_code: whether code of the checkpoint may run.
+            progress: bars while weights are read; where stderr is a terminal if None.
+
+        Returns:
+            What was given, in that order (by keyword: model, optimizer, loader, scheduler); one alone is not in a tuple.
+
+        Raises:
+            InvalidArgumentError: for what means nothing, or contradicts the configuration.
+            As `load_sharded`, for a checkpoint.
+        """
+        if self._engine is not None:
+            raise InvalidArgumentError("prepare was called before. Make another TrainingRun for another model.")
+        named = {"model": model, "optimizer": optimizer, "loader": data, "scheduler": scheduler}
+        order = [_kind_of(each) for each in objects]
+        for kind, each in zip(order, objects, strict=True):
+            if named[kind] is not None:
+                raise InvalidArgumentError(
+                    f"Two of one kind were given: a second {kind} is a {type(each).__name__}. Give one."
+                )
+            named[kind] = each
+        order += [kind for kind in named if named[kind] is not None and kind not in order]
+        if named["model"] is None:
+            raise InvalidArgumentError("There is no model to train. Give a folder, a Hub repo id or a module.")
+        loaded = None if named["loader"] is None else data_of(named["loader"], collate_fn, num_workers)
+        micro = self._micro_batch_size(None if loaded is None else loaded.batch_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)  # weights that no checkpoint has are the same everywhere
+            origin = Origin.of(named["model"], trust_remote_code=trust_remote_code)
+        before = dict(origin.module.named_parameters())
+        with progress_bar(progress if self.is_main_process else False) as report:
+            engine = self._make_engine(origin, self.config, self.processes, report)
+        self._engine, self._origin = engine, origin
+        self._seed_draws()  # dropout is another in each process
+        _refuse_wrong_masters(engine.module)
+        if self.is_main_process:
+            logger.info("%s", engine.describe())
+        self._handles.append(engine.model.register_forward_pre_hook(self._look, with_kwargs=True))
+        made: dict[str, Any] = {"model": engine.model}
+        made["optimizer"] = self._optimizer = self._optimizer_of(named["optimizer"], before)
+        if self._optimizer is not None:
+            self._handles.append(self._optimizer.register_step_pre_hook(self._refuse_own_step))
+        made["scheduler"] = self._scheduler = self._scheduler_of(named["scheduler"])
+        self._own_count = count_items is not None
+        self._count_items = count_items or counted_labels(engine.module)
+        if loaded is not None:
+            division = Division(
+                global_batch_size=self.config.global_batch_size or micro * self.processes.size,
+                micro_batch_size=micro,
+                rank=self.processes.rank,
+                num_processes=self.processes.size,
+            )
+            made["loader"] = self._loader = GlobalLoader(
+                loaded, division, Cursor(seed=self.config.seed), drop_last=self.config.drop_last, begin=self._begin
+            )
+        found = tuple(made[kind] for kind in order)
+        return found[0] if len(found) == 1 else found
+
+    # --- The loop's verbs
+
+    @contextlib.contextmanager
+    def accumulate(self, *models: nn.Module) -> Iterator[None]:
+        """Around forward, backward and step of one micro-batch: gradients are reduced in the last one of a global batch."""
+        self._is_weighed = False
+        self._is_inside = True
+        try:
+            with self._prepared().syncing(self._is_last):
+                yield
+        finally:
+            self._is_inside = False
+
+    def loss(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+        """A micro-batch's part of the mean over the global batch.
+
+        Args:
+            outputs: what the model returned, with a loss; or, with `count_items`, the sum of the losses itself, a scalar.
+            batch: the micro-batch.
+
+        Raises:
+            TrainingError: there is no loss.
+        """
+        if isinstance(outputs, torch.Tensor):
+            if not self._own_count:
+                raise TrainingError(
+                    "run.loss was given a tensor, and it is not known what it is a sum over. Give prepare(count_items=...), or "
+                    "what the model returned."
+                )
+            part = outputs / max(1, self._total)
+        else:
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+            if loss is None:
+                raise TrainingError("The model returned no loss. Give it labels, or run.loss the sum of the losses.")
+            part = self._weigh(loss)
+        self._is_weighed = True
+        return part
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of a loss, added to those of the global batch.
+
+        Args:
+            loss: what `run.loss` returned for this micro-batch, with whatever was added to it; or, where that was not called,
+                the model's own loss.
+        """
+        engine = self._prepared()
+        part = loss if self._is_weighed else self._weigh(loss)
+        self._is_weighed = False
+        self._lost.append(part.detach())
+        # The engine takes the mean over processes. Parts of a global batch add up; without a loader of ours there is none.
+        times = engine.num_averaged if self._loader is not None else 1
+        if self._loader is not None:
+            self._loader.is_touched = True
+        (part * times if times > 1 else part).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        """After the last micro-batch of a global batch: clip, step and schedule; before it, nothing.
+
+        Where a gradient is not finite the step is left out, and `last_step` says so.
+        """
+        engine, optimizer = self._prepared(), self._optimizer
+        if not self._is_last:
+            return
+        if optimizer is None:
+            raise TrainingError("There is no optimizer. Give prepare one.")
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        lost = float(torch.stack(self._lost).sum()) if self._lost else 0.0
+        norm, (lost,) = norm_and_sums(parameters, [lost], self.processes, engine.num_copies)
+        lr = float(optimizer.param_groups[0]["lr"])
+        is_finite = math.isfinite(norm)  # in all processes alike
+        if is_finite:
+            if self.config.grad_clip is not None:
+                clip(parameters, norm, self.config.grad_clip)
+            self._is_stepping = True
+            try:
+                optimizer.step()
+            finally:
+                self._is_stepping = False
+            if self._scheduler is not None:
+                self._scheduler.step()
+            self._num_steps += 1
+        optimizer.zero_grad()
+        self.last_step = StepRecord(
+            step=self._num_steps, loss=lost, num_tokens=self._total, grad_norm=norm, lr=lr, skipped=not is_finite
+        )
+        self._lost = []
+        if self._loader is not None:
+            self._loader.stepped()
+
+    def save(self, folder: str | os.PathLike[str], *, keep: int | None = None) -> Path:
+        """Write all that the run needs to go on: model, optimizer, scheduler, place in the data, random generators.
+
+        Every process calls it, between two optimizer steps. It is put in its place whole: a kill at any moment leaves the last
+        one.
+
+        Args:
+            folder: one checkpoint; replaced where it is one.
+            keep: of this run's checkpoints beside it, the newest so many stay; None keeps all.
+
+        Raises:
+            InvalidArgumentError: the folder holds something else.
+            TrainingError: not every process called it within five minutes.
+        """
+        engine, path = self._prepared(), Path(folder)
+        if keep is not None and (not isinstance(keep, int) or keep < 1):
+            raise InvalidArgumentError(f"keep is {keep!r}. Give a whole number from 1 on, or None.")
+        if self._loader is not None:
+            self._loader.refuse_inside("save a checkpoint")
+        engine.rest()
+        cursor = None if self._loader is None else self._loader.cursor.to_dict()
+        manifest = {"run": self._run_id, "step": self._num_steps, "cursor": cursor}
+        others = {
+            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "registered": [each.state_dict() for each in self._registered],
+        }
+        save_state(path, engine.module, self._optimizer, manifest, others, self.processes)
+        if keep is not None and self.is_main_process:
+            prune(path.absolute().parent, self._run_id, keep)
+        self.processes.wait()
+        return path
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Go on where `save` was called, with any number of processes and any engine; every process calls it, after prepare.
+
+        Raises:
+            MissingFilesError: there is no complete checkpoint.
+            TrainingError: it is of another model, optimizer or dataset.
+        """
+        engine, path = self._prepared(), Path(folder)
+        engine.rest()
+        manifest = read_manifest(path)
+        cursor = manifest["cursor"]
+        if cursor is not None and self._loader is not None:
+            self._loader.resume(Cursor(**cursor))
+        self._num_steps = manifest["step"]
+        self._seed_draws()  # where the states of so many processes were not saved
+        manifest, others = load_state(path, engine.module, self._optimizer, self.processes)
+        if self._scheduler is not None and others["scheduler"] is not None:
+            self._scheduler.load_state_dict(others["scheduler"])
+        if len(others["registered"]) != len(self._registered):
+            raise TrainingError(
+                f"{path} holds {len(others['registered'])} registered objects, and {len(self._registered)} are registered. "
+                "Register the same ones, in the same order, before run.load."
+            )
+        for each, state in zip(self._registered, others["registered"], strict=True):
+            each.load_state_dict(state)
+        self._run_id = manifest["run"]
+
+    def load_last(self, folder: str | os.PathLike[str]) -> Path | None:
+        """Load the newest complete checkpoint inside a folder; its path, or None where there is none."""
+        found = complete_ones(Path(folder))
+        if not found:
+            return None
+        self.load(found[0][0])
+        return found[0][0]
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Save and load these too: objects with `state_dict` and `load_state_dict`, of plain values and tensors."""
+        for each in objects:
+            if not (callable(getattr(each, "state_dict", None)) and callable(getattr(each, "load_state_dict", None))):
+                raise InvalidArgumentError(
+                    f"A {type(each).__name__} has no state_dict and load_state_dict. Give an object that has both."
+                )
+        self._registered += objects
+
+    def export(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> list[Path]:
+        """Write the model as `load_sharded` and `from_pretrained` read it: in the dtype that it came in, tied weights once, with
+        configuration and tokenizer. Every process calls it.
+
+        Returns:
+            The files; in other processes than the main one, none.
+
+        Raises:
+            As `bigmodel.save`.
+        """
+        assert self._origin is not None
+        self._prepared().rest()
+        return export_model(Path(folder), self._prepared().module, self._origin, self.processes, max_shard_size)
+
+    def prepare_eval(
+        self, data: Any, *, collate_fn: Callable[[list[Any]], Any] | None = None, num_workers: int = 0
+    ) -> GlobalLoader:
+        """What `evaluate` goes through: a dataset or DataLoader, in its own order; it moves no place in the training data.
+
+        Args:
+            data, collate_fn, num_workers: as in `prepare`.
+        """
+        loaded = replace(data_of(data, collate_fn, num_workers), shuffles=False)
+        micro = loaded.batch_size or self._micro_batch_size(None)
+        division = Division(
+            global_batch_size=micro * self.processes.size,
+            micro_batch_size=micro,
+            rank=self.processes.rank,
+            num_processes=self.processes.size,
+        )
+        return GlobalLoader(loaded, division, Cursor(seed=self.config.seed), drop_last=False, begin=list)
+
+    @torch.no_grad()
+    def evaluate(self, loader: GlobalLoader) -> Evaluation:
+        """The mean loss over all predicted labels of all processes; every process calls it.
+
+        Args:
+            loader: what `prepare_eval` returned.
+
+        Raises:
+            TrainingError: no label is predicted, or the model returns no loss.
+        """
+        engine = self._prepared()
+        assert self._count_items is not None
+        trained = [module for module in engine.model.modules() if module.training]
+        engine.model.eval()
+        loader.set_epoch(0)
+        lost, counted = 0.0, 0
+        try:
+            for batch in loader:
+                count, there = int(self._count_items(batch)), _on(batch, self.processes.device)
+                outputs = engine.model(**there)
+                loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+                if loss is None:
+                    raise TrainingError("The model returned no loss. Give the evaluation's samples labels.")
+                if count:  # the mean over no label is not a number
+                    lost, counted = lost + float(loss) * count, counted + count
+        finally:
+            for module in trained:
+                module.training = True
+            engine.rest()
+        total_lost, total = self.processes.summed(torch.tensor([lost, counted], dtype=torch.float64)).tolist()
+        if not total:
+            raise TrainingError("The evaluation has no label that is predicted: all are -100. Look at the labels.")
+        return Evaluation(loss=total_lost / total, num_tokens=int(total))
+
+    def unwrap(self, model: nn.Module | None = None) -> nn.Module:
+        """The user's module, with the user's names; its parameters are the masters, or this process's parts of them."""
+        engine = self._prepared()
+        if not self._is_inside:
+            engine.rest()
+        return engine.module
+
+    # --- How
+
+    @property
+    def _is_last(self) -> bool:
+        return self._loader is None or self._loader.is_last
+
+    def _prepared(self) -> Engine:
+        if self._engine is None:
+            raise TrainingError("Nothing was prepared. Call run.prepare first.")
+        return self._engine
+
+    def _micro_batch_size(self, of_loader: int | None) -> int:
+        stated = self.config.micro_batch_size
+        if stated == "auto":
+            if of_loader is None and self.is_main_process:
+                logger.info("micro_batch_size is 1: it was not stated")
+            return of_loader or 1
+        assert isinstance(stated, int)
+        if of_loader is not None and of_loader != stated:
+            raise InvalidArgumentError(
+                f"micro_batch_size is {stated}, and the DataLoader's batch_size is {of_loader}. Both are the samples of one "
+                "pass of one process: give one of them."
+            )
+        return stated
+
+    def _begin(self, batches: list[Any]) -> list[Any]:
+        """Count a global batch before its first micro-batch is given."""
+        assert self._count_items is not None
+        has_labels = all(isinstance(each, Mapping) and isinstance(each.get("labels"), torch.Tensor) for each in batches)
+        if has_labels or self._own_count:
+            self._counts = [int(self._count_items(each)) for each in batches]
+        else:
+            self._counts = [_num_rows(each) for each in batches]
+        self._total = int(self.processes.summed(torch.tensor([sum(self._counts)], dtype=torch.int64)).item())
+        if not self._total:
+            raise TrainingError("A global batch has no label that is predicted: all are -100. Look at the labels.")
+        device = self.processes.device
+        batches = [_on(each, device) for each in batches]
+        if not has_labels or self._own_count:
+            self._divides = False
+            return batches
+        if self._divides is None:
+            self._divides = self._try_division(batches)
+        if self._divides:
+            total = torch.tensor(self._total, device=device)
+            for each in batches:
+                each[COUNT_KEY] = total  # of our own copies
+        return batches
+
+    def _seed_draws(self) -> None:
+        torch.manual_seed(mixed(self.config.seed, self._num_steps, self.processes.rank))
+
+    def _try_division(self, batches: list[Any]) -> bool:
+        """Whether the model divides its loss by the count of labels, as all processes find together.
+
+        One whose micro-batch predicts nothing learns nothing from it.
+        """
+        engine = self._prepared()
+        for batch, count in zip(batches, self._counts, strict=True):
+            losses = losses_of_counts(engine.module, engine.model, batch, count)
+            if losses is None:  # a matter of signatures: the same in all processes
+                return False
+            strange: Exception | None = None
+            if count:
+                try:
+                    refuse_strange(type(engine.module).__name__, losses, count)
+                except InvalidArgumentError as error:
+                    strange = error
+            divided = bool(count) and is_divided(losses)
+            votes = torch.tensor([divided, bool(count) and not divided, strange is not None], dtype=torch.int64)
+            num_divided, num_ignored, num_strange = self.processes.summed(votes).tolist()
+            if num_strange or (num_divided and num_ignored):
+                raise strange or TrainingError(
+                    "In another process the loss neither divides by the count of labels nor ignores it. See its message."
+                )
+            if num_divided or num_ignored:
+                return bool(num_divided)
+        return False
+
+    def _weigh(self, loss: torch.Tensor) -> torch.Tensor:
+        if self._loader is None or not self._total or self._was_told:
+            return loss
+        return loss * (self._counts[self._loader.number] / self._total)
+
+    def _look(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Before each forward: whether it is told the count that its loss is divided by."""
+        self._was_told = bool(self._divides) and COUNT_KEY in kwargs
+        loader, labels = self._loader, kwargs.get("labels")
+        if loader is None or self._divides or not self._is_inside or not isinstance(labels, torch.Tensor):
+            return None
+        if not self._counts or self._counts[loader.number] or self._own_count:
+            return None
+        # The mean over no label is not a number, nor its gradient: any label will do for what weighs nothing.
+        return args, {**kwargs, "labels": torch.zeros_like(labels)}
+
+    def _optimizer_of(self, given: Any, before: Mapping[str, nn.Parameter]) -> Optimizer | None:
+        module = self._prepared().module
+        if given is None:
+            return None
+        if not isinstance(given, Optimizer):
+            made = given([parameter for parameter in module.parameters() if parameter.requires_grad])
+            if not isinstance(made, Optimizer):
+                raise InvalidArgumentError(
+                    f"optimizer(params) returned a {type(made).__name__}. Return a torch.optim.Optimizer."
+                )
+            return made
+        if given.state:
+            raise InvalidArgumentError(
+                "The optimizer has stepped already. Give one that has not, or load its checkpoint."
+            )
+        now = dict(module.named_parameters())
+        names = {id(parameter): name for name, parameter in before.items()}
+        for group in given.param_groups:
+            strange = [parameter for parameter in group["params"] if id(parameter) not in names]
+            if strange:
+                raise InvalidArgumentError(
+                    f"The optimizer has a parameter of shape {tuple(strange[0].shape)} that is not the model's. Build it of the "
+                    "parameters of the model that is given."
+                )
+            group["params"] = [now[names[id(parameter)]] for parameter in group["params"]]
+        return given
+
+    def _refuse_own_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._is_stepping:
+            raise TrainingError(
+                "optimizer.step was called. Call run.step after each micro-batch instead: it clips, steps and schedules after "
+                "the last one of a global batch, and clears the gradients."
+            )
+
+    def _scheduler_of(self, given: Any) -> LRScheduler | None:
+        if given is None:
+            return None
+        if isinstance(given, ReduceLROnPlateau):
+            raise InvalidArgumentError(
+                "ReduceLROnPlateau steps by a metric, and run.step knows none. Step it yourself, after run.evaluate, and do not "
+                "give it to prepare."
+            )
+        if isinstance(given, LRScheduler):
+            if given.optimizer is not self._optimizer:
+                raise InvalidArgumentError("The scheduler is of another optimizer. Give the one that it was made for.")
+            return given
+        if self._optimizer is None:
+            raise InvalidArgumentError("A scheduler was given and no optimizer. Give both.")
+        made: LRScheduler = given(self._optimizer)
+        return made
+
+
+def _kind_of(given: Any) -> str:
+    if isinstance(given, (nn.Module, str, os.PathLike)):
+        return "model"
+    if isinstance(given, Optimizer):
+        return "optimizer"
+    if isinstance(given, (LRScheduler, ReduceLROnPlateau)):
+        return "scheduler"
+    if isinstance(given, (DataLoader, Dataset, IterableDataset)) or hasattr(given, "__getitem__"):
+        return "loader"
+    raise InvalidArgumentError(
+        f"prepare was given a {type(given).__name__}. Give a model, an optimizer, a DataLoader or dataset, a scheduler; "
+        "factories by keyword."
+    )
+
+
+def _refuse_wrong_masters(module: nn.Module) -> None:
+    wrong = [
+        f"{name} ({parameter.dtype})"
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.dtype != torch.float32
+    ]
+    if wrong:
+        raise TrainingError(f"{len(wrong)} parameters that are trained are not float32, such as {wrong[0]}.")
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        there = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
+        for key, each in value.items():
+            there[key] = _on(each, device)
+        return there
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_on(each, device) for each in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on(each, device) for each in value)
+    return value
+
+
+def _num_rows(batch: Any) -> int:
+    if isinstance(batch, torch.Tensor):
+        return batch.shape[0]
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    return next((_num_rows(each) for each in parts if isinstance(each, (torch.Tensor, Mapping, list, tuple))), 0)

@@ -1,0 +1,221 @@
+"""Where a run's weights come from, and how each process gets the part that it holds: from a checkpoint it reads no more."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from bigmodel.checkpoint import Checkpoint, Extent, Source, open_checkpoint
+from bigmodel.checkpoint.stamp import FileStamp
+from bigmodel.device_map.unit import find_units
+from bigmodel.errors import InvalidArgumentError
+from bigmodel.loading.assembled import assembled
+from bigmodel.models import build_skeleton, leave_heads, load_generation_config
+from bigmodel.offload.resident import ResidentLoad
+from bigmodel.progress import Report
+
+__all__ = ["Origin", "part_of", "with_masters"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """A model to train, before any process holds its part.
+
+    Attributes:
+        module: parameters on meta where a checkpoint has them, else real; buffers real, on the CPU.
+        sources: first name of a parameter or persistent buffer -> where its bytes are.
+        stamps: of the checkpoint's files.
+        stored_dtypes: first name -> dtype that `export` writes.
+        no_split: class names of modules that are kept whole.
+        path: of the checkpoint; None for a module of the user's.
+    """
+
+    module: nn.Module
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    stamps: Mapping[str, FileStamp] = field(default_factory=dict)
+    stored_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    no_split: frozenset[str] = frozenset()
+    path: Path | None = None
+
+    @classmethod
+    def of(cls, model: str | os.PathLike[str] | nn.Module, *, trust_remote_code: bool = False) -> Origin:
+        """Opens a checkpoint and builds its module, reading headers only; or takes the user's module as it is.
+
+        Raises:
+            As `load_sharded`, for a checkpoint.
+            InvalidArgumentError: neither a path nor a module whose weights are in memory.
+        """
+        if isinstance(model, nn.Module):
+            _refuse_hooked(model)
+            away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+            if away:
+                raise InvalidArgumentError(
+                    f"{len(away)} parameters of the model are on meta, such as {away[0]}. Give the folder of its checkpoint, or "
+                    "a module whose weights are in memory."
+                )
+            dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+            return cls(
+                module=model,
+                stored_dtypes=dtypes,
+                no_split=frozenset(getattr(model, "_no_split_modules", None) or ()),
+            )
+        if not isinstance(model, (str, os.PathLike)):
+            raise InvalidArgumentError(
+                f"model is a {type(model).__name__}. Give a folder, a Hub repo id or an nn.Module."
+            )
+        checkpoint: Checkpoint = open_checkpoint(model)
+        skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
+        load_generation_config(skeleton.model, checkpoint, trust_remote_code=trust_remote_code)
+        leave_heads(skeleton.model)  # for weights that are not trained
+        skeleton.model.requires_grad_(True).train()
+        return cls(
+            module=skeleton.model,
+            sources=skeleton.sources,
+            stamps=checkpoint.stamps,
+            stored_dtypes={name: parameter.dtype for name, parameter in skeleton.model.named_parameters()},
+            no_split=skeleton.no_split,
+            path=Path(checkpoint.path),
+        )
+
+    def groups(self) -> list[nn.Module]:
+        """The modules whose weights are gathered together; what encloses others, or is shared, goes with the root."""
+        owners, found = _owners(self.module), []
+        for unit in find_units(self.module, no_split=self.no_split):
+            if len(unit.sites) > 1 or not unit.sites[0] or unit.encloses:
+                continue
+            module = self.module.get_submodule(unit.sites[0])
+            inside = set(module.modules())
+            if all(owner in inside for each in module.parameters() for owner, _ in owners[id(each)]):
+                found.append(module)
+        return found
+
+    def fill(self, device: torch.device, progress: Report | None = None) -> None:
+        """Give every parameter on meta what this process holds of it, in the dtype that it has, and buffers what is stored.
+
+        Of a parameter that is a DTensor only this process's rows are read.
+
+        Raises:
+            ReadError: a file could not be read, or changed since its header was checked.
+        """
+        owners = _owners(self.module)
+        parts: list[Source] = []
+        converted: list[Source] = []
+        parameters = {name: each for name, each in self.module.named_parameters() if each.is_meta}
+        for name, parameter in parameters.items():
+            source = replace(self.sources[name], dtype=parameter.dtype)
+            (converted if source.conversion is not None else parts).append(part_of(source, *_rows(parameter)))
+        buffers = [source for name, source in self.sources.items() if name in dict(self.module.named_buffers())]
+        for tensors in self._read(parts, converted, progress):
+            for name, local in tensors.items():
+                _put(parameters[name], local.to(device), owners)
+        load = ResidentLoad(buffers, stamps=self.stamps, may_map=False)
+        with torch.no_grad():
+            for name, tensor in load.finish().items():
+                self.module.get_buffer(name).copy_(tensor)
+        for owner in self.module.modules():
+            for key, buffer in owner._buffers.items():
+                if buffer is not None and buffer.device != device:
+                    owner._buffers[key] = buffer.to(device)
+
+    def _read(
+        self, parts: Sequence[Source], converted: Sequence[Source], progress: Report | None
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Name -> this process's rows; what is put together by arithmetic is made whole, one unit after the other."""
+        plain = [source for source in parts if source.nbytes]
+        yield {source.name: torch.empty(source.shape, dtype=source.dtype) for source in parts if not source.nbytes}
+        if plain:
+            yield ResidentLoad(plain, stamps=self.stamps, may_map=False, progress=progress).finish()
+        waiting = {source.name: source for source in converted}
+        while waiting:
+            first = next(iter(waiting.values()))
+            assert first.conversion is not None
+            together = [waiting.pop(name) for name in first.conversion.outputs if name in waiting]
+            whole = [replace(self.sources[source.name], dtype=source.dtype) for source in together]
+            made = ResidentLoad(whole, stamps=self.stamps, may_map=False).finish()
+            parameters = dict(self.module.named_parameters())
+            yield {
+                name: tensor.narrow(0, *_rows(parameters[name])).clone() if tensor.ndim else tensor.clone()
+                for name, tensor in made.items()
+            }
+
+
+def part_of(source: Source, first_row: int, num_rows: int) -> Source:
+    """Rows of a parameter, as a source of their own name; of one that is made by arithmetic, and of a scalar, the whole."""
+    if source.conversion is not None or not source.shape or num_rows == source.shape[0]:
+        return source
+    row_bytes = math.prod(source.shape[1:]) * source.stored_dtype.itemsize
+    begin, end = first_row * row_bytes, (first_row + num_rows) * row_bytes
+    extents = []
+    for extent in source.extents:
+        low, high = max(begin, extent.into), min(end, extent.into + extent.nbytes)
+        if low < high:
+            extents.append(Extent(extent.file, extent.offset + low - extent.into, high - low, low - begin))
+    return replace(source, shape=(num_rows, *source.shape[1:]), extents=tuple(extents))
+
+
+def with_masters(module: nn.Module) -> None:
+    """Makes every parameter that is trained float32; what is frozen keeps its dtype. In place, one parameter at a time."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.itemsize < 4:
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def _refuse_hooked(model: nn.Module) -> None:
+    """InvalidArgumentError for what `load_sharded` gave and still holds: weights that stream, or several devices."""
+    try:
+        state = assembled(model)[1]
+    except InvalidArgumentError:
+        return  # somebody else's
+    if state.attachment is None:
+        return
+    call = "materialize" if state.streamed or getattr(model, "hf_device_map", None) else "unload"
+    what = (
+        "streams its weights or spans devices" if call == "materialize" else "has its passes checked against a budget"
+    )
+    raise InvalidArgumentError(
+        f"The model {what}, which training does not. Call bigmodel.{call}(model) first, or give the folder of its checkpoint, of "
+        'which each process reads its part (strategy="fsdp").'
+    )
+
+
+def _rows(parameter: nn.Parameter) -> tuple[int, int]:
+    """The first row that this process holds, and how many."""
+    if not parameter.ndim:
+        return 0, 1
+    data: Any = parameter.data
+    if not isinstance(data, DTensor):
+        return 0, parameter.shape[0]
+    shape, offset = compute_local_shape_and_global_offset(data.shape, data.device_mesh, data.placements)
+    return (offset[0], shape[0]) if math.prod(shape) else (0, 0)
+
+
+def _put(parameter: nn.Parameter, local: torch.Tensor, owners: Mapping[int, Sequence[tuple[nn.Module, str]]]) -> None:
+    """Puts a parameter with these values at every place that held the one on meta, with its attributes."""
+    data: Any = parameter.data
+    value: torch.Tensor = local
+    if isinstance(data, DTensor):
+        value = DTensor.from_local(
+            local, data.device_mesh, data.placements, run_check=False, shape=data.shape, stride=data.stride()
+        )
+    new = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    new.__dict__.update(parameter.__dict__)
+    for module, attribute in owners[id(parameter)]:
+        module._parameters[attribute] = new
+
+
+def _owners(module: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for each in module.modules():
+        for attribute, parameter in each._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((each, attribute))
+    return found

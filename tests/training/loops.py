@@ -1,0 +1,200 @@
+"""Training loops that tests run, alone or in the processes of a pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Dataset
+
+from bigmodel.training import TrainingConfig, TrainingRun
+
+
+class Sentences(Dataset):
+    """Samples of 12 tokens, of which every sample predicts another number."""
+
+    def __init__(self, length: int = 64, vocabulary: int = 96) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.ids = torch.randint(3, vocabulary, (length, 12), generator=generator)
+        self.masked = torch.randint(0, 10, (length,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        labels = self.ids[number].clone()
+        labels[: self.masked[number]] = -100
+        return {"input_ids": self.ids[number], "attention_mask": torch.ones(12, dtype=torch.long), "labels": labels}
+
+
+def save_llama(folder: Path, **changes: Any) -> None:
+    """A checkpoint of a llama as one begins to train it: two layers, tied embeddings, bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "vocab_size": 97,  # that two processes cannot halve
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "eos_token_id": 2,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**(sizes | changes))).to(torch.bfloat16).save_pretrained(
+            folder, max_shard_size="100KB"
+        )
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """All of a parameter's values."""
+    data = parameter.detach()
+    return (data.full_tensor() if isinstance(data, DTensor) else data).clone()
+
+
+class Numbers(Dataset):
+    """Samples that say which they are, and what they drew."""
+
+    def __len__(self) -> int:
+        return 37
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {"number": number, "drawn": torch.rand(()).item(), "labels": torch.tensor([number, number])}
+
+
+def numbers(
+    skip: int = 0, epochs: int = 2, *, num_workers: int = 0, folder: str | None = None, size: int = 8, micro: int = 2
+) -> list[list[tuple[int, float]]]:
+    """The samples of each global batch that this process is given, those that do not count left out.
+
+    With a folder: after `skip` global batches a checkpoint is made there, or read there where `skip` is negative.
+    """
+    torch.manual_seed(0)
+    run = TrainingRun(TrainingConfig(global_batch_size=size, micro_batch_size=micro, precision="fp32", seed=3))
+    _, _, loader = run.prepare(
+        model=torch.nn.Linear(2, 2),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        data=Numbers(),
+        num_workers=num_workers,
+        progress=False,
+    )
+    if folder is not None and skip < 0:
+        run.load(folder)
+    found: list[list[tuple[int, float]]] = [[]]
+    for _ in range(epochs):
+        for batch in loader:
+            rows = zip(batch["number"].tolist(), batch["drawn"].tolist(), batch["labels"][:, 0].tolist(), strict=True)
+            found[-1] += [(number, drawn) for number, drawn, label in rows if label != -100]
+            run.step()  # nothing is trained
+            if loader.is_last:
+                found.append([])
+                if folder is not None and len(found) - 1 == skip:
+                    run.save(folder)
+                    return found[:-1]
+    return found[:-1]
+
+
+def resumed(path: str, folder: str, first: int, then: int, **options: Any) -> dict[str, Any]:
+    """Train, going on from a checkpoint where `first` is 0, and leave one after `first` steps otherwise."""
+    return train(path, first if first else then, checkpoint=folder, resumes=not first, **options)
+
+
+def exported(path: str, folder: str, steps: int = 2, **options: Any) -> dict[str, torch.Tensor]:
+    """Train a little and export; name -> values of the parameters that were."""
+    return train(path, steps, export=folder, **options)["parameters"]
+
+
+def train(
+    path: str | Path,
+    steps: int = 20,
+    *,
+    model: Any = None,
+    lr: float = 1e-3,
+    gradients: bool = False,
+    checkpoint: str | None = None,
+    resumes: bool = False,
+    export: str | None = None,
+    groups: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train for so many optimizer steps; go on from a checkpoint, or leave one, or an export, at the end.
+
+    Returns:
+        ``losses``, ``norms``, ``tokens`` of the steps; ``parameters``: name -> values; ``gradients`` of the first step.
+    """
+    run = TrainingRun(TrainingConfig(**{"global_batch_size": 8, "grad_clip": 1.0, **options}))
+    model, _, loader, _ = run.prepare(
+        model=str(path) if model is None else model,
+        optimizer=lambda params: torch.optim.AdamW(_grouped(params) if groups else params, lr=lr),
+        data=Sentences(),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, 10),
+        progress=False,
+    )
+    if checkpoint is not None and resumes:
+        run.load(checkpoint)
+    losses, norms, tokens, first = [], [], [], {}
+    while len(losses) < steps:
+        for batch in loader:
+            with run.accumulate():
+                run.backward(run.loss(model(**batch), batch))
+                before, last = run.last_step, loader.is_last
+                if gradients and last and not first:
+                    first = {name: whole(each.grad) for name, each in run.unwrap().named_parameters()}
+                run.step()
+            assert (run.last_step is not before) == last
+            if last:
+                losses.append(run.last_step.loss)
+                norms.append(run.last_step.grad_norm)
+                tokens.append(run.last_step.num_tokens)
+                if len(losses) == steps:
+                    break
+    if checkpoint is not None and not resumes:
+        run.save(checkpoint)
+    if export is not None:
+        run.export(export, max_shard_size="50KB")
+    return {
+        "losses": losses,
+        "norms": norms,
+        "tokens": tokens,
+        "parameters": {name: whole(each) for name, each in run.unwrap().named_parameters()},
+        "gradients": first,
+    }
+
+
+def _grouped(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    """Vectors do not decay."""
+    return [
+        {"params": [each for each in params if each.ndim > 1]},
+        {"params": [each for each in params if each.ndim == 1], "weight_decay": 0.0},
+    ]
+
+
+def own_loader() -> float:
+    """The gradient of a weight by whose process's rank and 1 it is multiplied."""
+    run = TrainingRun(TrainingConfig(strategy="ddp", precision="fp32"))
+    model = run.prepare(torch.nn.Linear(1, 1, bias=False))
+    with run.accumulate():
+        run.backward(model(torch.full((1, 1), run.processes.rank + 1.0)).sum())
+    return float(run.unwrap().weight.grad)
+
+
+def uneven() -> str:
+    """What seven samples without labels come to."""
+    run = TrainingRun(TrainingConfig(strategy="ddp", precision="fp32", global_batch_size=4, micro_batch_size=1))
+    model, _, loader = run.prepare(
+        model=torch.nn.Linear(2, 1),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        data=[torch.ones(2) for _ in range(7)],
+    )
+    try:
+        for batch in loader:
+            with run.accumulate():
+                run.backward(model(batch).mean())
+                run.step()
+    except Exception as error:
+        return type(error).__name__
+    return "nothing"

@@ -1,0 +1,140 @@
+"""Global batches are the same samples whoever takes them, also after an interruption."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bigmodel.errors import TrainingError
+from bigmodel.training import TrainingConfig, TrainingRun
+from training.loops import Numbers, numbers
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return [sorted(batch) for batch in numbers()]
+
+
+def together(found):
+    """The global batches of all processes."""
+    return [sorted(sample for each in batches for sample in each) for batches in zip(*found, strict=True)]
+
+
+def test_every_sample_comes_once_an_epoch_in_another_order(alone):
+    assert [len(batch) for batch in alone] == [8, 8, 8, 8, 5] * 2
+    first, second = ([sample for batch in alone[part] for sample, _ in batch] for part in (slice(5), slice(5, 10)))
+    assert sorted(first) == sorted(second) == list(range(37))
+    assert first != second
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("micro", [1, 3])
+def test_two_processes_take_the_same_samples_and_these_draw_the_same(two, alone, num_workers, micro):
+    found = two.run("training.loops:numbers", num_workers=num_workers, micro=micro)
+    assert together(found) == alone
+
+
+@pytest.mark.parametrize(("workers_before", "workers_after"), [(0, 2), (2, 0)])
+def test_an_interruption_repeats_nothing_and_misses_nothing(two, alone, tmp_path, workers_before, workers_after):
+    for name, before, after in (("a", two.run, None), ("b", None, two.run)):
+        place = str(tmp_path / name)
+
+        def take(run, **asked):
+            if run is None:
+                return [sorted(batch) for batch in numbers(**asked)]
+            return together(run("training.loops:numbers", **asked))
+
+        first = take(before, skip=3, folder=place, num_workers=workers_before)
+        rest = take(after, skip=-1, folder=place, num_workers=workers_after)
+        assert first + rest == alone
+
+
+def test_samples_that_fill_no_global_batch_are_counted():
+    from bigmodel.training.data import Cursor, Division, GlobalLoader, data_of
+    from training.loops import Numbers
+
+    loaded = data_of(Numbers(), None, 0)
+    for size, micro, ranks in ((8, 2, 1), (8, 3, 2), (5, 1, 4), (37, 4, 3), (40, 7, 2)):
+        lengths = set()
+        for rank in range(ranks):
+            division = Division(global_batch_size=size, micro_batch_size=micro, rank=rank, num_processes=ranks)
+            loader = GlobalLoader(loaded, division, Cursor(seed=0), drop_last=False, begin=lambda batches: batches)
+            assert len(list(loader)) == len(loader)
+            lengths.add(len(loader))
+        assert len(lengths) == 1
+
+
+def started(**options):
+    run = TrainingRun(TrainingConfig(global_batch_size=4, micro_batch_size=2, precision="fp32", seed=3))
+    model, _, loader = run.prepare(
+        model=torch.nn.Linear(2, 1), optimizer=lambda params: torch.optim.SGD(params, lr=0.0), data=Numbers(), **options
+    )
+    return run, model, loader
+
+
+def trained(run, model, loader, batch):
+    with run.accumulate():
+        run.backward(model(batch["labels"].float()).mean())
+        run.step()
+    return batch["number"].tolist()
+
+
+def test_what_was_looked_at_and_not_trained_on_comes_again(tmp_path):
+    run, model, loader = started()
+    looked = next(iter(loader))["number"].tolist()
+    seen = []
+    for batch in loader:
+        if len(seen) == 8:  # at the top of a loop, before the batch is used
+            run.save(tmp_path / "1")
+            break
+        seen += trained(run, model, loader, batch)
+    assert seen[:2] == looked
+    again, model, loader = started()
+    again.load(tmp_path / "1")
+    for batch in loader:
+        seen += trained(again, model, loader, batch)
+    assert sorted(seen) == list(range(37))
+
+
+def test_a_pass_that_another_one_replaced_is_over(tmp_path):
+    run, model, loader = started()
+    run.save(tmp_path / "1")
+    old = iter(loader)
+    trained(run, model, loader, next(old))
+    with pytest.raises(TrainingError, match="must be stepped"):
+        iter(loader).__next__()
+    trained(run, model, loader, next(old))
+    run.load(tmp_path / "1")
+    with pytest.raises(TrainingError, match="is over"):
+        next(old)
+    assert loader.cursor.num_consumed == 0
+
+
+def test_collators_draw_what_follows_from_their_samples():
+    def collate(samples):
+        return {"labels": torch.rand(len(samples), 2), "number": torch.tensor([each["number"] for each in samples])}
+
+    epochs = []
+    for num_workers in (0, 1):
+        _, _, loader = started(collate_fn=collate, num_workers=num_workers)
+        epochs.append([batch["labels"] for _ in range(2) for batch in loader])
+    assert all(torch.equal(one, other) for one, other in zip(*epochs, strict=True))
+    half = len(epochs[0]) // 2
+    assert not torch.equal(epochs[0][0], epochs[0][half])
+
+
+def test_other_data_is_refused(tmp_path):
+    run, _, _ = started()
+    run.save(tmp_path / "1")
+    shorter = TrainingRun(TrainingConfig(precision="fp32"))
+    shorter.prepare(model=torch.nn.Linear(2, 1), data=[torch.zeros(2)] * 3)
+    with pytest.raises(TrainingError, match="37 samples, and this has 3"):
+        shorter.load(tmp_path / "1")
+    unshuffled = TrainingRun(TrainingConfig(precision="fp32"))
+    unshuffled.prepare(torch.nn.Linear(2, 1), torch.utils.data.DataLoader(Numbers(), batch_size=2))
+    with pytest.raises(TrainingError, match="a random order"):
+        unshuffled.load(tmp_path / "1")
+
+
+def test_batches_without_labels_that_do_not_divide_are_refused_everywhere(two):
+    assert two.run("training.loops:uneven") == ["InvalidArgumentError"] * 2
