@@ -182,6 +182,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
     thread.join()
 
 
+@pytest.mark.slow
 def test_a_repo_is_fetched_into_the_hubs_cache(tmp_path, hub):
     endpoint, asked = hub
     main, unet, gguf, gated, none, revision, typo = open_in_process(

@@ -173,6 +173,7 @@ def test_plan_is_for_other_machines_and_for_browsers(tiny_llama: Path, tmp_path:
     assert invoke("plan", tiny_llama, "--html", tmp_path / "none" / "plan.html").exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_plan_for_another_machine_is_followed_there(tiny_llama: Path, tmp_path: Path) -> None:
     described = {"host": {"memory": "64GiB"}, "disk": {"free": "1TB"}, "accelerators": [{"memory": "24GiB"}]}
     large, small, file = (tmp_path / name for name in ("large.json", "small.json", "plan.json"))
@@ -343,6 +344,7 @@ def test_interrupt_ends_with_130_and_leaves_nothing(tiny_llama: Path) -> None:
     assert "Traceback" not in stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_it_quietly(tiny_llama: Path) -> None:
     command = [*COMMAND, "run", str(tiny_llama), "--prompt", "the", "-n", "4000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -374,6 +376,7 @@ def test_the_real_model_answers_from_disk_within_its_budget(smollm2: Path) -> No
     assert parse_bytes(figures["read"]) > 64 * MIB  # of 257: what a pass needs beside them leaves little room
 
 
+@pytest.mark.slow
 def test_the_peak_counts_weights_that_stay(smollm2: Path) -> None:
     # As private memory or as a map of the files: both are weights that the budget pays for.
     command = [*COMMAND, "run", str(smollm2), "--chat", "-p", "What is the capital of France?", "-m", "cpu=4GiB"]

@@ -99,6 +99,7 @@ def test_no_limit_is_exceeded_and_every_unit_is_placed_once(costs, host, num_rea
     assert Plan.from_json(plan.to_json()) == plan
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(0, 4500))
 def test_more_memory_never_keeps_fewer_equal_blocks(num_blocks, host):

@@ -231,6 +231,7 @@ def test_a_plan_can_be_kept_and_followed(llama, checkpoints):
     assert bigmodel.plan_of(load(llama, divided)).placements == divided.placements
 
 
+@pytest.mark.slow
 def test_a_plan_of_another_machine_is_followed_and_says_so_or_refused_by_tier(llama):
     other = Machine(name="other", host_bytes=1 << 40, num_processors=1, disk_bytes=1 << 40, rates_from="other.json")
     plan = make_plan(llama, machine=other)

@@ -145,6 +145,7 @@ def files_of(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
+@pytest.mark.slow
 def test_a_repo_is_planned_for_by_its_headers_and_the_plan_holds_for_its_files(folder, tmp_path):
     with hub_of(files_of(folder)) as (endpoint, asked):
         printed = run_at(endpoint, tmp_path / "hub", PLAN, "org/name")
@@ -181,6 +182,7 @@ def test_what_headers_say_holds_for_files_in_folders_and_copies_that_the_index_p
     )
 
 
+@pytest.mark.slow
 def test_a_repo_of_bin_files_is_refused_unread_and_opened_once_it_is_cached(tmp_path):
     content = io.BytesIO()
     torch.save({"a": torch.ones(300, 1000)}, content)

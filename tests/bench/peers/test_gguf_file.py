@@ -199,6 +199,7 @@ def test_rounding_is_refused(tmp_path: Path, stored: torch.dtype, dtype: str, in
         write(tmp_path, dtype)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
     save_random(tmp_path, "llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=24, vocab_size=8192)
     target = tmp_path / "f16.gguf"
