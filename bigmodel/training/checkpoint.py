@@ -22,7 +22,7 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -107,16 +107,23 @@ def save_state(
 
 
 def load_state(
-    folder: Path, module: nn.Module, optimizer: Optimizer | None, processes: Processes
+    folder: Path,
+    module: nn.Module,
+    optimizer: Optimizer | None,
+    refuse: Callable[[Mapping[str, Any], Mapping[str, Any]], None],
+    processes: Processes,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a checkpoint into a model and an optimizer, whatever engine and number of processes wrote it; every process calls it.
+
+    Args:
+        refuse: called with the manifest and the other values before anything is changed; raises where they do not fit.
 
     Returns:
         The manifest and the other values that were saved.
 
     Raises:
         MissingFilesError: there is no complete checkpoint.
-        TrainingError: it is of another model, or not all processes came in time.
+        TrainingError: it is of another model or optimizer, and nothing was changed; or not all processes came in time.
     """
     _together(processes, "load")
     manifest = read_manifest(folder)
@@ -130,6 +137,10 @@ def load_state(
             f"{join_some(different)}. Prepare the model that was saved."
         )
     others = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    groups = others.pop("groups")
+    if optimizer is not None:
+        _refuse_groups(folder, parameters, optimizer, groups)
+    refuse(manifest, others)
     reader = FileSystemReader(folder)
     state: dict[str, Any] = {"model": _data(parameters), "buffers": _buffers(module)}
     states = _empty_states(reader, parameters) if optimizer is not None else {}
@@ -139,7 +150,8 @@ def load_state(
         wanted = {kind: each for kind, each in state.items() if each}
         load_tensors(wanted, storage_reader=reader, no_dist=processes.size == 1)
     if optimizer is not None:
-        _restore_groups(folder, parameters, optimizer, others.pop("groups"))
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            group.update({key: value for key, value in values.items() if key != "params"})
         optimizer.state.clear()
         for name, values in states.items():
             optimizer.state[parameters[name]] = values
@@ -267,7 +279,8 @@ def _groups(module: nn.Module, optimizer: Optimizer | None) -> list[dict[str, An
     ]
 
 
-def _restore_groups(folder: Path, parameters: Named, optimizer: Optimizer, saved: list[dict[str, Any]]) -> None:
+def _refuse_groups(folder: Path, parameters: Named, optimizer: Optimizer, saved: list[dict[str, Any]]) -> None:
+    """TrainingError where an optimizer's groups hold other parameters than those that were saved."""
     names = {id(parameter): name for name, parameter in parameters.items()}
     own = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
     if [sorted(each) for each in own] != [sorted(group["params"]) for group in saved]:
@@ -276,8 +289,6 @@ def _restore_groups(folder: Path, parameters: Named, optimizer: Optimizer, saved
             f"parameters, and this one {len(own)} of {', '.join(map(str, map(len, own)))}, or others in them. Build the "
             "optimizer that was saved."
         )
-    for group, values in zip(optimizer.param_groups, saved, strict=True):
-        group.update({key: value for key, value in values.items() if key != "params"})
 
 
 # --- Processes and files

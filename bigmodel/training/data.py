@@ -193,12 +193,8 @@ class GlobalLoader:
         """Begin this epoch anew with the next pass."""
         self.cursor = replace(self.cursor, epoch=epoch, num_consumed=0)
 
-    def resume(self, cursor: Cursor) -> None:
-        """Begin the next pass at a place that was saved.
-
-        Raises:
-            TrainingError: it is a place in other data.
-        """
+    def refuse_other(self, cursor: Cursor) -> None:
+        """TrainingError for a place in other data, or inside a global batch."""
         if cursor.num_samples != self.cursor.num_samples:
             raise TrainingError(
                 f"The checkpoint's data has {cursor.num_samples} samples, and this has {self.cursor.num_samples}. Give the same "
@@ -209,6 +205,9 @@ class GlobalLoader:
             then, now = orders[cursor.shuffles], orders[self.cursor.shuffles]
             raise TrainingError(f"The checkpoint's data came in {then}, and this comes in {now}. Give the same.")
         self.refuse_inside("load a checkpoint")
+
+    def resume(self, cursor: Cursor) -> None:
+        """Begin the next pass at a place that was saved."""
         self._pass += 1
         self.cursor = cursor
 

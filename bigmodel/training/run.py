@@ -18,11 +18,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from torch.utils.hooks import RemovableHandle
 
 from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.progress import progress_bar
-from bigmodel.training.checkpoint import complete_ones, load_state, prune, read_manifest, save_state
+from bigmodel.training.checkpoint import complete_ones, load_state, prune, save_state
 from bigmodel.training.config import TrainingConfig
 from bigmodel.training.data import Cursor, Division, GlobalLoader, data_of, mixed
 from bigmodel.training.export import export_model
@@ -126,7 +125,6 @@ class TrainingRun:
         self._was_told = False
         self._is_inside = False
         self._is_stepping = False
-        self._handles: list[RemovableHandle] = []
 
     @property
     def is_main_process(self) -> bool:
@@ -191,15 +189,15 @@ class TrainingRun:
         with progress_bar(progress if self.is_main_process else False) as report:
             engine = self._make_engine(origin, self.config, self.processes, report)
         self._engine, self._origin = engine, origin
-        self._seed_draws()  # dropout is another in each process
+        self._seed_draws(0)  # dropout is another in each process
         _refuse_wrong_masters(engine.module)
         if self.is_main_process:
             logger.info("%s", engine.describe())
-        self._handles.append(engine.model.register_forward_pre_hook(self._look, with_kwargs=True))
+        engine.model.register_forward_pre_hook(self._look, with_kwargs=True)
         made: dict[str, Any] = {"model": engine.model}
         made["optimizer"] = self._optimizer = self._optimizer_of(named["optimizer"], before)
         if self._optimizer is not None:
-            self._handles.append(self._optimizer.register_step_pre_hook(self._refuse_own_step))
+            self._optimizer.register_step_pre_hook(self._refuse_own_step)
         made["scheduler"] = self._scheduler = self._scheduler_of(named["scheduler"])
         self._own_count = count_items is not None
         self._count_items = count_items or counted_labels(engine.module)
@@ -346,23 +344,26 @@ class TrainingRun:
         """
         engine, path = self._prepared(), Path(folder)
         engine.rest()
-        manifest = read_manifest(path)
-        cursor = manifest["cursor"]
-        if cursor is not None and self._loader is not None:
-            self._loader.resume(Cursor(**cursor))
-        self._num_steps = manifest["step"]
-        self._seed_draws()  # where the states of so many processes were not saved
-        manifest, others = load_state(path, engine.module, self._optimizer, self.processes)
+
+        def refuse(manifest: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+            if len(others["registered"]) != len(self._registered):
+                raise TrainingError(
+                    f"{path} holds {len(others['registered'])} registered objects, and {len(self._registered)} are registered. "
+                    "Register the same ones, in the same order, before run.load."
+                )
+            if manifest["cursor"] is not None and self._loader is not None:
+                self._loader.refuse_other(Cursor(**manifest["cursor"]))
+
+        manifest, others = load_state(path, engine.module, self._optimizer, refuse, self.processes)
+        if manifest["num_processes"] != self.processes.size:  # whose generators were not saved
+            self._seed_draws(manifest["step"])
+        if manifest["cursor"] is not None and self._loader is not None:
+            self._loader.resume(Cursor(**manifest["cursor"]))
         if self._scheduler is not None and others["scheduler"] is not None:
             self._scheduler.load_state_dict(others["scheduler"])
-        if len(others["registered"]) != len(self._registered):
-            raise TrainingError(
-                f"{path} holds {len(others['registered'])} registered objects, and {len(self._registered)} are registered. "
-                "Register the same ones, in the same order, before run.load."
-            )
         for each, state in zip(self._registered, others["registered"], strict=True):
             each.load_state_dict(state)
-        self._run_id = manifest["run"]
+        self._run_id, self._num_steps = manifest["run"], manifest["step"]
 
     def load_last(self, folder: str | os.PathLike[str]) -> Path | None:
         """Load the newest complete checkpoint inside a folder; its path, or None where there is none."""
@@ -424,6 +425,10 @@ class TrainingRun:
             TrainingError: no label is predicted, or the model returns no loss.
         """
         engine = self._prepared()
+        if not isinstance(loader, GlobalLoader):
+            raise InvalidArgumentError(
+                f"run.evaluate was given a {type(loader).__name__}. Give what run.prepare_eval makes of a dataset or DataLoader."
+            )
         assert self._count_items is not None
         trained = [module for module in engine.model.modules() if module.training]
         engine.model.eval()
@@ -433,6 +438,9 @@ class TrainingRun:
             for batch in loader:
                 count, there = int(self._count_items(batch)), _on(batch, self.processes.device)
                 outputs = engine.model(**there)
+                if isinstance(outputs, torch.Tensor) and self._own_count:
+                    lost, counted = lost + float(outputs), counted + count
+                    continue
                 loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
                 if loss is None:
                     raise TrainingError("The model returned no loss. Give the evaluation's samples labels.")
@@ -503,8 +511,8 @@ class TrainingRun:
                 each[COUNT_KEY] = total  # of our own copies
         return batches
 
-    def _seed_draws(self) -> None:
-        torch.manual_seed(mixed(self.config.seed, self._num_steps, self.processes.rank))
+    def _seed_draws(self, step: int) -> None:
+        torch.manual_seed(mixed(self.config.seed, step, self.processes.rank))
 
     def _try_division(self, batches: list[Any]) -> bool:
         """Whether the model divides its loss by the count of labels, as all processes find together.
@@ -542,7 +550,7 @@ class TrainingRun:
         """Before each forward: whether it is told the count that its loss is divided by."""
         self._was_told = bool(self._divides) and COUNT_KEY in kwargs
         loader, labels = self._loader, kwargs.get("labels")
-        if loader is None or self._divides or not self._is_inside or not isinstance(labels, torch.Tensor):
+        if loader is None or self._divides or not torch.is_grad_enabled() or not isinstance(labels, torch.Tensor):
             return None
         if not self._counts or self._counts[loader.number] or self._own_count:
             return None

@@ -194,3 +194,33 @@ def test_numbers_of_numpy_are_saved_and_what_cannot_be_is_told_before(folder, tm
         run.save(tmp_path / "1")
     assert run.load_last(tmp_path / "nowhere") is None
     assert json.loads((tmp_path / "1" / "manifest.json").read_text())["step"] == 0
+
+
+@torch.no_grad()
+def changed(weight):
+    return values_of(weight.add_(1))
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(folder, tmp_path):
+    saved = TrainingRun(TrainingConfig(precision="fp32"))
+    saved.prepare(
+        model=str(folder), optimizer=lambda params: torch.optim.AdamW(params), data=Sentences(), progress=False
+    )
+    saved._num_steps = 7
+    saved.save(tmp_path / "7")
+    for wrong in ("optimizer", "data", "registered"):
+        run = TrainingRun(TrainingConfig(precision="fp32", seed=1))
+        model, *_, loader = run.prepare(
+            model=str(folder),
+            optimizer=lambda params, wrong=wrong: torch.optim.AdamW(params[1:] if wrong == "optimizer" else params),
+            data=Sentences(9 if wrong == "data" else 64),
+            progress=False,
+        )
+        if wrong == "registered":
+            run.register_for_checkpointing(torch.nn.Linear(1, 1))
+        before, cursor, draws = changed(model.model.norm.weight), loader.cursor, torch.get_rng_state()
+        with pytest.raises(TrainingError):
+            run.load(tmp_path / "7")
+        assert torch.equal(values_of(model.model.norm.weight), before)
+        assert (loader.cursor, run._num_steps) == (cursor, 0)
+        assert torch.equal(torch.get_rng_state(), draws)
