@@ -6,7 +6,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,7 @@ class Loaded:
     num_workers: int = 0
     shuffles: bool = True
     batch_size: int | None = None
-    options: Mapping[str, Any] = None  # type: ignore[assignment]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def data_of(data: Any, collate_fn: Callable[[list[Any]], Any] | None, num_workers: int) -> Loaded:
@@ -101,7 +101,7 @@ def data_of(data: Any, collate_fn: Callable[[list[Any]], Any] | None, num_worker
     """
     if not isinstance(data, DataLoader):
         _refuse_endless(data)
-        return Loaded(dataset=data, collate_fn=collate_fn or default_collate, num_workers=num_workers, options={})
+        return Loaded(dataset=data, collate_fn=collate_fn or default_collate, num_workers=num_workers)
     _refuse_endless(data.dataset)
     sampler = data.sampler
     if data.batch_size is None or not isinstance(sampler, (RandomSampler, SequentialSampler)):
@@ -244,12 +244,12 @@ class GlobalLoader:
                     yield [(sample, epoch, counts) for sample, counts in micro]
 
         loader = DataLoader(
-            _Seeded(self._loaded.dataset, self.cursor.seed),
-            batch_sampler=_Generated(flat),
-            collate_fn=_Collate(self._loaded.collate_fn, self.cursor.seed),
+            _Batches(self._loaded, self.cursor.seed),
+            batch_sampler=flat(),
+            collate_fn=_as_it_is,
             num_workers=self._loaded.num_workers,
             generator=torch.Generator().manual_seed(self.cursor.seed),
-            **(self._loaded.options or {}),
+            **self._loaded.options,
         )
         stream = iter(loader)
         for batch in batches():
@@ -295,35 +295,41 @@ def mixed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-class _Generated:
-    """Made anew for each iterator."""
+class _Batches(Dataset[Any]):
+    """Collated batches, whose random choices follow from seed, epoch and samples alone, in whichever process they are made.
 
-    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
-        self._make = make
+    A sample is asked for as (its number, epoch, whether it counts); rows of those that do not count predict nothing.
+    """
 
-    def __iter__(self) -> Iterator[Any]:
-        return self._make()
+    def __init__(self, loaded: Loaded, seed: int) -> None:
+        self._loaded, self._seed = loaded, seed
+
+    def __getitems__(self, asked: list[tuple[int, int, bool]]) -> Any:
+        samples = []
+        with _draws_kept():
+            for number, epoch, _ in asked:
+                _seed_draws(self._seed, epoch, number)
+                samples.append(self._loaded.dataset[number])
+            _seed_draws(self._seed, *asked[0][:2], len(asked))
+            batch = self._loaded.collate_fn(samples)
+        empty = [row for row, (_, _, counts) in enumerate(asked) if not counts]
+        if not empty:
+            return batch
+        _refuse_without_rows(batch, len(asked))
+        labels = batch["labels"].clone()
+        labels[empty] = IGNORED
+        return {**batch, "labels": labels}
 
 
-class _Seeded(Dataset[Any]):
-    """Samples whose random choices follow from seed, epoch and number alone, in whichever process they are made."""
-
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self._dataset, self._seed = dataset, seed
-
-    def __getitem__(self, item: tuple[int, int, bool]) -> tuple[Any, tuple[int, int, bool]]:
-        number, epoch, _ = item
-        with _seeded(mixed(self._seed, epoch, number)):
-            return self._dataset[number], item
+def _as_it_is(batch: Any) -> Any:
+    """What a DataLoader collates that is given whole batches."""
+    return batch
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Random generators of the host begin with a seed, and go on afterwards where they were."""
+def _draws_kept() -> Iterator[None]:
+    """Random generators of the host go on afterwards where they were."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(seed)  # the CPU alone
     try:
         yield
     finally:
@@ -332,23 +338,11 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-class _Collate:
-    """The user's collate function, whose random choices follow from the samples; rows that do not count predict nothing."""
-
-    def __init__(self, collate_fn: Callable[[list[Any]], Any], seed: int) -> None:
-        self._collate_fn, self._seed = collate_fn, seed
-
-    def __call__(self, samples: list[tuple[Any, tuple[int, int, bool]]]) -> Any:
-        number, epoch, _ = samples[0][1]
-        with _seeded(mixed(self._seed, epoch, number, len(samples))):
-            batch = self._collate_fn([sample for sample, _ in samples])
-        empty = [row for row, (_, (_, _, counts)) in enumerate(samples) if not counts]
-        if not empty:
-            return batch
-        _refuse_without_rows(batch, len(samples))
-        labels = batch["labels"].clone()
-        labels[empty] = IGNORED
-        return {**batch, "labels": labels}
+def _seed_draws(*numbers: int) -> None:
+    seed = mixed(*numbers)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)  # the CPU alone
 
 
 def _refuse_without_rows(batch: Any, num_rows: int | None = None) -> None:
