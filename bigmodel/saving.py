@@ -23,7 +23,7 @@ from bigmodel.offload.spill import trim_heap
 from bigmodel.progress import Report
 from bigmodel.units import format_bytes, parse_bytes
 
-__all__ = ["save"]
+__all__ = ["save", "sync"]
 
 _WRITE_BYTES = 16 << 20  # one write; the figures of the progress bar move this often
 _TRIM_BYTES = 1 << 20  # after a tensor of this size memory goes back to the system
@@ -79,7 +79,7 @@ def save(
             os.replace(staging / name, target / name)
         for name in stale - set(others):
             (target / name).unlink()
-        _sync(target)
+        sync(target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         if made and not any(target.iterdir()):
@@ -278,7 +278,7 @@ def _write_index(files: Mapping[str, Sequence[_Entry]], path: Path) -> None:
         "weight_map": {entry.name: name for name, entries in files.items() for entry in entries},
     }
     path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _sync(path)
+    sync(path)
 
 
 def _write_configuration(model: nn.Module, folder: Path, generation_config: Any) -> None:
@@ -298,10 +298,11 @@ def _write_configuration(model: nn.Module, folder: Path, generation_config: Any)
     if callable(can_generate) and can_generate() and generation_config is not None:
         generation_config.save_pretrained(folder)
     for path in folder.iterdir():
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What was written to a file, or changed in a folder, is on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -25,6 +25,7 @@ from bigmodel.loading.marks import mark_dispatched
 from bigmodel.loading.pass_limit import kind_of
 from bigmodel.loading.route import move_buffers, route_of, run_devices, site_devices
 from bigmodel.loading.supply import Supply, crossing_units, streamed_units
+from bigmodel.models import owners_of
 from bigmodel.offload.converted import cached_conversions
 from bigmodel.offload.direct import DirectReads
 from bigmodel.offload.file_map import FileMap
@@ -67,7 +68,7 @@ class Assembly:
         self._cache_folder = cache_folder
         self._allowance = allowance
         self._progress = progress
-        self._owners = _owners(model)
+        self._owners = owners_of(model)
         self._names = dict(model.named_parameters())
 
     def keep_all(self, load: ResidentLoad, decide: Callable[[], tuple[Plan, Sequence[Unit]]]) -> None:
@@ -282,15 +283,6 @@ def _entries(model: nn.Module, units: Sequence[Unit]) -> dict[str, nn.Module]:
                 names[site] = None
     modules = {name: model.get_submodule(name) for name in names if name}
     return {name: module for name, module in modules.items() if type(module).forward is not nn.Module.forward}
-
-
-def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((module, attribute))
-    return owners
 
 
 class _RoomAtRest:

@@ -2,6 +2,7 @@
 
 from bigmodel.models.heads import leave_heads
 from bigmodel.models.inputs import example_inputs
+from bigmodel.models.meta import owners_of
 from bigmodel.models.pretrained import (
     build_skeleton,
     build_without_weights,
@@ -19,5 +20,6 @@ __all__ = [
     "import_libraries",
     "leave_heads",
     "load_generation_config",
+    "owners_of",
     "revert_of",
 ]

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from bigmodel.errors import InvalidArgumentError
 
-__all__ = ["call_on_meta", "refuse_meta_buffers", "refuse_real"]
+__all__ = ["call_on_meta", "owners_of", "refuse_meta_buffers", "refuse_real"]
 
 
 def refuse_real(model: nn.Module) -> nn.Module:
@@ -70,3 +70,13 @@ def refuse_meta_buffers(buffers: Mapping[str, torch.Tensor]) -> None:
             f"model= has {len(lost)} buffers on meta that are not in the checkpoint, {lost[0]!r} the first: their "
             "values are lost. Give a callable that builds the module instead: its buffers are then real."
         )
+
+
+def owners_of(module: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Id of a parameter -> the modules that hold it, and under which attribute: several where it is tied."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for each in module.modules():
+        for attribute, parameter in each._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((each, attribute))
+    return found

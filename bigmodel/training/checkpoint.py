@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
 
 from bigmodel.errors import InvalidArgumentError, MissingFilesError, TrainingError, join_some
+from bigmodel.saving import sync
 from bigmodel.training.processes import Processes
 
 __all__ = ["CALL_TIMEOUT", "complete_ones", "is_complete", "load_state", "prune", "read_manifest", "save_state"]
@@ -99,7 +100,7 @@ def save_state(
             text = json.dumps({**written, **manifest, "shapes": shapes}, indent=1)
             (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
             for path in (*staging.iterdir(), staging):
-                _sync(path)
+                sync(path)
             _put(staging, folder)
         except Exception as caught:
             error = caught
@@ -365,7 +366,7 @@ def _put(staging: Path, folder: Path) -> None:
     else:
         _exchange(staging, folder)
         shutil.rmtree(staging)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _exchange(one: Path, other: Path) -> None:
@@ -378,11 +379,3 @@ def _exchange(one: Path, other: Path) -> None:
         os.replace(other, aside)
         os.replace(one, other)
         os.replace(aside, one)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,7 +19,7 @@ from bigmodel.checkpoint.stamp import FileStamp
 from bigmodel.device_map.unit import find_units
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.loading.assembled import assembled
-from bigmodel.models import build_skeleton, leave_heads, load_generation_config
+from bigmodel.models import build_skeleton, leave_heads, load_generation_config, owners_of
 from bigmodel.offload.resident import ResidentLoad
 from bigmodel.progress import Report
 
@@ -88,7 +88,7 @@ class Origin:
 
     def groups(self) -> list[nn.Module]:
         """The modules whose weights are gathered together; what encloses others, or is shared, goes with the root."""
-        owners, found = _owners(self.module), []
+        owners, found = owners_of(self.module), []
         for unit in find_units(self.module, no_split=self.no_split):
             if len(unit.sites) > 1 or not unit.sites[0] or unit.encloses:
                 continue
@@ -106,7 +106,7 @@ class Origin:
         Raises:
             ReadError: a file could not be read, or changed since its header was checked.
         """
-        owners = _owners(self.module)
+        owners = owners_of(self.module)
         parts: list[Source] = []
         converted: list[Source] = []
         parameters = {name: each for name, each in self.module.named_parameters() if each.is_meta}
@@ -210,12 +210,3 @@ def _put(parameter: nn.Parameter, local: torch.Tensor, owners: Mapping[int, Sequ
     new.__dict__.update(parameter.__dict__)
     for module, attribute in owners[id(parameter)]:
         module._parameters[attribute] = new
-
-
-def _owners(module: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for each in module.modules():
-        for attribute, parameter in each._parameters.items():
-            if parameter is not None:
-                found.setdefault(id(parameter), []).append((each, attribute))
-    return found
