@@ -39,6 +39,7 @@ from torch.optim import Optimizer
 from bigmodel.errors import InvalidArgumentError, MissingFilesError, TrainingError, join_some
 from bigmodel.saving import sync
 from bigmodel.training.processes import Processes
+from bigmodel.training.strategy import Engine, Stored, StoredState
 
 __all__ = ["CALL_TIMEOUT", "complete_ones", "is_complete", "load_state", "prune", "read_manifest", "save_state"]
 
@@ -50,12 +51,10 @@ CALL_TIMEOUT = timedelta(minutes=5)
 """All processes must have called save or load within this time of the first."""
 _AT_FDCWD, _EXCHANGE = -100, 2
 
-Named = Mapping[str, nn.Parameter]
-
 
 def save_state(
     folder: Path,
-    module: nn.Module,
+    engine: Engine,
     optimizer: Optimizer | None,
     manifest: Mapping[str, Any],
     others: Mapping[str, Any],
@@ -65,7 +64,7 @@ def save_state(
 
     Args:
         folder: replaced whole where it is a checkpoint.
-        module, optimizer: whose logical tensors are written.
+        engine, optimizer: whose logical tensors are written.
         manifest: what JSON can hold.
         others: what ``torch.load(weights_only=True)`` can.
         processes: all of them.
@@ -83,7 +82,7 @@ def save_state(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     processes.wait()
-    state = _tensors(module, optimizer)
+    state = _tensors(engine, optimizer)
     with _alone_is_right():
         save_tensors(state, storage_writer=FileSystemWriter(staging), no_dist=processes.size == 1)
     error: BaseException | None = None
@@ -94,8 +93,8 @@ def save_state(
     processes.all_right(error)
     if processes.is_main:
         try:
-            _write_others(staging, {"groups": _groups(module, optimizer), **others})
-            shapes = {name: list(each.shape) for name, each in module.named_parameters()}
+            _write_others(staging, {"groups": _groups(engine, optimizer), **others})
+            shapes = {name: list(each.shape) for name, each in state["model"].items()}
             written = {"kind": KIND, "version": VERSION, "written_ns": time.time_ns(), "num_processes": processes.size}
             text = json.dumps({**written, **manifest, "shapes": shapes}, indent=1)
             (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -109,7 +108,7 @@ def save_state(
 
 def load_state(
     folder: Path,
-    module: nn.Module,
+    engine: Engine,
     optimizer: Optimizer | None,
     refuse: Callable[[Mapping[str, Any], Mapping[str, Any]], None],
     processes: Processes,
@@ -128,8 +127,8 @@ def load_state(
     """
     _together(processes, "load")
     manifest = read_manifest(folder)
-    parameters = dict(module.named_parameters())
-    shapes = {name: list(each.shape) for name, each in parameters.items()}
+    masters = engine.masters()
+    shapes = {name: list(each.shape) for name, each in masters.items()}
     stored = manifest["shapes"]
     different = sorted(name for name in shapes.keys() | stored.keys() if shapes.get(name) != stored.get(name))
     if different:
@@ -140,28 +139,30 @@ def load_state(
     others = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
     groups = others.pop("groups")
     if optimizer is not None:
-        _refuse_groups(folder, parameters, optimizer, groups)
+        _refuse_groups(folder, engine.groups(optimizer), groups)
     refuse(manifest, others)
     reader = FileSystemReader(folder)
-    state: dict[str, Any] = {"model": _data(parameters), "buffers": _buffers(module)}
-    states = _empty_states(reader, parameters) if optimizer is not None else {}
-    if states:
-        state["optimizer"] = states
+    stored_states = {} if optimizer is None else _stored_states(reader, masters)
+    states = engine.blank_states(stored_states)
     with _alone_is_right():
-        wanted = {kind: each for kind, each in state.items() if each}
-        load_tensors(wanted, storage_reader=reader, no_dist=processes.size == 1)
+
+        def read(what: Mapping[str, Any]) -> None:
+            wanted = {kind: each for kind, each in what.items() if each}
+            if wanted:
+                load_tensors(wanted, storage_reader=reader, no_dist=processes.size == 1)
+
+        ones = {
+            name: {key: value for key, value in values.items() if stored_states[name][key].is_one}
+            for name, values in states.items()
+        }
+        read({"optimizer": ones})
+        engine.refuse_states(states)
+        read({"model": masters, "buffers": _buffers(engine.module), "optimizer": states})
+    engine.refreshed()
     if optimizer is not None:
         for group, values in zip(optimizer.param_groups, groups, strict=True):
             group.update({key: value for key, value in values.items() if key != "params"})
-        optimizer.state.clear()
-        for name, values in states.items():
-            optimizer.state[parameters[name]] = values
-        for group in optimizer.param_groups:
-            if group.get("fused") or group.get("capturable"):  # their kernels count on the device
-                for parameter in group["params"]:
-                    values = optimizer.state.get(parameter, {})
-                    if "step" in values:
-                        values["step"] = values["step"].to(parameter.device)
+        engine.put_states(optimizer, states)
     if manifest["num_processes"] == processes.size:
         _restore_random(torch.load(folder / f"random-{processes.rank}.pt", weights_only=True), processes)
     processes.wait()
@@ -225,10 +226,6 @@ def prune(folder: Path, run_id: str, keep: int) -> None:
 # --- Tensors
 
 
-def _data(parameters: Named) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach() for name, parameter in parameters.items()}
-
-
 def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     """Those that a state dict holds."""
     found = {}
@@ -239,51 +236,38 @@ def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def _tensors(module: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
-    parameters = dict(module.named_parameters())
-    state: dict[str, Any] = {"model": _data(parameters), "buffers": _buffers(module)}
+def _tensors(engine: Engine, optimizer: Optimizer | None) -> dict[str, Any]:
+    state: dict[str, Any] = {"model": engine.masters(), "buffers": _buffers(engine.module)}
     if optimizer is not None:
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        state["optimizer"] = {
-            names[id(parameter)]: {
-                key: value if isinstance(value, torch.Tensor) else torch.tensor(value) for key, value in values.items()
-            }
-            for parameter, values in optimizer.state.items()
-        }
+        state["optimizer"] = engine.states(optimizer)
     return {kind: each for kind, each in state.items() if each}
 
 
-def _empty_states(reader: FileSystemReader, parameters: Named) -> dict[str, dict[str, torch.Tensor]]:
-    """Tensors for the optimizer's state as it was saved, divided as the parameters are."""
+def _stored_states(reader: FileSystemReader, masters: Mapping[str, torch.Tensor]) -> Stored:
     stored = reader.read_metadata().state_dict_metadata
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for name, parameter in parameters.items():
-        prefix = f"optimizer.{name}."
-        for key in (key for key in stored if key.startswith(prefix) and "." not in key[len(prefix) :]):
-            described = stored[key]
-            assert isinstance(described, TensorStorageMetadata)
-            dtype = described.properties.dtype
-            if described.size == parameter.shape:
-                value = torch.zeros_like(parameter.detach(), dtype=dtype)
-            else:  # a step, which every process has
-                value = torch.zeros(described.size, dtype=dtype)
-            found.setdefault(name, {})[key[len(prefix) :]] = value
-    return found
+    found: dict[str, dict[str, TensorStorageMetadata]] = {}
+    ones = {"step"}  # a scalar parameter's other states have its step's shape
+    for full, described in stored.items():
+        name, _, key = full.removeprefix("optimizer.").rpartition(".")
+        if full.startswith("optimizer.") and name in masters and isinstance(described, TensorStorageMetadata):
+            found.setdefault(name, {})[key] = described
+            if described.size != masters[name].shape:
+                ones.add(key)
+    return {
+        name: {key: StoredState(each.size, each.properties.dtype, key in ones) for key, each in keys.items()}
+        for name, keys in found.items()
+    }
 
 
-def _groups(module: nn.Module, optimizer: Optimizer | None) -> list[dict[str, Any]]:
+def _groups(engine: Engine, optimizer: Optimizer | None) -> list[dict[str, Any]]:
     if optimizer is None:
         return []
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return [
-        {**group, "params": [names[id(parameter)] for parameter in group["params"]]} for group in optimizer.param_groups
-    ]
+    named = zip(optimizer.param_groups, engine.groups(optimizer), strict=True)
+    return [{**group, "params": names} for group, names in named]
 
 
-def _refuse_groups(folder: Path, parameters: Named, optimizer: Optimizer, saved: list[dict[str, Any]]) -> None:
+def _refuse_groups(folder: Path, own: list[list[str]], saved: list[dict[str, Any]]) -> None:
     """TrainingError where an optimizer's groups hold other parameters than those that were saved."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    own = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
     if [sorted(each) for each in own] != [sorted(group["params"]) for group in saved]:
         raise TrainingError(
             f"The optimizer of {folder} has {len(saved)} parameter groups of {', '.join(str(len(g['params'])) for g in saved)} "

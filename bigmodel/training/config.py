@@ -12,7 +12,7 @@ from bigmodel.errors import InvalidArgumentError, shown
 
 __all__ = ["PRECISIONS", "STRATEGIES", "TrainingConfig"]
 
-STRATEGIES = ("auto", "single", "ddp", "fsdp")
+STRATEGIES = ("auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """The dtype that products are computed in; masters of what is trained are float32 in either."""
 
@@ -22,8 +22,9 @@ class TrainingConfig:
     """What a training run is asked for.
 
     Attributes:
-        strategy: "single" (one process), "ddp" (each process holds the model), "fsdp" (each holds a part of every unit); "auto"
-            is "single" for one process and "fsdp" for more.
+        strategy: "single" (one process), "ddp" (each process holds the model), "fsdp" (each holds a part of every unit);
+            DeepSpeed's "zero1" (each holds a part of the optimizer's state), "zero2" (of the gradients too) and "zero3" (of the
+            parameters too); "auto" is "single" for one process and "fsdp" for more.
         precision: "bf16" (bfloat16 copies compute; masters, gradients and their reduction are float32) or "fp32".
         global_batch_size: samples of one optimizer step, over all processes and micro-batches; None: one micro-batch of each
             process.

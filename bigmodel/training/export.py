@@ -6,16 +6,15 @@ import math
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from bigmodel import saving
 from bigmodel.models import revert_of
 from bigmodel.training.processes import Processes
+from bigmodel.training.strategy import Engine
 from bigmodel.training.weights import Origin
 
 __all__ = ["export_model"]
@@ -25,7 +24,7 @@ _BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
 def export_model(
-    folder: Path, module: nn.Module, origin: Origin, processes: Processes, max_shard_size: int | str
+    folder: Path, engine: Engine, origin: Origin, processes: Processes, max_shard_size: int | str
 ) -> list[Path]:
     """Write the model; every process calls it, and one writes.
 
@@ -33,7 +32,7 @@ def export_model(
 
     Args:
         folder: made if it is not there.
-        module: as the engine has it.
+        engine: that has it.
         origin: where it came from: dtypes, and the files beside its weights.
         processes: all of them.
         max_shard_size: of a file.
@@ -41,9 +40,9 @@ def export_model(
     Returns:
         What was written; in other processes than the main one, nothing.
     """
-    gathered, written = _Gathered(folder, module, origin, processes), []
+    gathered, written = _Gathered(folder, engine, origin, processes), []
     try:
-        twin = gathered.twin(module)
+        twin = gathered.twin(engine.module)
         if processes.is_main:
             written = saving.save(twin, folder, max_shard_size, revert=revert_of(twin))
             written += _copy_beside(origin.path, folder)
@@ -56,7 +55,7 @@ def export_model(
 class _Gathered:
     """Every parameter whole, as a map of a file of the main process; in the others they pass by."""
 
-    def __init__(self, folder: Path, module: nn.Module, origin: Origin, processes: Processes) -> None:
+    def __init__(self, folder: Path, engine: Engine, origin: Origin, processes: Processes) -> None:
         self._is_main = processes.is_main
         self._scratch: Path | None = None
         self.tensors: dict[int, torch.Tensor] = {}
@@ -64,9 +63,8 @@ class _Gathered:
             folder.absolute().parent.mkdir(parents=True, exist_ok=True)
             self._scratch = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=".exporting-"))
         try:
-            for number, (name, parameter) in enumerate(module.named_parameters()):
-                data: Any = parameter.detach()
-                whole = data.full_tensor() if isinstance(data, DTensor) else data
+            for number, (name, parameter) in enumerate(engine.module.named_parameters()):
+                whole = engine.whole(name)
                 if self._scratch is not None:
                     dtype = origin.stored_dtypes.get(name, parameter.dtype)
                     self.tensors[id(parameter)] = _mapped(self._scratch / str(number), whole, dtype)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
-import math
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.optim.lr_scheduler import LRScheduler
 
 from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.progress import progress_bar
@@ -25,17 +22,11 @@ from bigmodel.training.checkpoint import complete_ones, load_state, prune, save_
 from bigmodel.training.config import TrainingConfig
 from bigmodel.training.data import Cursor, Division, GlobalLoader, data_of, mixed
 from bigmodel.training.export import export_model
-from bigmodel.training.gradients import clip, norm_and_sums
-from bigmodel.training.losses import (
-    COUNT_KEY,
-    CountItems,
-    counted_labels,
-    is_divided,
-    losses_of_counts,
-    refuse_strange,
-)
+from bigmodel.training.given import kind_of, optimizer_of, scheduler_of
+from bigmodel.training.losses import CountItems
 from bigmodel.training.processes import Processes
 from bigmodel.training.strategy import Engine, engine_of
+from bigmodel.training.weighing import Weighing, moved
 from bigmodel.training.weights import Origin
 
 __all__ = ["Evaluation", "StepRecord", "TrainingRun"]
@@ -111,18 +102,13 @@ class TrainingRun:
         self._optimizer: Optimizer | None = None
         self._scheduler: LRScheduler | None = None
         self._loader: GlobalLoader | None = None
-        self._count_items: CountItems | None = None
-        self._own_count = False
-        self._divides: bool | None = None
-        self._counts: list[int] = []  # of this process's micro-batches of the global batch
-        self._total = 0  # of the global batch
+        self._weighing: Weighing | None = None
         self._lost: list[torch.Tensor] = []  # of the micro-batches of the global batch
         self._num_steps = 0
         self._origin: Origin | None = None
         self._registered: list[Any] = []
         self._run_id = self.processes.same(uuid.uuid4().hex)
         self._is_weighed = False  # whether run.loss was called for this micro-batch
-        self._was_told = False
         self._is_inside = False
         self._is_stepping = False
 
@@ -170,7 +156,7 @@ class TrainingRun:
         if self._engine is not None:
             raise InvalidArgumentError("prepare was called before. Make another TrainingRun for another model.")
         named = {"model": model, "optimizer": optimizer, "loader": data, "scheduler": scheduler}
-        order = [_kind_of(each) for each in objects]
+        order = [kind_of(each) for each in objects]
         for kind, each in zip(order, objects, strict=True):
             if named[kind] is not None:
                 raise InvalidArgumentError(
@@ -188,19 +174,19 @@ class TrainingRun:
         before = dict(origin.module.named_parameters())
         with progress_bar(progress if self.is_main_process else False) as report:
             engine = self._make_engine(origin, self.config, self.processes, report)
-        self._engine, self._origin = engine, origin
+            own = optimizer_of(named["optimizer"], before, engine)
+            engine.take(own)
+        _refuse_wrong_masters(engine)
+        self._engine, self._origin, self._optimizer = engine, origin, own
         self._seed_draws(0)  # dropout is another in each process
-        _refuse_wrong_masters(engine.module)
         if self.is_main_process:
             logger.info("%s", engine.describe())
         engine.model.register_forward_pre_hook(self._look, with_kwargs=True)
-        made: dict[str, Any] = {"model": engine.model}
-        made["optimizer"] = self._optimizer = self._optimizer_of(named["optimizer"], before)
-        if self._optimizer is not None:
-            self._optimizer.register_step_pre_hook(self._refuse_own_step)
-        made["scheduler"] = self._scheduler = self._scheduler_of(named["scheduler"])
-        self._own_count = count_items is not None
-        self._count_items = count_items or counted_labels(engine.module)
+        made: dict[str, Any] = {"model": engine.model, "optimizer": own}
+        if own is not None:
+            own.register_step_pre_hook(self._refuse_own_step)
+        made["scheduler"] = self._scheduler = scheduler_of(named["scheduler"], own)
+        self._weighing = Weighing(engine.module, engine.model, self.processes, count_items)
         if loaded is not None:
             division = Division(
                 global_batch_size=self.config.global_batch_size or micro * self.processes.size,
@@ -209,7 +195,11 @@ class TrainingRun:
                 num_processes=self.processes.size,
             )
             made["loader"] = self._loader = GlobalLoader(
-                loaded, division, Cursor(seed=self.config.seed), drop_last=self.config.drop_last, begin=self._begin
+                loaded,
+                division,
+                Cursor(seed=self.config.seed),
+                drop_last=self.config.drop_last,
+                begin=self._weighing.begin,
             )
         found = tuple(made[kind] for kind in order)
         return found[0] if len(found) == 1 else found
@@ -238,17 +228,17 @@ class TrainingRun:
             TrainingError: there is no loss.
         """
         if isinstance(outputs, torch.Tensor):
-            if not self._own_count:
+            if not self._weighed.has_own_count:
                 raise TrainingError(
                     "run.loss was given a tensor, and it is not known what it is a sum over. Give prepare(count_items=...), or "
                     "what the model returned."
                 )
-            part = outputs / max(1, self._total)
+            part = outputs / max(1, self._weighed.total)
         else:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
             if loss is None:
                 raise TrainingError("The model returned no loss. Give it labels, or run.loss the sum of the losses.")
-            part = self._weigh(loss)
+            part = self._part_of(loss)
         self._is_weighed = True
         return part
 
@@ -260,14 +250,14 @@ class TrainingRun:
                 the model's own loss.
         """
         engine = self._prepared()
-        part = loss if self._is_weighed else self._weigh(loss)
+        part = loss if self._is_weighed else self._part_of(loss)
         self._is_weighed = False
         self._lost.append(part.detach())
         # The engine takes the mean over processes. Parts of a global batch add up; without a loader of ours there is none.
         times = engine.num_averaged if self._loader is not None else 1
         if self._loader is not None:
             self._loader.is_touched = True
-        (part * times if times > 1 else part).backward()  # type: ignore[no-untyped-call]
+        engine.backward(part * times if times > 1 else part)
 
     def step(self) -> None:
         """After the last micro-batch of a global batch: clip, step and schedule; before it, nothing.
@@ -279,25 +269,24 @@ class TrainingRun:
             return
         if optimizer is None:
             raise TrainingError("There is no optimizer. Give prepare one.")
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         lost = float(torch.stack(self._lost).sum()) if self._lost else 0.0
-        norm, (lost,) = norm_and_sums(parameters, [lost], self.processes, engine.num_copies)
         lr = float(optimizer.param_groups[0]["lr"])
-        is_finite = math.isfinite(norm)  # in all processes alike
-        if is_finite:
-            if self.config.grad_clip is not None:
-                clip(parameters, norm, self.config.grad_clip)
-            self._is_stepping = True
-            try:
-                optimizer.step()
-            finally:
-                self._is_stepping = False
+        self._is_stepping = True
+        try:
+            norm, lost, has_stepped = engine.step(optimizer, self.config.grad_clip, lost)
+        finally:
+            self._is_stepping = False
+        if has_stepped:
             if self._scheduler is not None:
                 self._scheduler.step()
             self._num_steps += 1
-        optimizer.zero_grad()
         self.last_step = StepRecord(
-            step=self._num_steps, loss=lost, num_tokens=self._total, grad_norm=norm, lr=lr, skipped=not is_finite
+            step=self._num_steps,
+            loss=lost,
+            num_tokens=self._weighed.total,
+            grad_norm=norm,
+            lr=lr,
+            skipped=not has_stepped,
         )
         self._lost = []
         if self._loader is not None:
@@ -329,7 +318,7 @@ class TrainingRun:
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
             "registered": [each.state_dict() for each in self._registered],
         }
-        save_state(path, engine.module, self._optimizer, manifest, others, self.processes)
+        save_state(path, engine, self._optimizer, manifest, others, self.processes)
         if keep is not None and self.is_main_process:
             prune(path.absolute().parent, self._run_id, keep)
         self.processes.wait()
@@ -354,7 +343,7 @@ class TrainingRun:
             if manifest["cursor"] is not None and self._loader is not None:
                 self._loader.refuse_other(Cursor(**manifest["cursor"]))
 
-        manifest, others = load_state(path, engine.module, self._optimizer, refuse, self.processes)
+        manifest, others = load_state(path, engine, self._optimizer, refuse, self.processes)
         if manifest["num_processes"] != self.processes.size:  # whose generators were not saved
             self._seed_draws(manifest["step"])
         if manifest["cursor"] is not None and self._loader is not None:
@@ -394,7 +383,7 @@ class TrainingRun:
         """
         assert self._origin is not None
         self._prepared().rest()
-        return export_model(Path(folder), self._prepared().module, self._origin, self.processes, max_shard_size)
+        return export_model(Path(folder), self._prepared(), self._origin, self.processes, max_shard_size)
 
     def prepare_eval(
         self, data: Any, *, collate_fn: Callable[[list[Any]], Any] | None = None, num_workers: int = 0
@@ -429,16 +418,16 @@ class TrainingRun:
             raise InvalidArgumentError(
                 f"run.evaluate was given a {type(loader).__name__}. Give what run.prepare_eval makes of a dataset or DataLoader."
             )
-        assert self._count_items is not None
+        weighing = self._weighed
         trained = [module for module in engine.model.modules() if module.training]
         engine.model.eval()
         loader.set_epoch(0)
         lost, counted = 0.0, 0
         try:
             for batch in loader:
-                count, there = int(self._count_items(batch)), _on(batch, self.processes.device)
+                count, there = weighing.count(batch), moved(batch, self.processes.device)
                 outputs = engine.model(**there)
-                if isinstance(outputs, torch.Tensor) and self._own_count:
+                if isinstance(outputs, torch.Tensor) and weighing.has_own_count:
                     lost, counted = lost + float(outputs), counted + count
                     continue
                 loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
@@ -487,102 +476,20 @@ class TrainingRun:
             )
         return stated
 
-    def _begin(self, batches: list[Any]) -> list[Any]:
-        """Count a global batch before its first micro-batch is given."""
-        assert self._count_items is not None
-        has_labels = all(isinstance(each, Mapping) and isinstance(each.get("labels"), torch.Tensor) for each in batches)
-        if has_labels or self._own_count:
-            self._counts = [int(self._count_items(each)) for each in batches]
-        else:
-            self._counts = [_num_rows(each) for each in batches]
-        self._total = int(self.processes.summed(torch.tensor([sum(self._counts)], dtype=torch.int64)).item())
-        if not self._total:
-            raise TrainingError("A global batch has no label that is predicted: all are -100. Look at the labels.")
-        device = self.processes.device
-        batches = [_on(each, device) for each in batches]
-        if not has_labels or self._own_count:
-            self._divides = False
-            return batches
-        if self._divides is None:
-            self._divides = self._try_division(batches)
-        if self._divides:
-            total = torch.tensor(self._total, device=device)
-            for each in batches:
-                each[COUNT_KEY] = total  # of our own copies
-        return batches
+    @property
+    def _weighed(self) -> Weighing:
+        self._prepared()
+        assert self._weighing is not None
+        return self._weighing
+
+    def _part_of(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss if self._loader is None else self._weighed.weighed(loss, self._loader.number)
+
+    def _look(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        return self._weighed.look(None if self._loader is None else self._loader.number, args, kwargs)
 
     def _seed_draws(self, step: int) -> None:
         torch.manual_seed(mixed(self.config.seed, step, self.processes.rank))
-
-    def _try_division(self, batches: list[Any]) -> bool:
-        """Whether the model divides its loss by the count of labels, as all processes find together.
-
-        One whose micro-batch predicts nothing learns nothing from it.
-        """
-        engine = self._prepared()
-        for batch, count in zip(batches, self._counts, strict=True):
-            losses = losses_of_counts(engine.module, engine.model, batch, count)
-            if losses is None:  # a matter of signatures: the same in all processes
-                return False
-            strange: Exception | None = None
-            if count:
-                try:
-                    refuse_strange(type(engine.module).__name__, losses, count)
-                except InvalidArgumentError as error:
-                    strange = error
-            divided = bool(count) and is_divided(losses)
-            votes = torch.tensor([divided, bool(count) and not divided, strange is not None], dtype=torch.int64)
-            num_divided, num_ignored, num_strange = self.processes.summed(votes).tolist()
-            if num_strange or (num_divided and num_ignored):
-                raise strange or TrainingError(
-                    "In another process the loss neither divides by the count of labels nor ignores it. See its message."
-                )
-            if num_divided or num_ignored:
-                return bool(num_divided)
-        return False
-
-    def _weigh(self, loss: torch.Tensor) -> torch.Tensor:
-        if self._loader is None or not self._total or self._was_told:
-            return loss
-        return loss * (self._counts[self._loader.number] / self._total)
-
-    def _look(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Before each forward: whether it is told the count that its loss is divided by."""
-        self._was_told = bool(self._divides) and COUNT_KEY in kwargs
-        loader, labels = self._loader, kwargs.get("labels")
-        if loader is None or self._divides or not torch.is_grad_enabled() or not isinstance(labels, torch.Tensor):
-            return None
-        if not self._counts or self._counts[loader.number] or self._own_count:
-            return None
-        # The mean over no label is not a number, nor its gradient: any label will do for what weighs nothing.
-        return args, {**kwargs, "labels": torch.zeros_like(labels)}
-
-    def _optimizer_of(self, given: Any, before: Mapping[str, nn.Parameter]) -> Optimizer | None:
-        module = self._prepared().module
-        if given is None:
-            return None
-        if not isinstance(given, Optimizer):
-            made = given([parameter for parameter in module.parameters() if parameter.requires_grad])
-            if not isinstance(made, Optimizer):
-                raise InvalidArgumentError(
-                    f"optimizer(params) returned a {type(made).__name__}. Return a torch.optim.Optimizer."
-                )
-            return made
-        if given.state:
-            raise InvalidArgumentError(
-                "The optimizer has stepped already. Give one that has not, or load its checkpoint."
-            )
-        now = dict(module.named_parameters())
-        names = {id(parameter): name for name, parameter in before.items()}
-        for group in given.param_groups:
-            strange = [parameter for parameter in group["params"] if id(parameter) not in names]
-            if strange:
-                raise InvalidArgumentError(
-                    f"The optimizer has a parameter of shape {tuple(strange[0].shape)} that is not the model's. Build it of the "
-                    "parameters of the model that is given."
-                )
-            group["params"] = [now[names[id(parameter)]] for parameter in group["params"]]
-        return given
 
     def _refuse_own_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_stepping:
@@ -591,66 +498,13 @@ class TrainingRun:
                 "the last one of a global batch, and clears the gradients."
             )
 
-    def _scheduler_of(self, given: Any) -> LRScheduler | None:
-        if given is None:
-            return None
-        if isinstance(given, ReduceLROnPlateau):
-            raise InvalidArgumentError(
-                "ReduceLROnPlateau steps by a metric, and run.step knows none. Step it yourself, after run.evaluate, and do not "
-                "give it to prepare."
-            )
-        if isinstance(given, LRScheduler):
-            if given.optimizer is not self._optimizer:
-                raise InvalidArgumentError("The scheduler is of another optimizer. Give the one that it was made for.")
-            return given
-        if self._optimizer is None:
-            raise InvalidArgumentError("A scheduler was given and no optimizer. Give both.")
-        made: LRScheduler = given(self._optimizer)
-        return made
 
-
-def _kind_of(given: Any) -> str:
-    if isinstance(given, (nn.Module, str, os.PathLike)):
-        return "model"
-    if isinstance(given, Optimizer):
-        return "optimizer"
-    if isinstance(given, (LRScheduler, ReduceLROnPlateau)):
-        return "scheduler"
-    if isinstance(given, (DataLoader, Dataset, IterableDataset)) or hasattr(given, "__getitem__"):
-        return "loader"
-    raise InvalidArgumentError(
-        f"prepare was given a {type(given).__name__}. Give a model, an optimizer, a DataLoader or dataset, a scheduler; "
-        "factories by keyword."
-    )
-
-
-def _refuse_wrong_masters(module: nn.Module) -> None:
+def _refuse_wrong_masters(engine: Engine) -> None:
+    masters = engine.masters()
     wrong = [
-        f"{name} ({parameter.dtype})"
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad and parameter.is_floating_point() and parameter.dtype != torch.float32
+        f"{name} ({masters[name].dtype})"
+        for name, parameter in engine.trained().items()
+        if parameter.is_floating_point() and masters[name].dtype != torch.float32
     ]
     if wrong:
         raise TrainingError(f"{len(wrong)} parameters that are trained are not float32, such as {wrong[0]}.")
-
-
-def _on(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        there = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
-        for key, each in value.items():
-            there[key] = _on(each, device)
-        return there
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_on(each, device) for each in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_on(each, device) for each in value)
-    return value
-
-
-def _num_rows(batch: Any) -> int:
-    if isinstance(batch, torch.Tensor):
-        return batch.shape[0]
-    parts = batch.values() if isinstance(batch, Mapping) else batch
-    return next((_num_rows(each) for each in parts if isinstance(each, (torch.Tensor, Mapping, list, tuple))), 0)

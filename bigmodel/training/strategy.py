@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.progress import Report
 from bigmodel.training.config import PRECISIONS, TrainingConfig
+from bigmodel.training.gradients import clip, norm_and_sums
+from bigmodel.training.pieces import Pieces
 from bigmodel.training.processes import Processes
 from bigmodel.training.weights import Origin, with_masters
 
-__all__ = ["Engine", "engine_of"]
+__all__ = ["Engine", "Stored", "StoredState", "engine_of", "refuse_narrow", "refuse_scalars"]
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """What a checkpoint holds of an optimizer's state for a parameter, under one key.
+
+    Attributes:
+        shape, dtype: of the tensor.
+        is_one: whether it is one for the parameter, such as a step, and not one for each of its values.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    is_one: bool
+
+
+Stored = Mapping[str, Mapping[str, StoredState]]
+"""Name of a parameter -> key of the optimizer's state -> what there is."""
 
 
 class Engine(ABC):
@@ -27,21 +51,107 @@ class Engine(ABC):
     Attributes:
         model: what is called.
         module: the user's, with the user's names.
+        processes: that train together.
         num_averaged: processes over whose gradients the library takes the mean.
         num_copies: processes that hold each part.
     """
 
     model: nn.Module
     module: nn.Module
+    processes: Processes
     num_averaged: int
     num_copies: int
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Name -> what an optimizer is made of."""
+        return {name: each for name, each in self.module.named_parameters() if each.requires_grad}
+
+    def take(self, optimizer: Optimizer | None) -> None:  # noqa: B027  # most have nothing to do
+        """The optimizer, before the first pass; None where nothing is trained."""
 
     @abstractmethod
     def syncing(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Around forward and backward of a micro-batch: gradients are reduced in the last one alone."""
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of a loss, added to those that there are."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, optimizer: Optimizer, most: float | None, lost: float) -> tuple[float, float, bool]:
+        """Clip and step, unless a gradient is not finite, and clear the gradients.
+
+        Args:
+            most: the largest norm of all gradients; None for no limit.
+            lost: this process's part of the loss.
+
+        Returns:
+            The norm before clipping, the loss over all processes, and whether it stepped: the same in all of them.
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm, (lost,) = norm_and_sums(parameters, [lost], self.processes, self.num_copies)
+        if math.isfinite(norm):
+            if most is not None:
+                clip(parameters, norm, most)
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm, lost, math.isfinite(norm)
+
     def rest(self) -> None:  # noqa: B027  # most have nothing to do
         """Between passes: the module's parameters are the masters, and not copies to compute with."""
+
+    # --- Logical tensors: a DTensor, Pieces, or the whole, in this process's memory
+
+    def masters(self) -> dict[str, torch.Tensor]:
+        """Name -> a parameter's values: what is trained in float32."""
+        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+
+    def refreshed(self) -> None:  # noqa: B027  # most have nothing to do
+        """After values were read into the masters: what is computed with follows them."""
+
+    def whole(self, name: str) -> torch.Tensor:
+        """All of a parameter's master, in every process; all of them call it."""
+        return _whole(self.masters()[name], self.processes)
+
+    def groups(self, optimizer: Optimizer) -> list[list[str]]:
+        """Names of the parameters in each of the optimizer's groups."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+
+    def states(self, optimizer: Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+        """Name -> key -> what the optimizer keeps of a parameter."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        return {
+            names[id(parameter)]: {
+                key: value if isinstance(value, torch.Tensor) else torch.tensor(value) for key, value in values.items()
+            }
+            for parameter, values in optimizer.state.items()
+        }
+
+    def blank_states(self, stored: Stored) -> dict[str, dict[str, torch.Tensor]]:
+        """Of parameters that are trained, as `states`: where values of these shapes and dtypes are to be read into."""
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for name, parameter in self.trained().items():
+            for key, each in stored.get(name, {}).items():
+                blank = torch.zeros(each.shape, dtype=each.dtype)  # every process has it
+                value = blank if each.is_one else torch.zeros_like(parameter.detach(), dtype=each.dtype)
+                found.setdefault(name, {})[key] = value
+        return found
+
+    def refuse_states(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:  # noqa: B027  # most take any
+        """TrainingError for what `put_states` cannot put; called when only what is one for a parameter was read."""
+
+    def put_states(self, optimizer: Optimizer, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """What was read into `blank_states`, in place of what the optimizer kept."""
+        parameters = dict(self.module.named_parameters())
+        optimizer.state.clear()
+        for name, values in states.items():
+            optimizer.state[parameters[name]] = dict(values)
+        for group in optimizer.param_groups:
+            if group.get("fused") or group.get("capturable"):  # their kernels count on the device
+                for parameter in group["params"]:
+                    values = optimizer.state.get(parameter, {})
+                    if "step" in values:
+                        values["step"] = values["step"].to(parameter.device)
 
     @abstractmethod
     def describe(self) -> str:
@@ -52,8 +162,9 @@ class _Plain(Engine):
     """The model whole, in float32; with several processes DDP reduces its gradients."""
 
     def __init__(self, origin: Origin, config: TrainingConfig, processes: Processes, progress: Report | None) -> None:
+        self.processes = processes
         with_masters(origin.module)
-        _refuse_narrow(origin.module)
+        refuse_narrow(origin.module)
         origin.fill(processes.device, progress)
         self.module = self.model = origin.module.to(processes.device)
         self.num_averaged = self.num_copies = processes.size
@@ -78,12 +189,12 @@ class _Sharded(Engine):
     def __init__(
         self, origin: Origin, config: TrainingConfig, processes: Processes, progress: Report | None, *, replicas: int
     ) -> None:
-        self.module = self.model = origin.module
+        self.processes, self.module, self.model = processes, origin.module, origin.module
         with_masters(origin.module)
         mesh = processes.mesh(replicas)
         dtype = PRECISIONS[config.precision]
         if dtype == torch.float32:
-            _refuse_narrow(origin.module)
+            refuse_narrow(origin.module)
         policy = MixedPrecisionPolicy(
             param_dtype=None if dtype == torch.float32 else dtype,
             reduce_dtype=PRECISIONS[config.reduce_dtype or "fp32"],
@@ -93,13 +204,9 @@ class _Sharded(Engine):
             "mp_policy": policy,
             "reshard_after_forward": config.reshard_after_forward and processes.size > replicas,
         }
+        if processes.size > 1:
+            refuse_scalars(origin.module, "FSDP2", 'strategy="ddp" with precision="fp32", or "zero3"')
         scalars = {each for each in origin.module.parameters() if not each.ndim}
-        if scalars and processes.size > 1:
-            names = [name for name, each in origin.module.named_parameters() if each in scalars]
-            raise InvalidArgumentError(
-                f'{len(names)} parameters are scalars, such as {names[0]}, which FSDP2 does not divide. Give strategy="ddp" with '
-                'strategy="ddp" with precision="fp32".'
-            )
         options["ignored_params"] = scalars
         groups = origin.groups()
         for module in groups:
@@ -131,7 +238,7 @@ class _Sharded(Engine):
         return f"FSDP2, {self._precision}, {parts}"
 
 
-def _refuse_narrow(module: nn.Module) -> None:
+def refuse_narrow(module: nn.Module) -> None:
     """InvalidArgumentError for frozen parameters that float32 does not compute with."""
     narrow = [name for name, each in module.named_parameters() if each.is_floating_point() and each.itemsize < 4]
     if narrow:
@@ -139,6 +246,22 @@ def _refuse_narrow(module: nn.Module) -> None:
             f'precision is "fp32", and {len(narrow)} frozen parameters are narrower, such as {narrow[0]}. Give '
             'precision="bf16", or call .float() on them.'
         )
+
+
+def refuse_scalars(module: nn.Module, library: str, others: str) -> None:
+    """InvalidArgumentError for parameters without a dimension, which a library does not divide; `others` do."""
+    names = [name for name, each in module.named_parameters() if not each.ndim]
+    if names:
+        raise InvalidArgumentError(
+            f"{len(names)} parameters are scalars, such as {names[0]}, which {library} does not divide. Give {others}."
+        )
+
+
+def _whole(value: Any, processes: Processes) -> torch.Tensor:
+    if isinstance(value, Pieces):
+        return value.whole(processes)
+    whole: torch.Tensor = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole
 
 
 Make = Callable[[Origin, TrainingConfig, Processes, "Report | None"], Engine]
@@ -157,9 +280,10 @@ def engine_of(config: TrainingConfig, processes: Processes) -> Make:
         raise InvalidArgumentError(
             f'strategy is "single", and {processes.size} processes were started. Start one, or give "ddp" or "fsdp".'
         )
-    is_sharded = strategy == "fsdp" or config.precision != "fp32"
+    is_zero = strategy.startswith("zero")
+    reduces = strategy == "fsdp" or is_zero or config.precision != "fp32"
     for name, default in (("reduce_dtype", None), ("reshard_after_forward", True)):
-        if getattr(config, name) != default and not (is_sharded if name == "reduce_dtype" else strategy == "fsdp"):
+        if getattr(config, name) != default and not (reduces if name == "reduce_dtype" else strategy == "fsdp"):
             raise InvalidArgumentError(
                 f'{name} is {getattr(config, name)!r}, which strategy="{strategy}" in {config.precision} has no use for. '
                 'Leave it out, or give strategy="fsdp".'
@@ -168,6 +292,10 @@ def engine_of(config: TrainingConfig, processes: Processes) -> Make:
         raise InvalidArgumentError(
             f'replicas is {config.replicas}, which is for strategy="fsdp", and it is "{strategy}".'
         )
+    if is_zero:
+        from bigmodel.training.zero import ZeRO
+
+        return ZeRO
     if strategy != "fsdp" and config.precision == "fp32":
         return _Plain
 

@@ -23,7 +23,9 @@ from bigmodel.models import build_skeleton, leave_heads, load_generation_config,
 from bigmodel.offload.resident import ResidentLoad
 from bigmodel.progress import Report
 
-__all__ = ["Origin", "part_of", "with_masters"]
+__all__ = ["Origin", "part_of", "put", "with_masters"]
+
+_BATCH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +109,16 @@ class Origin:
             ReadError: a file could not be read, or changed since its header was checked.
         """
         owners = owners_of(self.module)
-        parts: list[Source] = []
-        converted: list[Source] = []
         parameters = {name: each for name, each in self.module.named_parameters() if each.is_meta}
-        for name, parameter in parameters.items():
-            source = replace(self.sources[name], dtype=parameter.dtype)
-            (converted if source.conversion is not None else parts).append(part_of(source, *_rows(parameter)))
+        wanted = {name: (*_range(each), each.dtype) for name, each in parameters.items()}
+        for tensors in self.values(wanted, progress):
+            for name, values in tensors.items():
+                put(parameters[name], values.to(device), owners)
+        self.fill_buffers(device)
+
+    def fill_buffers(self, device: torch.device) -> None:
+        """Give buffers what is stored."""
         buffers = [source for name, source in self.sources.items() if name in dict(self.module.named_buffers())]
-        for tensors in self._read(parts, converted, progress):
-            for name, local in tensors.items():
-                _put(parameters[name], local.to(device), owners)
         load = ResidentLoad(buffers, stamps=self.stamps, may_map=False)
         with torch.no_grad():
             for name, tensor in load.finish().items():
@@ -126,40 +128,65 @@ class Origin:
                 if buffer is not None and buffer.device != device:
                     owner._buffers[key] = buffer.to(device)
 
-    def _read(
-        self, parts: Sequence[Source], converted: Sequence[Source], progress: Report | None
+    def values(
+        self, wanted: Mapping[str, tuple[int, int, torch.dtype]], progress: Report | None = None
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Name -> this process's rows; what is put together by arithmetic is made whole, one unit after the other."""
-        plain = [source for source in parts if source.nbytes]
-        yield {source.name: torch.empty(source.shape, dtype=source.dtype) for source in parts if not source.nbytes}
-        if plain:
-            yield ResidentLoad(plain, stamps=self.stamps, may_map=False, progress=progress).finish()
-        waiting = {source.name: source for source in converted}
-        while waiting:
-            first = next(iter(waiting.values()))
+        """Reads ranges of parameters' values in row-major order, some parameters after the others.
+
+        Args:
+            wanted: name -> first value, the one after the last, and the dtype that they are wanted in.
+
+        Yields:
+            Name -> values, ``[number of values]``, on the CPU. What is put together by arithmetic is made whole first, one
+            unit at a time.
+        """
+        plain, converted = [], {}
+        for name, (start, stop, dtype) in wanted.items():
+            source = replace(self.sources[name], dtype=dtype)
+            if start >= stop:
+                yield {name: torch.empty(0, dtype=dtype)}
+            elif source.conversion is not None:
+                converted[name] = source
+            else:
+                plain.append(part_of(source, start, stop))
+        total, done = sum(part.nbytes for part in plain), 0
+        for parts in _batches(plain):
+
+            def told(phase: str, now: int, of: int, before: int = done) -> None:
+                if progress is not None:
+                    progress(phase, before + now, max(total, before + of))
+
+            yield ResidentLoad(parts, stamps=self.stamps, may_map=False, progress=told).finish()
+            done += sum(part.nbytes for part in parts)
+        while converted:
+            first = next(iter(converted.values()))
             assert first.conversion is not None
-            together = [waiting.pop(name) for name in first.conversion.outputs if name in waiting]
-            whole = [replace(self.sources[source.name], dtype=source.dtype) for source in together]
-            made = ResidentLoad(whole, stamps=self.stamps, may_map=False).finish()
-            parameters = dict(self.module.named_parameters())
-            yield {
-                name: tensor.narrow(0, *_rows(parameters[name])).clone() if tensor.ndim else tensor.clone()
-                for name, tensor in made.items()
-            }
+            together = [converted.pop(name) for name in first.conversion.outputs if name in converted]
+            made = ResidentLoad(together, stamps=self.stamps, may_map=False).finish()
+            yield {name: tensor.reshape(-1)[slice(*wanted[name][:2])].clone() for name, tensor in made.items()}
 
 
-def part_of(source: Source, first_row: int, num_rows: int) -> Source:
-    """Rows of a parameter, as a source of their own name; of one that is made by arithmetic, and of a scalar, the whole."""
-    if source.conversion is not None or not source.shape or num_rows == source.shape[0]:
-        return source
-    row_bytes = math.prod(source.shape[1:]) * source.stored_dtype.itemsize
-    begin, end = first_row * row_bytes, (first_row + num_rows) * row_bytes
+def part_of(source: Source, start: int, stop: int) -> Source:
+    """A range of a parameter's values in row-major order, as a source of one dimension under the same name."""
+    begin, end = start * source.stored_dtype.itemsize, stop * source.stored_dtype.itemsize
     extents = []
     for extent in source.extents:
         low, high = max(begin, extent.into), min(end, extent.into + extent.nbytes)
         if low < high:
             extents.append(Extent(extent.file, extent.offset + low - extent.into, high - low, low - begin))
-    return replace(source, shape=(num_rows, *source.shape[1:]), extents=tuple(extents))
+    return replace(source, shape=(stop - start,), extents=tuple(extents))
+
+
+def _batches(parts: Sequence[Source]) -> Iterator[list[Source]]:
+    """Of at least so many bytes each: enough for the disk to be busy."""
+    batch: list[Source] = []
+    for part in parts:
+        batch.append(part)
+        if sum(each.nbytes for each in batch) >= _BATCH_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def with_masters(module: nn.Module) -> None:
@@ -187,25 +214,29 @@ def _refuse_hooked(model: nn.Module) -> None:
     )
 
 
-def _rows(parameter: nn.Parameter) -> tuple[int, int]:
-    """The first row that this process holds, and how many."""
-    if not parameter.ndim:
-        return 0, 1
+def _range(parameter: nn.Parameter) -> tuple[int, int]:
+    """The values that this process holds: the first, and the one after the last. DTensors are divided by rows."""
     data: Any = parameter.data
     if not isinstance(data, DTensor):
-        return 0, parameter.shape[0]
+        return 0, parameter.numel()
     shape, offset = compute_local_shape_and_global_offset(data.shape, data.device_mesh, data.placements)
-    return (offset[0], shape[0]) if math.prod(shape) else (0, 0)
+    row = math.prod(data.shape[1:])
+    return (offset[0] * row, (offset[0] + shape[0]) * row) if math.prod(shape) else (0, 0)
 
 
-def _put(parameter: nn.Parameter, local: torch.Tensor, owners: Mapping[int, Sequence[tuple[nn.Module, str]]]) -> None:
-    """Puts a parameter with these values at every place that held the one on meta, with its attributes."""
+def put(parameter: nn.Parameter, values: torch.Tensor, owners: Mapping[int, Sequence[tuple[nn.Module, str]]]) -> None:
+    """Puts a parameter with these values, flattened, at every place that held the one on meta, with its attributes."""
     data: Any = parameter.data
-    value: torch.Tensor = local
+    value: torch.Tensor
     if isinstance(data, DTensor):
+        rest = data.shape[1:]
+        rows = values.numel() // math.prod(rest) if math.prod(rest) else 0
+        local = values.view(rows, *rest)
         value = DTensor.from_local(
             local, data.device_mesh, data.placements, run_check=False, shape=data.shape, stride=data.stride()
         )
+    else:
+        value = values.view(parameter.shape)
     new = nn.Parameter(value, requires_grad=parameter.requires_grad)
     new.__dict__.update(parameter.__dict__)
     for module, attribute in owners[id(parameter)]:

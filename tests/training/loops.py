@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ class Sentences(Dataset):
         return {"input_ids": self.ids[number], "attention_mask": torch.ones(12, dtype=torch.long), "labels": labels}
 
 
-def save_llama(folder: Path, **changes: Any) -> None:
-    """A checkpoint of a llama as one begins to train it: two layers, tied embeddings, bfloat16."""
+def save_llama(folder: Path, *, stored: torch.dtype = torch.bfloat16, **changes: Any) -> None:
+    """A checkpoint of a llama as one begins to train it: two layers, tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {
@@ -45,15 +46,28 @@ def save_llama(folder: Path, **changes: Any) -> None:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**(sizes | changes))).to(torch.bfloat16).save_pretrained(
-            folder, max_shard_size="100KB"
-        )
+        LlamaForCausalLM(LlamaConfig(**(sizes | changes))).to(stored).save_pretrained(folder, max_shard_size="100KB")
 
 
-def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """All of a parameter's values."""
-    data = parameter.detach()
-    return (data.full_tensor() if isinstance(data, DTensor) else data).clone()
+def masters(run: TrainingRun) -> dict[str, torch.Tensor]:
+    """Name -> all of a parameter's values."""
+    engine = run._prepared()
+    engine.rest()
+    return {name: engine.whole(name).clone() for name in engine.masters()}
+
+
+def gradients_of(run: TrainingRun) -> dict[str, torch.Tensor]:
+    """Name -> all of a parameter's gradient, between backward and step."""
+    found = {}
+    for name, parameter in run.unwrap().named_parameters():
+        if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+            from deepspeed.utils import safe_get_full_grad
+
+            found[name] = safe_get_full_grad(parameter).clone()
+        else:
+            data = parameter.grad.detach()
+            found[name] = (data.full_tensor() if isinstance(data, DTensor) else data).clone()
+    return found
 
 
 class Numbers(Dataset):
@@ -143,7 +157,7 @@ def train(
                 run.backward(run.loss(model(**batch), batch))
                 before, last = run.last_step, loader.is_last
                 if gradients and last and not first:
-                    first = {name: whole(each.grad) for name, each in run.unwrap().named_parameters()}
+                    first = gradients_of(run)
                 run.step()
             assert (run.last_step is not before) == last
             if last:
@@ -160,7 +174,7 @@ def train(
         "losses": losses,
         "norms": norms,
         "tokens": tokens,
-        "parameters": {name: whole(each) for name, each in run.unwrap().named_parameters()},
+        "parameters": masters(run),
         "gradients": first,
     }
 
@@ -169,7 +183,7 @@ def _grouped(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
     """Vectors do not decay."""
     return [
         {"params": [each for each in params if each.ndim > 1]},
-        {"params": [each for each in params if each.ndim == 1], "weight_decay": 0.0},
+        {"params": [each for each in params if each.ndim < 2], "weight_decay": 0.0},
     ]
 
 
@@ -198,3 +212,132 @@ def uneven() -> str:
     except Exception as error:
         return type(error).__name__
     return "nothing"
+
+
+def untrained(path: str, *, strategy: str, from_memory: bool) -> dict[str, torch.Tensor]:
+    """Name -> master, before the first step."""
+    run = TrainingRun(TrainingConfig(strategy=strategy))
+    model: Any = path
+    optimizer: Any = lambda params: torch.optim.AdamW(params)  # noqa: E731
+    if from_memory:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        optimizer = torch.optim.AdamW(model.parameters())
+    run.prepare(model=model, optimizer=optimizer, progress=False)
+    return masters(run)
+
+
+def overflown(path: str, **options: Any) -> dict[str, Any]:
+    """Three global batches, of which the second has gradients that are not finite."""
+    run = TrainingRun(TrainingConfig(global_batch_size=4, micro_batch_size=1, **options))
+    model, _, loader, _ = run.prepare(
+        model=path,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
+        data=Sentences(12),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, 10),
+        progress=False,
+    )
+    records, before, is_unchanged = [], {}, False
+    for batch in loader:
+        with run.accumulate():
+            loss = run.loss(model(**batch), batch)
+            run.backward(loss * math.inf if len(records) == 1 else loss)
+            run.step()
+        if loader.is_last:
+            records.append(run.last_step)
+            if len(records) == 2:
+                is_unchanged = all(torch.equal(each, before[name]) for name, each in masters(run).items())
+            before = masters(run)
+    return {
+        "skipped": [each.skipped for each in records],
+        "steps": [each.step for each in records],
+        "lrs": [each.lr for each in records],
+        "is_unchanged": is_unchanged,
+    }
+
+
+def frozen(path: str, folder: str, *, strategy: str, loads: bool = False) -> dict[str, bool]:
+    """Train all but the embeddings and a layer, and leave a checkpoint; or load one."""
+    import bigmodel
+
+    loaded = bigmodel.load_sharded(path, device_map="cpu")
+    loaded.model.layers[1].requires_grad_(True)
+    start = {name: each.detach().clone() for name, each in loaded.named_parameters()}
+    run = TrainingRun(TrainingConfig(strategy=strategy, global_batch_size=4, micro_batch_size=1))
+    model, _, loader = run.prepare(
+        loaded, torch.optim.AdamW([each for each in loaded.parameters() if each.requires_grad], lr=1e-2), Sentences(12)
+    )
+    if loads:
+        run.load(folder)
+        found = masters(run)
+        expected = torch.load(f"{folder}.pt")
+        return {"are_equal": all(torch.equal(found[name], each) for name, each in expected.items())}
+    for batch in loader:
+        with run.accumulate():
+            run.backward(run.loss(model(**batch), batch))
+            run.step()
+    run.evaluate(run.prepare_eval(Sentences(5)))
+    found = masters(run)
+    run.save(folder)
+    if run.is_main_process:
+        torch.save(found, f"{folder}.pt")
+    trained = {name for name in found if ".layers.1." in name}
+    return {
+        "are_kept": all(
+            torch.equal(found[name], start[name]) and found[name].dtype == torch.bfloat16
+            for name in found.keys() - trained
+        ),
+        "are_trained": all(not torch.equal(found[name], start[name].float()) for name in trained),
+    }
+
+
+class OddShapes(torch.nn.Module):
+    """A convolution, a vector of seven, one matrix that is used twice, and a scale."""
+
+    def __init__(self, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(scale)
+        self.convolution = torch.nn.Conv2d(3, 5, 3, padding=1)
+        self.first = torch.nn.Linear(7, 7)
+        self.second = torch.nn.Linear(7, 7, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.second(self.first(self.convolution(images))).mean((1, 2)) * self.scale
+        return {"loss": torch.nn.functional.cross_entropy(hidden, labels[:, 0])}
+
+
+class Images(Dataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(number)
+        return {"images": torch.randn(3, 7, 7, generator=generator), "labels": torch.tensor([number % 7])}
+
+
+def odd_shapes(
+    folder: str, *, strategy: str, steps: int, scale: float | list[float], loads: bool = False
+) -> dict[str, torch.Tensor]:
+    """Train `OddShapes`, going on from a checkpoint or leaving one; name -> master."""
+    torch.manual_seed(5)
+    run = TrainingRun(TrainingConfig(strategy=strategy, precision="fp32", global_batch_size=4, micro_batch_size=1))
+    model, _, loader = run.prepare(
+        model=OddShapes(torch.tensor(scale)),
+        optimizer=lambda params: torch.optim.AdamW(_grouped(params), lr=1e-2),
+        data=Images(),
+    )
+    if loads:
+        run.load(folder)
+    for _ in range(2):
+        for batch in loader:
+            if steps == 0:
+                break
+            with run.accumulate():
+                run.backward(run.loss(model(**batch), batch))
+                run.step()
+            steps -= loader.is_last
+    if not loads:
+        run.save(folder)
+    return masters(run)

@@ -9,9 +9,10 @@ import torch
 
 from bigmodel.errors import InvalidArgumentError, MissingFilesError, TrainingError
 from bigmodel.training import TrainingConfig, TrainingRun
-from training.loops import Sentences, resumed, save_llama, train
-from training.loops import whole as values_of
+from training.loops import Sentences, masters, resumed, save_llama, train
 from training.test_engines import largest_difference
+
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,9 @@ def test_one_process_goes_on_bit_for_bit(folder, whole, tmp_path):
     assert all(torch.equal(rest["parameters"][name], each) for name, each in whole["parameters"].items())
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "fsdp", pytest.param("zero1", marks=SLOW), pytest.param("zero2", marks=SLOW), "zero3"]
+)
 def test_two_processes_go_on_bit_for_bit(two, folder, tmp_path, strategy):
     asked = {"strategy": strategy, **OPTIONS}
     uninterrupted, _ = two.run("training.loops:train", path=str(folder), steps=6, **asked)
@@ -51,7 +54,20 @@ def test_two_processes_go_on_bit_for_bit(two, folder, tmp_path, strategy):
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("fsdp", "single"), ("single", "fsdp"), ("fsdp", "ddp"), ("ddp", "fsdp")]
+    ("before", "after"),
+    [
+        ("fsdp", "single"),
+        ("single", "fsdp"),
+        ("fsdp", "ddp"),
+        ("ddp", "fsdp"),
+        ("fsdp", "zero3"),
+        ("zero3", "fsdp"),
+        ("zero2", "zero3"),
+        pytest.param("zero1", "ddp", marks=SLOW),
+        pytest.param("ddp", "zero2", marks=SLOW),
+        pytest.param("zero3", "zero1", marks=SLOW),
+        pytest.param("single", "zero3", marks=SLOW),
+    ],
 )
 def test_another_engine_and_number_of_processes_go_on(two, folder, whole, tmp_path, before, after):
     def run(strategy, **more):
@@ -64,11 +80,12 @@ def test_another_engine_and_number_of_processes_go_on(two, folder, whole, tmp_pa
     assert largest_difference(found["parameters"], whole["parameters"]) <= 5e-6
 
 
-def test_what_is_exported_is_what_was_trained(two, folder, tmp_path):
+@pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero3"])
+def test_what_is_exported_is_what_was_trained(two, folder, tmp_path, strategy):
     from transformers import AutoModelForCausalLM
 
     parameters, _ = two.run(
-        "training.loops:exported", path=str(folder), folder=str(tmp_path / "out"), strategy="fsdp", micro_batch_size=2
+        "training.loops:exported", path=str(folder), folder=str(tmp_path / "out"), strategy=strategy, micro_batch_size=2
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.architectures == ["LlamaForCausalLM"]
@@ -136,13 +153,13 @@ def test_what_is_saved_and_exported_after_an_evaluation_are_the_masters(folder, 
             run.step()
         if run.last_step is not None:
             break
-    expected = {name: values_of(each) for name, each in run.unwrap().named_parameters()}
+    expected = masters(run)
     assert {each.dtype for each in expected.values()} == {torch.float32}
     run.evaluate(run.prepare_eval(Sentences()))
     run.save(tmp_path / "1")
     run.evaluate(run.prepare_eval(Sentences()))
     run.load(tmp_path / "1")
-    found = {name: values_of(each) for name, each in run.unwrap().named_parameters()}
+    found = masters(run)
     assert all(torch.equal(found[name], each) for name, each in expected.items())
 
 
@@ -196,11 +213,6 @@ def test_numbers_of_numpy_are_saved_and_what_cannot_be_is_told_before(folder, tm
     assert json.loads((tmp_path / "1" / "manifest.json").read_text())["step"] == 0
 
 
-@torch.no_grad()
-def changed(weight):
-    return values_of(weight.add_(1))
-
-
 def test_a_checkpoint_that_does_not_fit_changes_nothing(folder, tmp_path):
     saved = TrainingRun(TrainingConfig(precision="fp32"))
     saved.prepare(
@@ -218,9 +230,11 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(folder, tmp_path):
         )
         if wrong == "registered":
             run.register_for_checkpointing(torch.nn.Linear(1, 1))
-        before, cursor, draws = changed(model.model.norm.weight), loader.cursor, torch.get_rng_state()
+        with torch.no_grad():
+            before = model.model.norm.weight.add_(1).clone()
+        cursor, draws = loader.cursor, torch.get_rng_state()
         with pytest.raises(TrainingError):
             run.load(tmp_path / "7")
-        assert torch.equal(values_of(model.model.norm.weight), before)
+        assert torch.equal(model.model.norm.weight, before)
         assert (loader.cursor, run._num_steps) == (cursor, 0)
         assert torch.equal(torch.get_rng_state(), draws)

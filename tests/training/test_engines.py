@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from training.loops import save_llama, train
+
+ZERO = ("zero1", "zero2", "zero3")
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +29,14 @@ def largest_difference(found, expected):
     return max(float((found[name] - expected[name]).abs().max()) for name in found)
 
 
-@pytest.mark.parametrize("options", [{"strategy": "ddp"}, {"strategy": "fsdp"}, {"strategy": "fsdp", "replicas": 2}])
-@pytest.mark.parametrize("micro_batch_size", [4, 1])
+@pytest.mark.parametrize(
+    ("options", "micro_batch_size"),
+    [
+        *itertools.product([{"strategy": "ddp"}, {"strategy": "fsdp"}, {"strategy": "fsdp", "replicas": 2}], [4, 1]),
+        *(({"strategy": each}, 2) for each in ZERO),
+        *(pytest.param({"strategy": each}, size, marks=pytest.mark.slow) for each in ZERO for size in (4, 1)),
+    ],
+)
 def test_float32_of_two_processes_is_that_of_one(two, folder, alone, options, micro_batch_size):
     asked = {"precision": "fp32", "micro_batch_size": micro_batch_size, "gradients": True, **options}
     for found in two.run("training.loops:train", path=str(folder), **asked):
@@ -38,7 +48,9 @@ def test_float32_of_two_processes_is_that_of_one(two, folder, alone, options, mi
             assert (gradient - expected).norm() <= 1e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "fsdp", *(pytest.param(each, marks=pytest.mark.slow) for each in ZERO[:2]), "zero3"]
+)
 def test_bfloat16_with_float32_masters_stays_near(two, folder, alone, strategy):
     for found in two.run(
         "training.loops:train", path=str(folder), precision="bf16", micro_batch_size=2, strategy=strategy

@@ -111,9 +111,9 @@ def test_accumulated_gradients_are_those_of_one_batch(name, micro_batch_size):
 
 
 def test_whether_a_model_divides_is_found_by_trying():
-    assert gradients(llama, 2)[0]._divides
-    assert not gradients(t5, 2)[0]._divides
-    assert not gradients(token_classifier, 2)[0]._divides
+    assert gradients(llama, 2)[0]._weighing.divides
+    assert not gradients(t5, 2)[0]._weighing.divides
+    assert not gradients(token_classifier, 2)[0]._weighing.divides
 
 
 def test_a_causal_model_does_not_predict_the_first_label_and_others_do():

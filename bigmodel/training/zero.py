@@ -1,0 +1,354 @@
+"""DeepSpeed's ZeRO: optimizer state (1), gradients (2) or parameters (3) divided over processes, as ranges of flat tensors.
+
+The only file that knows DeepSpeed. Its optimizers keep float32 values flat: all of a group's parameters one after the other,
+cut into equal ranges (1, 2), or an equal range of each parameter, one after the other (3).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from bigmodel.errors import InvalidArgumentError, TrainingError, join_some
+from bigmodel.models import owners_of
+from bigmodel.progress import Report
+from bigmodel.training.config import PRECISIONS, TrainingConfig
+from bigmodel.training.pieces import Pieces
+from bigmodel.training.processes import Processes
+from bigmodel.training.strategy import Engine, Stored, refuse_narrow, refuse_scalars
+from bigmodel.training.weights import Origin, put, with_masters
+
+__all__ = ["ZeRO"]
+
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where this process holds its range of a parameter.
+
+    Attributes:
+        shape: of the parameter.
+        start: of the range, in the parameter's values.
+        number: of values; 0 where it holds none.
+        flat: number of the flat tensor.
+        at: of the range, in the flat tensor.
+    """
+
+    shape: torch.Size
+    start: int
+    number: int
+    flat: int
+    at: int
+
+
+class ZeRO(Engine):
+    """A model in a DeepSpeedEngine; in bfloat16 the module has bfloat16 copies, and the masters are the optimizer's ranges."""
+
+    def __init__(self, origin: Origin, config: TrainingConfig, processes: Processes, progress: Report | None) -> None:
+        _import(processes)
+        self.module, self.processes, self._origin, self._config = origin.module, processes, origin, config
+        self._progress = progress
+        self._stage = STAGES[config.strategy]
+        self._dtype = PRECISIONS[config.precision]
+        with_masters(origin.module)
+        if self._dtype == torch.float32:
+            refuse_narrow(origin.module)
+        _refuse_frozen(origin.module, self._dtype)
+        if self._stage < 3:
+            refuse_scalars(origin.module, "DeepSpeed", 'strategy="zero3"')
+        self.num_averaged, self.num_copies = processes.size, 1
+        self._given: dict[str, torch.Tensor] = {}  # values of a module in memory
+        self._places: dict[str, _Place] = {}
+        self._flats: list[torch.Tensor] = []
+        self._groups: list[list[str]] = []
+        self._blank: dict[tuple[int, str], torch.Tensor] = {}
+        self._zero: Any = None
+
+    def take(self, optimizer: Optimizer | None) -> None:
+        import deepspeed
+
+        if optimizer is None:
+            raise InvalidArgumentError(
+                f'strategy is "{self._config.strategy}", which divides an optimizer\'s state, and there is no optimizer. Give '
+                "prepare one."
+            )
+        names = {id(each): name for name, each in self.module.named_parameters()}
+        self._groups = [[names[id(each)] for each in group["params"]] for group in optimizer.param_groups]
+        left = self.trained().keys() - {name for group in self._groups for name in group}
+        if left:
+            raise InvalidArgumentError(
+                f"{len(left)} parameters that are trained are not in the optimizer, such as {min(left)}, and ZeRO has masters of "
+                "those alone. Give the optimizer all of them, or call requires_grad_(False) on what is not trained."
+            )
+        settings = self._settings()
+        self._divide(settings) if self._stage == 3 else self._fill()
+        now = dict(self.module.named_parameters())
+        for group, known in zip(optimizer.param_groups, self._groups, strict=True):
+            group["params"] = [now[name] for name in known]
+        with _quiet():
+            engine, zero, *_ = deepspeed.initialize(
+                model=self.module, optimizer=optimizer, config=settings, dist_init_required=False
+            )
+        self.model, self._zero = engine, zero
+        if zero.optimizer is not optimizer:
+            raise InvalidArgumentError(
+                f"DeepSpeed replaces {type(optimizer).__name__} by one of its own. Give another optimizer."
+            )
+        self._find(optimizer)
+        self._fill_masters()
+
+    @contextlib.contextmanager
+    def syncing(self, is_last: bool) -> Iterator[None]:
+        self.model.set_gradient_accumulation_boundary(is_last)  # type: ignore[operator]
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
+
+    def step(self, optimizer: Optimizer, most: float | None, lost: float) -> tuple[float, float, bool]:
+        # It clips by itself, to `most`, as it was told when it was made.
+        total = self.processes.summed(torch.tensor([lost], dtype=torch.float64)).item()
+        self.model.step()  # type: ignore[operator]
+        return float(self._zero._global_grad_norm), total, not self._zero.overflow
+
+    # --- Logical tensors
+
+    def masters(self) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        parameter: Any
+        for name, parameter in self.module.named_parameters():
+            if name in self._places:
+                found[name] = self._pieces(name, self._flats[self._places[name].flat])
+            elif hasattr(parameter, "ds_tensor"):  # frozen, divided
+                start = parameter.ds_tensor.numel() * self.processes.rank
+                number = max(0, min(parameter.ds_tensor.numel(), parameter.ds_numel - start))
+                found[name] = Pieces(parameter.ds_shape, start, parameter.ds_tensor.detach()[:number])
+            else:
+                found[name] = parameter.detach()
+        return found
+
+    @torch.no_grad()
+    def refreshed(self) -> None:
+        if self._stage < 3:
+            self._zero.update_lp_params()
+            return
+        for number, flat in enumerate(self._flats):
+            self._zero.fp16_partitioned_groups_flat[number].data.copy_(flat)
+        kept = [each for each in self._zero.persistent_parameters if each.requires_grad]
+        if kept:  # held whole by each process
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
+
+    def groups(self, optimizer: Optimizer) -> list[list[str]]:
+        return self._groups
+
+    def states(self, optimizer: Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for name, place in self._places.items():
+            flat = self._flats[place.flat]
+            for key, value in optimizer.state.get(flat, {}).items():
+                is_like = isinstance(value, torch.Tensor) and value.shape == flat.shape and value.ndim
+                tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+                # What is one for a flat tensor, such as a step, is saved once per parameter.
+                found.setdefault(name, {})[key] = self._pieces(name, tensor) if is_like else tensor.clone()
+        return found
+
+    def blank_states(self, stored: Stored) -> dict[str, dict[str, torch.Tensor]]:
+        flats: dict[tuple[int, str], torch.Tensor] = {}
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for name, place in self._places.items():
+            for key, each in stored.get(name, {}).items():
+                if each.is_one:
+                    found.setdefault(name, {})[key] = torch.zeros(each.shape, dtype=each.dtype)
+                    continue
+                if (place.flat, key) not in flats:
+                    flats[place.flat, key] = torch.zeros_like(self._flats[place.flat].detach(), dtype=each.dtype)
+                found.setdefault(name, {})[key] = self._pieces(name, flats[place.flat, key])
+        self._blank = flats
+        return found
+
+    def refuse_states(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        ones: dict[tuple[int, str], dict[float, str]] = {}
+        for name, values in states.items():
+            for key, value in values.items():
+                if not isinstance(value, Pieces):
+                    ones.setdefault((self._places[name].flat, key), {}).setdefault(float(value), name)
+        for (_, key), found in ones.items():
+            if len(found) > 1:
+                told = join_some([f"{name} ({number:g})" for number, name in found.items()])
+                raise TrainingError(
+                    f"Parameters have different values of {key!r} in the optimizer's state: {told}. ZeRO keeps one for all "
+                    'parameters of a group. Go on with strategy="fsdp", or give them groups of their own.'
+                )
+
+    def put_states(self, optimizer: Optimizer, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        optimizer.state.clear()
+        for (number, key), flat in self._blank.items():
+            optimizer.state[self._flats[number]][key] = flat
+        for name, values in states.items():
+            for key, value in values.items():
+                if not isinstance(value, Pieces):
+                    optimizer.state[self._flats[self._places[name].flat]][key] = value.clone()
+        self._blank = {}
+
+    def describe(self) -> str:
+        return f"DeepSpeed ZeRO-{self._stage}, {self._config.precision}, {self.processes.size} parts"
+
+    # --- How
+
+    def _settings(self) -> dict[str, Any]:
+        config = self._config
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # ours are weighed and counted already
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": config.grad_clip or 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": self._dtype == torch.bfloat16, "check_grad_overflow": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": config.reduce_dtype or "fp32",
+            "zero_optimization": {"stage": self._stage},
+        }
+
+    def _fill(self) -> None:
+        """The model whole in this process, in the dtype that computes."""
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and parameter.dtype != self._dtype:
+                if not parameter.is_meta:
+                    self._given[name] = parameter.data
+                parameter.data = parameter.data.to(self._dtype)
+        self._origin.fill(self.processes.device, self._progress)
+
+    def _divide(self, settings: dict[str, Any]) -> None:
+        """This process's range of each parameter, in the dtype that computes; no more is read."""
+        from deepspeed import zero
+
+        class Divided(zero.Init):  # type: ignore[misc]
+            """Cuts parameters without sending them: each process reads its own range."""
+
+            def _zero_init_param(self, parameter: Any) -> None:
+                self._convert_to_deepspeed_param(parameter)
+                parameter.partition()
+
+        divided = Divided(module=nn.Module(), config_dict_or_path={**settings, "train_batch_size": self.processes.size})
+        owners = owners_of(self.module)
+        wanted = {}
+        for name, parameter in list(self.module.named_parameters()):
+            dtype = self._dtype if parameter.requires_grad else parameter.dtype
+            if parameter.is_meta:
+                size = -(-parameter.numel() // self.processes.size)
+                start = min(size * self.processes.rank, parameter.numel())
+                wanted[name] = start, min(start + size, parameter.numel()), dtype
+                put(parameter, torch.empty(parameter.numel(), dtype=dtype), owners)
+            elif parameter.dtype != dtype:
+                self._given[name] = parameter.data
+                parameter.data = parameter.data.to(dtype)
+            divided._convert_to_zero_parameters([self.module.get_parameter(name)])
+        parameters: dict[str, Any] = dict(self.module.named_parameters())
+        for tensors in self._origin.values(wanted, self._progress):
+            for name, values in tensors.items():
+                parameters[name].ds_tensor.data[: values.numel()].copy_(values)
+        self._origin.fill_buffers(self.processes.device)
+
+    def _find(self, optimizer: Optimizer) -> None:
+        """Where ranges lie in the flat tensors."""
+        zero = self._zero
+        parameters: dict[str, Any] = dict(self.module.named_parameters())
+        if self._stage == 3:
+            self._flats = list(zero.fp32_partitioned_groups_flat)
+            for name in (name for group in self._groups for name in group):
+                each = parameters[name]
+                flat, at, size = zero.grad_position[zero.get_param_id(each)]
+                start = size * self.processes.rank
+                number = max(0, min(size, each.ds_numel - start))
+                self._places[name] = _Place(each.ds_shape, start, number, flat, at)
+            return
+        self._flats = [group["params"][0] for group in optimizer.param_groups]
+        for flat, names in enumerate(self._groups):
+            for name in names:
+                held = parameters[name]._hp_mapping
+                start, at, number = 0, 0, 0
+                if held is not None:
+                    start, number = held.lp_fragment_address.start, held.lp_fragment_address.numel
+                    at = held.hp_fragment_address.start
+                self._places[name] = _Place(parameters[name].shape, start, number, flat, at)
+
+    @torch.no_grad()
+    def _fill_masters(self) -> None:
+        """Masters are made of the copies that compute: what these rounded away is read, or taken from what was given."""
+        if self._dtype == torch.float32:
+            return
+        narrow = {}
+        for name, place in self._places.items():
+            if name in self._given:
+                values = self._given[name].reshape(-1)[place.start : place.start + place.number]
+                self._range(name, self._flats[place.flat]).copy_(values)
+            elif name in self._origin.sources and self._origin.sources[name].stored_dtype != self._dtype:
+                narrow[name] = place.start, place.start + place.number, torch.float32
+        self._given = {}
+        for tensors in self._origin.values(narrow):
+            for name, values in tensors.items():
+                self._range(name, self._flats[self._places[name].flat]).copy_(values)
+
+    def _range(self, name: str, flat: torch.Tensor) -> torch.Tensor:
+        place = self._places[name]
+        return flat.detach()[place.at : place.at + place.number]
+
+    def _pieces(self, name: str, flat: torch.Tensor) -> Pieces:
+        return Pieces(self._places[name].shape, self._places[name].start, self._range(name, flat))
+
+
+def _import(processes: Processes) -> None:
+    """Makes DeepSpeed use the processes that there are."""
+    if processes.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(processes.local_rank))
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        with _quiet():
+            import deepspeed
+    except ImportError as error:
+        raise InvalidArgumentError(
+            'strategy="zero1", "zero2" and "zero3" are DeepSpeed\'s, which is not installed. Run pip install '
+            '"bigmodel[training]", or give "ddp" or "fsdp".'
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    processes.mesh(1)  # a group, where this process is alone
+    if processes.device.type == "cpu":
+        # Compiled at the first use otherwise, half a minute, and used for inference alone.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls what torch calls deprecated, in each step.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what DeepSpeed's imports warn its own authors of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _refuse_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """InvalidArgumentError for frozen parameters that DeepSpeed would change: it has one dtype for all."""
+    others = [
+        f"{name} ({each.dtype})"
+        for name, each in module.named_parameters()
+        if not each.requires_grad and each.is_floating_point() and each.dtype != dtype
+    ]
+    if others:
+        raise InvalidArgumentError(
+            f"{len(others)} frozen parameters are not {dtype}, such as {others[0]}: DeepSpeed computes with one dtype, and would "
+            f'round them for good. Call .to({dtype}) on them, or give strategy="fsdp".'
+        )
