@@ -18,12 +18,15 @@ from bigmodel.bench.harness import Bench
 
 __all__: list[str] = []
 
-PARTS = ("memory", "engines", "overhead")
+PARTS = ("memory", "engines", "collectives", "overhead")
 ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {"strategy": "single"}),
     "DDP": (2, {"strategy": "ddp"}),
     "FSDP2": (2, {"strategy": "fsdp"}),
     "FSDP2, gathered weights kept": (2, {"strategy": "fsdp", "reshard_after_forward": False}),
+    "ZeRO-1": (2, {"strategy": "zero1"}),
+    "ZeRO-2": (2, {"strategy": "zero2"}),
+    "ZeRO-3": (2, {"strategy": "zero3"}),
 }
 MIB = 1 << 20
 
@@ -37,6 +40,8 @@ def main() -> None:
             _memory(report, settings)
         if settings.runs("engines"):
             _engines(report, settings)
+        if settings.runs("collectives"):
+            _collectives(report, settings)
         if settings.runs("overhead"):
             seconds = [_run(1, "overhead", {"strategy": "single"})[0]["seconds"] for _ in range(settings.num_rounds)]
             report.add(
@@ -50,24 +55,52 @@ def main() -> None:
 
 
 def _memory(report: Report, settings: Settings) -> None:
-    """FSDP2 from a path, on the process that held most."""
-    values, note = [], ""
-    for _ in range(settings.num_rounds):
-        paths = {"path": str(settings.path), "tiny": str(settings.tiny)}
-        found = _run(2, "load", paths | {"strategy": "fsdp"})
-        allowed = [1.15 * each["own_bytes"] + each["unit_bytes"] + 150 * MIB for each in found]
-        values.append(max(each["rise_bytes"] / limit for each, limit in zip(found, allowed, strict=True)))
-        sizes = " and ".join(f"{each['rise_bytes'] / MIB:.0f}" for each in found)
-        note = f"{sizes} MiB for {found[0]['own_bytes'] / MIB:.0f} MiB of parameters each"
-    report.add(
-        Figure(
-            name="FSDP2, 2 processes, loading: peak over 1.15 x own parameters + largest unit + 150 MiB",
-            values=values,
-            limit=1.0,
-            is_promise=True,
-            note=note,
+    """Engines that read their own part from a path, on the process that held most."""
+    for name in ("FSDP2", "ZeRO-3"):
+        values, note = [], ""
+        for _ in range(settings.num_rounds):
+            found = _run(2, "load", _paths(settings) | ENGINES[name][1])
+            allowed = [1.15 * each["own_bytes"] + each["unit_bytes"] + 150 * MIB for each in found]
+            values.append(max(each["rise_bytes"] / limit for each, limit in zip(found, allowed, strict=True)))
+            sizes = " and ".join(f"{each['rise_bytes'] / MIB:.0f}" for each in found)
+            note = f"{sizes} MiB for {found[0]['own_bytes'] / MIB:.0f} MiB of parameters each"
+        report.add(
+            Figure(
+                name=f"{name}, 2 processes, loading: peak over 1.15 x own parameters + largest unit + 150 MiB",
+                values=values,
+                limit=1.0,
+                is_promise=True,
+                note=note,
+            )
         )
-    )
+
+
+def _collectives(report: Report, settings: Settings) -> None:
+    """What is sent for an optimizer step, of a float32 model; counts and bytes do not vary."""
+    for name, (size, options) in ENGINES.items():
+        if size == 1:
+            continue
+        for times in (1, 4):
+            found = _run(
+                size, "collectives", _paths(settings) | options | {"precision": "fp32", "accumulation": times}
+            )[0]
+            calls = "; ".join(
+                f"{kind} {each['count']:g}: {each['bytes'] / MIB:.1f} MiB"
+                for kind, each in sorted(found["calls"].items())
+            )
+            sent = sum(each["bytes"] for each in found["calls"].values())
+            report.add(
+                Figure(
+                    name=f"{name}, {times} micro-batches: bytes of collectives over the model's",
+                    values=[sent / found["model_bytes"]],
+                    unit="x",
+                    note=calls,
+                )
+            )
+
+
+def _paths(settings: Settings) -> dict[str, Any]:
+    return {"path": str(settings.path), "tiny": str(settings.tiny)}
 
 
 def _engines(report: Report, settings: Settings) -> None:
@@ -75,8 +108,7 @@ def _engines(report: Report, settings: Settings) -> None:
     for _ in range(settings.num_rounds):
         for precision in ("fp32", "bf16"):
             for name, (size, options) in ENGINES.items():
-                paths = {"path": str(settings.path), "tiny": str(settings.tiny)}
-                found = _run(size, "speed", paths | options | {"precision": precision})
+                found = _run(size, "speed", _paths(settings) | options | {"precision": precision})
                 runs.setdefault((name, precision), []).append(found)
                 print(f"{name}, {precision}: {found}", file=sys.stderr, flush=True)
     for (name, precision), rounds in runs.items():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import bigmodel.models
 from bigmodel.footprint import PeakFootprint, footprint_bytes
 from bigmodel.training import TrainingConfig, TrainingRun
 
-__all__ = ["load", "overhead", "speed"]
+__all__ = ["collectives", "load", "overhead", "speed"]
 
 NUM_TOKENS = 256
 
@@ -41,8 +44,8 @@ def _warm(tiny: str, **options: Any) -> None:
     _steps(tiny, 2, **options)
 
 
-def _steps(path: str, count: int, **options: Any) -> tuple[TrainingRun, list[float]]:
-    run = TrainingRun(TrainingConfig(global_batch_size=4, micro_batch_size=2, **options))
+def _prepared(path: str, **options: Any) -> tuple[TrainingRun, Any, Any]:
+    run = TrainingRun(TrainingConfig(**options))
     config = json.loads((Path(path) / "config.json").read_text())
     model, _, loader = run.prepare(
         model=path,
@@ -50,6 +53,11 @@ def _steps(path: str, count: int, **options: Any) -> tuple[TrainingRun, list[flo
         data=_Tokens(config["vocab_size"]),
         progress=False,
     )
+    return run, model, loader
+
+
+def _steps(path: str, count: int, **options: Any) -> tuple[TrainingRun, list[float]]:
+    run, model, loader = _prepared(path, global_batch_size=4, micro_batch_size=2, **options)
     times: list[float] = []
     started_s = time.perf_counter()
     for batch in loader:
@@ -65,25 +73,90 @@ def _steps(path: str, count: int, **options: Any) -> tuple[TrainingRun, list[flo
 
 
 def load(path: str, tiny: str, **options: Any) -> dict[str, Any]:
-    """Peak anonymous memory while weights are put in place.
+    """Peak anonymous memory while weights are put in place, up to DeepSpeed's own allocations where it is the engine.
 
     Returns:
-        ``rise_bytes``, ``own_bytes`` of this process's parameters, ``unit_bytes`` of the largest unit in float32.
+        ``rise_bytes``, ``own_bytes`` of this process's parameters, ``unit_bytes`` of the largest unit, both in the dtype that
+        they are held in: float32, or bfloat16 with ZeRO, whose masters are made afterwards.
     """
     bigmodel.models.import_libraries()
     _warm(tiny, **options)
     run = TrainingRun(TrainingConfig(**options))
+    is_zero = options["strategy"].startswith("zero")
     before = footprint_bytes()
     with PeakFootprint() as memory:
-        module = run.prepare(model=path, progress=False)
-    parameters = [each.data for each in module.parameters()]
-    local = [each._local_tensor if isinstance(each, DTensor) else each for each in parameters]
-    layers = max((each for each in module.modules() if isinstance(each, nn.ModuleList)), key=len)
-    units = [*layers, *(each for each in module.modules() if isinstance(each, (nn.Embedding, nn.Linear)))]
+        model: Any = None
+        try:
+            with _until_deepspeed() if is_zero else contextlib.nullcontext():
+                model = run.prepare(
+                    model=path, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), progress=False
+                )[0]
+        except _Begins as begins:
+            model = begins.args[0]
+    own = sum(_held(each) for each in model.parameters())
+    layers = max((each for each in model.modules() if isinstance(each, nn.ModuleList)), key=len)
+    units = [*layers, *(each for each in model.modules() if isinstance(each, (nn.Embedding, nn.Linear)))]
+    itemsize = 2 if is_zero else 4
+    largest = max(sum(getattr(each, "ds_numel", each.numel()) for each in unit.parameters()) for unit in units)
+    return {"rise_bytes": memory.peak_bytes - before, "own_bytes": own, "unit_bytes": largest * itemsize}
+
+
+class _Begins(Exception):  # not an error
+    """DeepSpeed is about to make its optimizer of this module."""
+
+
+@contextlib.contextmanager
+def _until_deepspeed() -> Iterator[None]:
+    import deepspeed
+
+    def stopped(*, model: nn.Module, **_: Any) -> None:
+        raise _Begins(model)
+
+    initialize = deepspeed.initialize
+    deepspeed.initialize = stopped
+    try:
+        yield
+    finally:
+        deepspeed.initialize = initialize
+
+
+def _held(parameter: Any) -> int:
+    data = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
+    return int((data._local_tensor if isinstance(data, DTensor) else data).nbytes)
+
+
+def collectives(path: str, tiny: str, *, accumulation: int, **options: Any) -> dict[str, Any]:
+    """What torch.distributed was asked to send for the third optimizer step, as its own profiler records it.
+
+    Returns:
+        ``calls``: kind -> ``count``, ``bytes`` of this process's tensors; ``model_bytes`` in float32.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    size = int(os.environ["WORLD_SIZE"])
+    run, model, loader = _prepared(tiny, global_batch_size=accumulation * size, micro_batch_size=1, **options)
+    calls: dict[str, dict[str, float]] = {}
+    steps, recorder = 0, profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+    for batch in loader:
+        if steps == 2 and loader.number == 0:
+            recorder.start()
+        with run.accumulate():
+            run.backward(run.loss(model(**batch), batch))
+            run.step()
+        if loader.is_last:
+            steps += 1
+            if steps == 3:
+                recorder.stop()
+                break
+    for event in recorder.events() or ():
+        if event.name.startswith("gloo:"):
+            kind = event.name.removeprefix("gloo:")
+            found = calls.setdefault(kind, {"count": 0, "bytes": 0})
+            found["count"] += 1
+            found["bytes"] += sum(4 * math.prod(shape) for shape in event.input_shapes if shape)
     return {
-        "rise_bytes": memory.peak_bytes - before,
-        "own_bytes": sum(each.numel() * 4 for each in local),
-        "unit_bytes": max(sum(each.numel() * 4 for each in unit.parameters()) for unit in units),
+        "calls": calls,
+        "model_bytes": 4 * sum(math.prod(each.shape) for each in run._prepared().masters().values()),
     }
 
 

@@ -15,6 +15,7 @@ not given (``~/.cache`` where the variable is not set).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -109,7 +110,8 @@ def make_checkpoint(folder: Path) -> Path:
             shutil.rmtree(left, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        write_checkpoint(scratch)
+        with contextlib.redirect_stdout(sys.stderr):  # what is imported on the way may print
+            write_checkpoint(scratch)
         if not is_complete(scratch):
             raise SystemExit(f"{scratch}: not the {NUM_TENSORS} tensors and the tokenizer that were expected.")
         for path, mode in [(scratch, 0o755), *((file, 0o644) for file in scratch.iterdir())]:

@@ -51,7 +51,7 @@ EVERYBODYS = {"torch", "numpy"}
 PEERS = {
     "accelerate": {"bench/peers/hugging_face"},
     "airllm": {"bench/peers/airllm"},
-    "deepspeed": {"bench/peers/deepspeed"},
+    "deepspeed": {"bench/peers/deepspeed", "training/zero"},
     "gguf": {"bench/peers/gguf_file", "bench/peers/llama_cpp"},
     "xllamacpp": {"bench/peers/llama_cpp"},
 }
