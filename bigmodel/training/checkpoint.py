@@ -41,7 +41,17 @@ from bigmodel.saving import sync
 from bigmodel.training.processes import Processes
 from bigmodel.training.strategy import Engine, Stored, StoredState
 
-__all__ = ["CALL_TIMEOUT", "complete_ones", "is_complete", "load_state", "prune", "read_manifest", "save_state"]
+__all__ = [
+    "CALL_TIMEOUT",
+    "complete_ones",
+    "is_complete",
+    "load_state",
+    "prune",
+    "random_states",
+    "read_manifest",
+    "restore_random",
+    "save_state",
+]
 
 logger = logging.getLogger("bigmodel.training")
 
@@ -87,7 +97,7 @@ def save_state(
         save_tensors(state, storage_writer=FileSystemWriter(staging), no_dist=processes.size == 1)
     error: BaseException | None = None
     try:
-        torch.save(_random_states(processes), staging / f"random-{processes.rank}.pt")
+        torch.save(random_states(processes), staging / f"random-{processes.rank}.pt")
     except Exception as caught:
         error = caught
     processes.all_right(error)
@@ -164,7 +174,7 @@ def load_state(
             group.update({key: value for key, value in values.items() if key != "params"})
         engine.put_states(optimizer, states)
     if manifest["num_processes"] == processes.size:
-        _restore_random(torch.load(folder / f"random-{processes.rank}.pt", weights_only=True), processes)
+        restore_random(torch.load(folder / f"random-{processes.rank}.pt", weights_only=True), processes)
     processes.wait()
     return manifest, others
 
@@ -323,7 +333,8 @@ def _alone_is_right() -> Iterator[None]:
         yield
 
 
-def _random_states(processes: Processes) -> dict[str, Any]:
+def random_states(processes: Processes) -> dict[str, Any]:
+    """Of this process's generators: Python's, numpy's, torch's and the device's."""
     numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
     key = torch.from_numpy(numpy["state"]["key"].astype(np.int64))  # what weights_only lets through
     numpy["state"] = {"key": key, "pos": int(numpy["state"]["pos"])}
@@ -333,7 +344,8 @@ def _random_states(processes: Processes) -> dict[str, Any]:
     return states
 
 
-def _restore_random(states: Mapping[str, Any], processes: Processes) -> None:
+def restore_random(states: Mapping[str, Any], processes: Processes) -> None:
+    """Put generators where `random_states` found them."""
     random.setstate(states["python"])
     numpy = states["numpy"]
     key = numpy["state"]["key"].numpy().astype(np.uint32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from bigmodel.training.losses import IGNORED
 __all__ = ["Cursor", "Division", "GlobalLoader", "Loaded", "data_of", "mixed"]
 
 logger = logging.getLogger("bigmodel.training")
+
+_GIVEN = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +163,10 @@ class GlobalLoader:
         cursor: where the next global batch begins.
         is_last: whether the micro-batch that was given last is the last of its global batch.
         is_touched: whether there are gradients of a global batch that was not stepped; set by who makes them.
+        number: of the micro-batch that was given last, in its global batch.
+        num_rows: its samples in each process.
+        num_counted: its samples in all processes, without what fills empty places.
+        given_at: grows with each micro-batch that any loader gives; -1 before the first.
     """
 
     def __init__(
@@ -176,7 +183,8 @@ class GlobalLoader:
         self.cursor = replace(cursor, num_samples=length, shuffles=loaded.shuffles)
         self.is_last = True
         self.is_touched = False
-        self.number = 0  # of the micro-batch that was given last, in its global batch
+        self.number = self.num_rows = self.num_counted = 0
+        self.given_at = -1
         self._loaded, self._division = loaded, division
         self._drop_last, self._begin = drop_last, begin
         self._pass = 0  # whose iterator may give batches
@@ -253,7 +261,8 @@ class GlobalLoader:
         )
         stream = iter(loader)
         for batch in batches():
-            read = [next(stream) for _ in self._division.passes(batch)]
+            passes = self._division.passes(batch)
+            read = [next(stream) for _ in passes]
             if len(batch) % self._division.num_processes:  # in all processes, also where no place is empty
                 for each in read:
                     _refuse_without_rows(each)
@@ -261,6 +270,10 @@ class GlobalLoader:
             for number, each in enumerate(together):
                 self._refuse_stale(own)
                 self.number, self.is_last, self._given = number, number == len(together) - 1, len(batch)
+                processes, places = self._division.num_processes, self._division.micro_batch_size
+                self.num_rows = len(passes[number])
+                self.num_counted = min(len(batch) - number * places * processes, self.num_rows * processes)
+                self.given_at = next(_GIVEN)
                 yield each
             self._refuse_stale(own)
             self.refuse_inside("take the next global batch")

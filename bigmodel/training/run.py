@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,11 +21,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.progress import progress_bar
 from bigmodel.training.checkpoint import complete_ones, load_state, prune, save_state
+from bigmodel.training.collectives import Collectives, mapped
 from bigmodel.training.config import TrainingConfig
 from bigmodel.training.data import Cursor, Division, GlobalLoader, data_of, mixed
 from bigmodel.training.export import export_model
 from bigmodel.training.given import kind_of, optimizer_of, scheduler_of
 from bigmodel.training.losses import CountItems
+from bigmodel.training.prepared import PreparedOptimizer, PreparedScheduler
 from bigmodel.training.processes import Processes
 from bigmodel.training.strategy import Engine, engine_of
 from bigmodel.training.weighing import Weighing, moved
@@ -70,7 +74,7 @@ class Evaluation:
     num_tokens: int
 
 
-class TrainingRun:
+class TrainingRun(Collectives):
     """The verbs of a training loop, the same for every engine.
 
     ::
@@ -111,11 +115,11 @@ class TrainingRun:
         self._is_weighed = False  # whether run.loss was called for this micro-batch
         self._is_inside = False
         self._is_stepping = False
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether it is the one that writes and prints."""
-        return self.processes.is_main
+        self._is_fresh = False  # whether there was a backward since the last step
+        self._most: float | None = None  # norm that the coming step is clipped to
+        self._wants_to_stop = self._stops = self._heeds_signals = False
+        self._stream: Iterator[Any] | None = None
+        self._loaders: list[GlobalLoader] = []
 
     def prepare(
         self,
@@ -182,10 +186,13 @@ class TrainingRun:
         if self.is_main_process:
             logger.info("%s", engine.describe())
         engine.model.register_forward_pre_hook(self._look, with_kwargs=True)
-        made: dict[str, Any] = {"model": engine.model, "optimizer": own}
+        made: dict[str, Any] = {"model": engine.model}
+        self._scheduler = scheduler_of(named["scheduler"], own)
         if own is not None:
             own.register_step_pre_hook(self._refuse_own_step)
-        made["scheduler"] = self._scheduler = scheduler_of(named["scheduler"], own)
+            made["optimizer"] = PreparedOptimizer(own, self._step_if_due)
+        if self._scheduler is not None:
+            made["scheduler"] = PreparedScheduler(self._scheduler)
         self._weighing = Weighing(engine.module, engine.model, self.processes, count_items)
         if loaded is not None:
             division = Division(
@@ -201,6 +208,7 @@ class TrainingRun:
                 drop_last=self.config.drop_last,
                 begin=self._weighing.begin,
             )
+            self._loaders.append(self._loader)
         found = tuple(made[kind] for kind in order)
         return found[0] if len(found) == 1 else found
 
@@ -257,7 +265,8 @@ class TrainingRun:
         times = engine.num_averaged if self._loader is not None else 1
         if self._loader is not None:
             self._loader.is_touched = True
-        engine.backward(part * times if times > 1 else part)
+        self._is_fresh = True
+        engine.backward(part * times if times > 1 else part, self._is_last)
 
     def step(self) -> None:
         """After the last micro-batch of a global batch: clip, step and schedule; before it, nothing.
@@ -271,11 +280,13 @@ class TrainingRun:
             raise TrainingError("There is no optimizer. Give prepare one.")
         lost = float(torch.stack(self._lost).sum()) if self._lost else 0.0
         lr = float(optimizer.param_groups[0]["lr"])
+        most = self.config.grad_clip if self._most is None else self._most
         self._is_stepping = True
         try:
-            norm, lost, has_stepped = engine.step(optimizer, self.config.grad_clip, lost)
+            norm, (lost, stopping), has_stepped = engine.step(optimizer, most, [lost, float(self._wants_to_stop)])
         finally:
-            self._is_stepping = False
+            self._is_stepping = self._is_fresh = False
+        self._most, self._stops = None, stopping > 0
         if has_stepped:
             if self._scheduler is not None:
                 self._scheduler.step()
@@ -291,6 +302,119 @@ class TrainingRun:
         self._lost = []
         if self._loader is not None:
             self._loader.stepped()
+
+    def train_step(self) -> StepRecord:
+        """Forward, backward and step for all micro-batches of the next global batch; after the last of an epoch, of the next.
+
+        Returns:
+            `last_step`.
+        """
+        engine, loader = self._prepared(), self._loader
+        if loader is None:
+            raise TrainingError("There is no data. Give prepare a dataset or a DataLoader.")
+        if self._stream is None:
+            self._stream = iter(loader)
+        before = self.last_step
+        while self.last_step is before:
+            batch = next(self._stream, None)
+            if batch is None:
+                self._stream = iter(loader)
+                batch = next(self._stream, None)
+                if batch is None:
+                    raise TrainingError(
+                        f"An epoch has no global batch: drop_last is True, and there are {loader.cursor.num_samples} samples."
+                    )
+            with self.accumulate():
+                self.backward(self.loss(engine.model(**batch), batch))
+                self.step()
+        assert self.last_step is not None
+        return self.last_step
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> None:
+        """Clip the coming optimizer step to this norm of all gradients together; before the last micro-batch, nothing.
+
+        `last_step` has the norm. `TrainingConfig(grad_clip=...)` says the same for all steps.
+
+        Args:
+            parameters: all that are trained.
+            max_norm: as in `torch.nn.utils.clip_grad_norm_`.
+        """
+        given = {id(each) for each in ([parameters] if isinstance(parameters, torch.Tensor) else parameters)}
+        trained = {id(each) for each in self.unwrap().parameters() if each.requires_grad}
+        if not trained <= given:
+            raise InvalidArgumentError(
+                f"clip_grad_norm_ was given {len(trained & given)} of {len(trained)} parameters that are trained: a run clips "
+                "the norm of all. Give model.parameters()."
+            )
+        if not max_norm > 0:
+            raise InvalidArgumentError(f"max_norm is {max_norm}. Give a positive number.")
+        if self._is_last:
+            self._most = float(max_norm)
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether the micro-batch that was given last ends its global batch."""
+        return self._is_last
+
+    def stop(self) -> None:
+        """Ask all processes to stop: `should_stop` is True for all after the next optimizer step."""
+        self._wants_to_stop = True
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether any process called `stop`, or was sent SIGTERM since this was first asked: as of the last optimizer step,
+        so that all processes get the same answer. A loop that asks decides itself what a SIGTERM does."""
+        if not self._heeds_signals:
+            self._heeds_signals = True
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, lambda *_: self.stop())
+        return self._stops
+
+    @contextlib.contextmanager
+    def profile(self, folder: str | os.PathLike[str] | None = None, **options: Any) -> Iterator[Any]:
+        """torch's profiler around what is inside.
+
+        Args:
+            folder: where each process writes ``rank-N.json``, which chrome://tracing and Perfetto show; None writes nothing.
+            options: of `torch.profiler.profile`.
+
+        Yields:
+            The profiler.
+        """
+        from torch.profiler import profile
+
+        with profile(**options) as profiler:
+            yield profiler
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(Path(folder) / f"rank-{self.processes.rank}.json"))
+
+    def gather_for_metrics(self, values: Any) -> Any:
+        """Rows of all processes for the micro-batch that was given last, in the order of the data, without those that only fill
+        places.
+
+        Args:
+            values: tensors ``[samples of the micro-batch, ...]``, in lists, tuples and mappings.
+
+        Returns:
+            The same structure, tensors ``[samples, ...]``, in every process.
+        """
+        loader = max(self._loaders, key=lambda each: each.given_at, default=None)
+        if loader is None or loader.given_at < 0:
+            raise TrainingError("No micro-batch was given yet. Call gather_for_metrics inside a pass over the data.")
+        rows, counted, size = loader.num_rows, loader.num_counted, self.processes.size
+
+        def ordered(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.ndim or tensor.shape[0] != rows:
+                raise InvalidArgumentError(
+                    f"A tensor of shape {tuple(tensor.shape)} has no row for each of the micro-batch's {rows} samples. Give such "
+                    "ones, or call run.gather."
+                )
+            together: torch.Tensor = self.gather(tensor)
+            # Place after place goes to one process after the other.
+            return together.view(size, rows, *tensor.shape[1:]).transpose(0, 1).flatten(0, 1)[:counted]
+
+        return mapped(values, ordered)
 
     def save(self, folder: str | os.PathLike[str], *, keep: int | None = None) -> Path:
         """Write all that the run needs to go on: model, optimizer, scheduler, place in the data, random generators.
@@ -352,7 +476,7 @@ class TrainingRun:
             self._scheduler.load_state_dict(others["scheduler"])
         for each, state in zip(self._registered, others["registered"], strict=True):
             each.load_state_dict(state)
-        self._run_id, self._num_steps = manifest["run"], manifest["step"]
+        self._run_id, self._num_steps, self._stream = manifest["run"], manifest["step"], None
 
     def load_last(self, folder: str | os.PathLike[str]) -> Path | None:
         """Load the newest complete checkpoint inside a folder; its path, or None where there is none."""
@@ -401,7 +525,9 @@ class TrainingRun:
             rank=self.processes.rank,
             num_processes=self.processes.size,
         )
-        return GlobalLoader(loaded, division, Cursor(seed=self.config.seed), drop_last=False, begin=list)
+        loader = GlobalLoader(loaded, division, Cursor(seed=self.config.seed), drop_last=False, begin=list)
+        self._loaders.append(loader)
+        return loader
 
     @torch.no_grad()
     def evaluate(self, loader: GlobalLoader) -> Evaluation:
@@ -491,11 +617,15 @@ class TrainingRun:
     def _seed_draws(self, step: int) -> None:
         torch.manual_seed(mixed(self.config.seed, step, self.processes.rank))
 
+    def _step_if_due(self) -> None:
+        if self._is_last and self._is_fresh:
+            self.step()
+
     def _refuse_own_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_stepping:
             raise TrainingError(
-                "optimizer.step was called. Call run.step after each micro-batch instead: it clips, steps and schedules after "
-                "the last one of a global batch, and clears the gradients."
+                "The optimizer that prepare was given was stepped. Step the one that it returned, or call run.step: they clip, "
+                "step and schedule after the last micro-batch of a global batch, and clear the gradients."
             )
 
 

@@ -73,28 +73,28 @@ class Engine(ABC):
     def syncing(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Around forward and backward of a micro-batch: gradients are reduced in the last one alone."""
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Gradients of a loss, added to those that there are."""
+    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
+        """Gradients of a loss, added to those that there are; `is_last` of the global batch."""
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def step(self, optimizer: Optimizer, most: float | None, lost: float) -> tuple[float, float, bool]:
+    def step(self, optimizer: Optimizer, most: float | None, sums: list[float]) -> tuple[float, list[float], bool]:
         """Clip and step, unless a gradient is not finite, and clear the gradients.
 
         Args:
             most: the largest norm of all gradients; None for no limit.
-            lost: this process's part of the loss.
+            sums: this process's part of what is added up over all of them on the way.
 
         Returns:
-            The norm before clipping, the loss over all processes, and whether it stepped: the same in all of them.
+            The norm before clipping, the sums, and whether it stepped: the same in all processes.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm, (lost,) = norm_and_sums(parameters, [lost], self.processes, self.num_copies)
+        norm, sums = norm_and_sums(parameters, sums, self.processes, self.num_copies)
         if math.isfinite(norm):
             if most is not None:
                 clip(parameters, norm, most)
             optimizer.step()
         optimizer.zero_grad()
-        return norm, lost, math.isfinite(norm)
+        return norm, sums, math.isfinite(norm)
 
     def rest(self) -> None:  # noqa: B027  # most have nothing to do
         """Between passes: the module's parameters are the masters, and not copies to compute with."""

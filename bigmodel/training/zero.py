@@ -109,15 +109,15 @@ class ZeRO(Engine):
 
     @contextlib.contextmanager
     def syncing(self, is_last: bool) -> Iterator[None]:
-        self.model.set_gradient_accumulation_boundary(is_last)  # type: ignore[operator]
         yield
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
+        self.model.set_gradient_accumulation_boundary(is_last)  # type: ignore[operator]
         self.model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
 
-    def step(self, optimizer: Optimizer, most: float | None, lost: float) -> tuple[float, float, bool]:
-        # It clips by itself, to `most`, as it was told when it was made.
-        total = self.processes.summed(torch.tensor([lost], dtype=torch.float64)).item()
+    def step(self, optimizer: Optimizer, most: float | None, sums: list[float]) -> tuple[float, list[float], bool]:
+        self._zero.clip_grad = most or 0.0  # what it clips by itself
+        total = self.processes.summed(torch.tensor(sums, dtype=torch.float64)).tolist()
         self.model.step()  # type: ignore[operator]
         return float(self._zero._global_grad_norm), total, not self._zero.overflow
 

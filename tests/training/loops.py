@@ -341,3 +341,112 @@ def odd_shapes(
     if not loads:
         run.save(folder)
     return masters(run)
+
+
+def said() -> dict[str, Any]:
+    """What two processes tell each other."""
+    run = TrainingRun(TrainingConfig(precision="fp32"))
+    rank = run.processes.rank
+    ones = torch.ones(2, dtype=torch.int64)
+
+    def refused(call: Any, *args: Any) -> str:
+        try:
+            call(*args)
+        except Exception as error:
+            return type(error).__name__
+        return "nothing"
+
+    with run.split_between_processes(["a", "b", "c"]) as split:
+        pass
+    with run.split_between_processes(["a", "b", "c"], apply_padding=True) as padded_split:
+        pass
+    found: dict[str, Any] = {
+        "gathered": run.gather({"rows": torch.full((1 + rank, 2), rank), "nested": (torch.tensor(0.5 + rank), "text")}),
+        "halves": run.reduce(torch.tensor(60000.0, dtype=torch.float16), "mean"),
+        "mean": run.reduce(torch.tensor(1.0 + rank), "mean"),
+        "broadcast": run.broadcast(torch.full((3,), rank), source=1),
+        "scattered": run.scatter(torch.arange(4)),
+        "objects": run.gather_objects({"rank": rank}),
+        "padded": run.pad_across_processes(torch.full((2, 2 + rank), 1 + 8 * rank), dim=1),
+        "refused": [
+            refused(run.gather, torch.ones(1, 2 + rank)),
+            refused(run.reduce, ones, "mean"),
+            refused(run.reduce, ones, "most"),
+        ],
+        "split": split,
+        "padded_split": padded_split,
+        "on_main": run.on_main_process(lambda: "done")(),
+    }
+    torch.manual_seed(rank)
+    run.synchronize_rng()
+    found["drawn"] = torch.rand(()).item()
+
+    def fails() -> None:
+        with run.main_process_first():
+            if run.is_main_process:
+                raise ValueError("no disk")
+
+    found["failed"] = refused(fails)
+    return found
+
+
+def in_other_words(path: str, steps: int, **options: Any) -> dict[str, Any]:
+    """`train` as a loop for Accelerate says it."""
+    run = TrainingRun(TrainingConfig(global_batch_size=8, **options))
+    model, optimizer, loader, scheduler = run.prepare(
+        model=path,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
+        data=Sentences(),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, 10),
+        progress=False,
+    )
+    losses, lrs = [], []
+    for batch in loader:
+        with run.accumulate(model):
+            lr = scheduler.get_last_lr()[0]
+            run.backward(model(**batch).loss)
+            if run.sync_gradients:
+                run.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        if run.sync_gradients:
+            losses.append(run.last_step.loss)
+            lrs.append(lr)
+            if len(losses) == steps:
+                break
+    return {"losses": losses, "lrs": lrs, "parameters": masters(run)}
+
+
+def metrics() -> dict[str, Any]:
+    """The numbers of the samples of a pass for evaluation and one for training."""
+
+    class Seven(Numbers):
+        def __len__(self) -> int:
+            return 7
+
+    run = TrainingRun(TrainingConfig(precision="fp32", global_batch_size=6, micro_batch_size=2))
+    _, loader = run.prepare(model=torch.nn.Linear(2, 2), data=Seven())
+    found: dict[str, Any] = {"evaluated": [], "trained": [], "refused": ""}
+    for batch in run.prepare_eval(Seven()):
+        found["evaluated"] += run.gather_for_metrics({"number": batch["number"]})["number"].tolist()
+    for batch in loader:
+        found["trained"] += run.gather_for_metrics(batch["number"]).tolist()
+    try:
+        run.gather_for_metrics(torch.ones(5))
+    except Exception as error:
+        found["refused"] = type(error).__name__
+    return found
+
+
+def stopped(path: str) -> int:
+    """Steps until all processes stop, where the second one asks during the third step."""
+    run = TrainingRun(TrainingConfig(precision="fp32", global_batch_size=2))
+    run.prepare(model=path, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), data=Sentences(), progress=False)
+    steps = 0
+    while not run.should_stop:
+        if steps == 2 and not run.is_main_process:
+            run.stop()
+        run.train_step()
+        steps += 1
+    return steps

@@ -35,10 +35,10 @@ def test_objects_come_back_in_the_order_that_they_were_given():
     loader = DataLoader(Numbers(), batch_size=4)
     given = scheduler, model, loader, optimizer
     found = run_of().prepare(*given)
-    assert found[0] is scheduler
+    assert found[0].scheduler is scheduler
     assert found[1] is model
     assert len(found[2]) == len(loader)
-    assert found[3] is optimizer
+    assert found[3].optimizer is optimizer
     assert run_of().prepare(nn.Linear(2, 2)).weight.dtype == torch.float32
 
 
@@ -46,7 +46,8 @@ def test_an_optimizer_that_was_built_before_points_at_the_new_parameters():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)).to(torch.bfloat16)
     optimizer = AdamW([{"params": model[0].parameters(), "lr": 0.5}, {"params": [model[1].weight], "lr": 0.25}])
     _, prepared = TrainingRun().prepare(model, optimizer)
-    assert prepared is optimizer
+    assert prepared.optimizer is optimizer
+    assert isinstance(prepared, torch.optim.Optimizer)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.25]
     now = {id(each) for each in model.parameters()}
     assert all(id(each) in now for group in optimizer.param_groups for each in group["params"])
@@ -156,8 +157,8 @@ def test_a_checkpoint_is_made_between_steps(folder, tmp_path):
 def test_a_loop_that_steps_the_optimizer_itself_is_told():
     run = run_of()
     _, optimizer = run.prepare(nn.Linear(2, 2), optimizer=lambda params: SGD(params, lr=0.1))
-    with pytest.raises(TrainingError, match=r"Call run\.step"):
-        optimizer.step()
+    with pytest.raises(TrainingError, match=r"or call run\.step"):
+        optimizer.optimizer.step()
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_is_left_out():
