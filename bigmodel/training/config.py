@@ -13,8 +13,8 @@ from bigmodel.errors import InvalidArgumentError, shown
 __all__ = ["PRECISIONS", "STRATEGIES", "TrainingConfig"]
 
 STRATEGIES = ("auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""The dtype that products are computed in; masters of what is trained are float32 in either."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtype that products are computed in; masters of what is trained are float32 in each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,10 @@ class TrainingConfig:
         strategy: "single" (one process), "ddp" (each process holds the model), "fsdp" (each holds a part of every unit);
             DeepSpeed's "zero1" (each holds a part of the optimizer's state), "zero2" (of the gradients too) and "zero3" (of the
             parameters too); "auto" is "single" for one process and "fsdp" for more.
-        precision: "bf16" (bfloat16 copies compute; masters, gradients and their reduction are float32) or "fp32".
+        precision: "bf16" (bfloat16 copies compute; masters, gradients and their reduction are float32), "fp16" (the same with
+            float16 and a loss that is scaled) or "fp32".
+        loss_scale: of "fp16": a number, or "dynamic": 65536 at first, halved after each step that it made overflow, and doubled
+            after 2000 steps that it did not.
         global_batch_size: samples of one optimizer step, over all processes and micro-batches; None: one micro-batch of each
             process.
         micro_batch_size: samples of one pass of one process; "auto" is 1, or the batch size of the DataLoader that is given.
@@ -35,13 +38,14 @@ class TrainingConfig:
         reshard_after_forward: of "fsdp": whether gathered weights are freed between forward and backward (as in ZeRO-3), or
             kept (as in ZeRO-2).
         replicas: of "fsdp": groups of processes that hold the same parts; 1 divides each unit over all processes.
-        reduce_dtype: in which gradients are summed over processes: "fp32", or "bf16", which sums micro-batches in it
-            too; None for "fp32".
+        reduce_dtype: in which gradients are summed over processes: "fp32", or "bf16" or "fp16", which sums micro-batches
+            in it too; None for "fp32".
         find_unused_parameters: of "ddp" in float32: whether passes may leave trained parameters out; costs a look at each graph.
     """
 
     strategy: str = "auto"
     precision: str = "bf16"
+    loss_scale: float | str = "dynamic"
     global_batch_size: int | None = None
     micro_batch_size: int | str = "auto"
     grad_clip: float | None = None
@@ -57,6 +61,14 @@ class TrainingConfig:
         _one_of("precision", self.precision, tuple(PRECISIONS))
         if self.reduce_dtype is not None:
             _one_of("reduce_dtype", self.reduce_dtype, tuple(PRECISIONS))
+        scale = self.loss_scale
+        is_scale = isinstance(scale, (int, float)) and not isinstance(scale, bool) and 0 < scale < math.inf
+        if scale != "dynamic" and not is_scale:
+            raise InvalidArgumentError(f'loss_scale is {shown(scale)}. Give a positive number, or "dynamic".')
+        if scale != "dynamic" and self.precision != "fp16":
+            raise InvalidArgumentError(
+                f'loss_scale is {shown(scale)}, which is for precision="fp16", and it is "{self.precision}". Leave it out.'
+            )
         if self.global_batch_size is not None:
             _whole("global_batch_size", self.global_batch_size, 1)
         if self.micro_batch_size != "auto":

@@ -2,110 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
 from bigmodel.errors import InvalidArgumentError, TrainingError
-from bigmodel.training.losses import IGNORED
+from bigmodel.training.place import Cursor, Division
+from bigmodel.training.sources import Iterated, Listed, Source, refuse_without_rows
 
-__all__ = ["Cursor", "Division", "GlobalLoader", "Loaded", "data_of", "mixed"]
+__all__ = ["GlobalLoader", "data_of"]
 
 logger = logging.getLogger("bigmodel.training")
 
 _GIVEN = itertools.count()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cursor:
-    """A place in the data, the same in all processes.
-
-    Attributes:
-        seed, epoch: what the order follows from.
-        num_consumed: samples of this epoch that optimizer steps, or the loop, have taken.
-        num_samples: of the dataset.
-        shuffles: whether the order is random.
-    """
-
-    seed: int
-    epoch: int = 0
-    num_consumed: int = 0
-    num_samples: int = 0
-    shuffles: bool = True
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Division:
-    """How a global batch is divided.
-
-    Attributes:
-        global_batch_size: samples of an optimizer step.
-        micro_batch_size: samples of a pass of one process.
-        rank, num_processes: of this process, and of all.
-    """
-
-    global_batch_size: int
-    micro_batch_size: int
-    rank: int
-    num_processes: int
-
-    def passes(self, samples: Sequence[int]) -> list[list[tuple[int, bool]]]:
-        """Micro-batches of this process: (sample, whether it counts) each.
-
-        Every process has as many places, ceil(samples / processes), and as many passes of the same sizes; an empty place is a
-        copy of a sample that does not count.
-        """
-        num_places = -(-len(samples) // self.num_processes)
-        places = [
-            (samples[place], True) if place < len(samples) else (samples[-1], False)
-            for place in range(self.rank, num_places * self.num_processes, self.num_processes)
-        ]
-        size = self.micro_batch_size
-        return [places[begin : begin + size] for begin in range(0, num_places, size)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """What was found to iterate over.
-
-    Attributes:
-        dataset: map-style.
-        collate_fn: samples -> batch.
-        num_workers: of the DataLoader.
-        shuffles: whether the order is random.
-        batch_size: of the user's DataLoader, or None.
-        options: of the DataLoader, handed on.
-    """
-
-    dataset: Dataset[Any]
-    collate_fn: Callable[[list[Any]], Any]
-    num_workers: int = 0
-    shuffles: bool = True
-    batch_size: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-def data_of(data: Any, collate_fn: Callable[[list[Any]], Any] | None, num_workers: int) -> Loaded:
+def data_of(data: Any, collate_fn: Callable[[list[Any]], Any] | None, num_workers: int) -> Source:
     """A dataset, or what a DataLoader of the user's holds.
 
     Raises:
-        InvalidArgumentError: it has no length, or its DataLoader picks samples by a rule of its own.
+        InvalidArgumentError: it cannot be gone through twice, or its DataLoader picks samples by a rule of its own.
     """
     if not isinstance(data, DataLoader):
-        _refuse_endless(data)
-        return Loaded(dataset=data, collate_fn=collate_fn or default_collate, num_workers=num_workers)
-    _refuse_endless(data.dataset)
+        if _is_listed(data):
+            return Listed(dataset=data, collate_fn=collate_fn or default_collate, num_workers=num_workers)
+        return _iterated(data, collate_fn or default_collate, num_workers)
+    if not _is_listed(data.dataset):
+        source = _iterated(data.dataset, data.collate_fn, data.num_workers)
+        return replace(source, batch_size=data.batch_size)
     sampler = data.sampler
     if data.batch_size is None or not isinstance(sampler, (RandomSampler, SequentialSampler)):
         picks = data.batch_sampler if data.batch_size is None else sampler
@@ -129,7 +57,7 @@ def data_of(data: Any, collate_fn: Callable[[list[Any]], Any] | None, num_worker
     options = {"pin_memory": data.pin_memory, "timeout": data.timeout, "worker_init_fn": data.worker_init_fn}
     if data.num_workers:
         options |= {"prefetch_factor": data.prefetch_factor, "multiprocessing_context": data.multiprocessing_context}
-    return Loaded(
+    return Listed(
         dataset=data.dataset,
         collate_fn=data.collate_fn,
         num_workers=data.num_workers,
@@ -139,21 +67,38 @@ def data_of(data: Any, collate_fn: Callable[[list[Any]], Any] | None, num_worker
     )
 
 
-def _refuse_endless(dataset: Any) -> None:
+def _is_listed(dataset: Any) -> bool:
+    """Whether it can be asked for a sample by its number.
+
+    Raises:
+        InvalidArgumentError: it is empty.
+    """
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise InvalidArgumentError(
-            f"The data is a {type(dataset).__name__}, which has no length or cannot be asked for a sample by its number. Give a "
-            "map-style dataset."
-        )
+        return False
     if not len(dataset):
         raise InvalidArgumentError("The dataset is empty. Give one with samples.")
+    return True
+
+
+def _iterated(dataset: Any, collate_fn: Callable[[list[Any]], Any], num_workers: int) -> Iterated:
+    if not hasattr(dataset, "__iter__") or hasattr(dataset, "__next__"):
+        raise InvalidArgumentError(
+            f"The data is a {type(dataset).__name__}, which cannot be gone through more than once. Give a map-style dataset, or "
+            "an IterableDataset."
+        )
+    if num_workers:
+        raise InvalidArgumentError(
+            f"num_workers is {num_workers}, and the data is iterable: it is gone through in the process itself, so that its "
+            "order is known. Give num_workers=0, or a map-style dataset."
+        )
+    return Iterated(dataset=dataset, collate_fn=collate_fn, shuffles=False)
 
 
 class GlobalLoader:
     """Micro-batches of this process, a global batch at a time; one pass over it is one epoch, or the rest of it.
 
     Args:
-        loaded: dataset, collate function and workers.
+        source: of the samples.
         division: of global batches.
         cursor: where to begin.
         drop_last: whether a last global batch that is not full is left out.
@@ -171,27 +116,30 @@ class GlobalLoader:
 
     def __init__(
         self,
-        loaded: Loaded,
+        source: Source,
         division: Division,
         cursor: Cursor,
         *,
         drop_last: bool,
         begin: Callable[[list[Any]], list[Any]],
     ) -> None:
-        self.dataset = loaded.dataset
-        length = len(loaded.dataset)  # type: ignore[arg-type]
-        self.cursor = replace(cursor, num_samples=length, shuffles=loaded.shuffles)
+        self.dataset = source.dataset
+        self.cursor = replace(
+            cursor, num_samples=source.num_samples, shuffles=source.shuffles, fingerprint=source.fingerprint
+        )
         self.is_last = True
         self.is_touched = False
         self.number = self.num_rows = self.num_counted = 0
         self.given_at = -1
-        self._loaded, self._division = loaded, division
+        self._source, self._division = source, division
         self._drop_last, self._begin = drop_last, begin
         self._pass = 0  # whose iterator may give batches
         self._given = 0  # samples of the global batch under way
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch."""
+        """Micro-batches of an epoch; TypeError where that is not known before its end."""
+        if not self.cursor.num_samples:
+            raise TypeError("how many samples an iterable dataset has is not known before its end")
         division = self._division
         full, rest = divmod(self.cursor.num_samples, division.global_batch_size)
         count = full * len(division.passes(range(division.global_batch_size)))
@@ -213,11 +161,20 @@ class GlobalLoader:
             then, now = orders[cursor.shuffles], orders[self.cursor.shuffles]
             raise TrainingError(f"The checkpoint's data came in {then}, and this comes in {now}. Give the same.")
         self.refuse_inside("load a checkpoint")
+        prints = {self.cursor.fingerprint, cursor.fingerprint} - {None}
+        if len(prints) > 1:
+            logger.warning("the dataset calls its contents by another name than the checkpoint's: are they the same?")
 
-    def resume(self, cursor: Cursor) -> None:
-        """Begin the next pass at a place that was saved."""
+    def state(self) -> dict[str, Any] | None:
+        """Where the dataset itself is, beside `cursor`; None where that says all."""
+        is_between = self.cursor.num_consumed and not self._given  # what was only looked at comes again
+        return self._source.state() if is_between else None
+
+    def resume(self, cursor: Cursor, state: dict[str, Any] | None) -> None:
+        """Begin the next pass at a place that was saved, with `state` of then."""
         self._pass += 1
-        self.cursor = cursor
+        self.cursor = replace(cursor, fingerprint=self.cursor.fingerprint)
+        self._source.restore(cursor, state)
 
     def refuse_inside(self, what: str) -> None:
         """TrainingError where there are gradients of a global batch that was not stepped."""
@@ -235,44 +192,23 @@ class GlobalLoader:
         self.refuse_inside("begin a pass over the data")
         self._pass += 1
         self._given = 0  # what was only looked at comes again
-        own = self._pass
-        order = self._rest()
-        if not len(order):
+        own, division = self._pass, self._division
+        first = next(batches := self._source.global_batches(self.cursor, division, self._drop_last), None)
+        if first is None and self.cursor.num_consumed:
             self._next_epoch()
-            order = self._rest()
-        epoch, size = self.cursor.epoch, self._division.global_batch_size
-
-        def batches() -> Iterator[list[int]]:
-            for begin in range(0, len(order), size):
-                yield order[begin : begin + size].tolist()
-
-        def flat() -> Iterator[list[tuple[int, int, bool]]]:
-            for batch in batches():
-                for micro in self._division.passes(batch):
-                    yield [(sample, epoch, counts) for sample, counts in micro]
-
-        loader = DataLoader(
-            _Batches(self._loaded, self.cursor.seed),
-            batch_sampler=flat(),
-            collate_fn=_as_it_is,
-            num_workers=self._loaded.num_workers,
-            generator=torch.Generator().manual_seed(self.cursor.seed),
-            **self._loaded.options,
-        )
-        stream = iter(loader)
-        for batch in batches():
-            passes = self._division.passes(batch)
-            read = [next(stream) for _ in passes]
-            if len(batch) % self._division.num_processes:  # in all processes, also where no place is empty
+            first = next(batches := self._source.global_batches(self.cursor, division, self._drop_last), None)
+        for num_samples, read in itertools.chain([] if first is None else [first], batches):
+            if num_samples % division.num_processes:  # in all processes, also where no place is empty
                 for each in read:
-                    _refuse_without_rows(each)
+                    refuse_without_rows(each)
+            passes = division.passes(range(num_samples))
             together = self._begin(read)
             for number, each in enumerate(together):
                 self._refuse_stale(own)
-                self.number, self.is_last, self._given = number, number == len(together) - 1, len(batch)
-                processes, places = self._division.num_processes, self._division.micro_batch_size
+                self.number, self.is_last, self._given = number, number == len(together) - 1, num_samples
                 self.num_rows = len(passes[number])
-                self.num_counted = min(len(batch) - number * places * processes, self.num_rows * processes)
+                before = number * division.micro_batch_size * division.num_processes
+                self.num_counted = min(num_samples - before, self.num_rows * division.num_processes)
                 self.given_at = next(_GIVEN)
                 yield each
             self._refuse_stale(own)
@@ -288,81 +224,3 @@ class GlobalLoader:
 
     def _next_epoch(self) -> None:
         self.cursor = replace(self.cursor, epoch=self.cursor.epoch + 1, num_consumed=0)
-
-    def _rest(self) -> torch.Tensor:
-        """Sample numbers of the rest of the epoch, int64."""
-        cursor, size = self.cursor, self._division.global_batch_size
-        order = _order(cursor) if self._loaded.shuffles else torch.arange(cursor.num_samples)
-        rest = order[cursor.num_consumed :]
-        return rest[: len(rest) // size * size] if self._drop_last else rest
-
-
-def _order(cursor: Cursor) -> torch.Tensor:
-    """Of an epoch's samples: 10 ms for a million."""
-    generator = torch.Generator().manual_seed(mixed(cursor.seed, cursor.epoch))
-    return torch.randperm(cursor.num_samples, generator=generator)
-
-
-def mixed(*numbers: int) -> int:
-    """One seed of 63 bits from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-class _Batches(Dataset[Any]):
-    """Collated batches, whose random choices follow from seed, epoch and samples alone, in whichever process they are made.
-
-    A sample is asked for as (its number, epoch, whether it counts); rows of those that do not count predict nothing.
-    """
-
-    def __init__(self, loaded: Loaded, seed: int) -> None:
-        self._loaded, self._seed = loaded, seed
-
-    def __getitems__(self, asked: list[tuple[int, int, bool]]) -> Any:
-        samples = []
-        with _draws_kept():
-            for number, epoch, _ in asked:
-                _seed_draws(self._seed, epoch, number)
-                samples.append(self._loaded.dataset[number])
-            _seed_draws(self._seed, *asked[0][:2], len(asked))
-            batch = self._loaded.collate_fn(samples)
-        empty = [row for row, (_, _, counts) in enumerate(asked) if not counts]
-        if not empty:
-            return batch
-        _refuse_without_rows(batch, len(asked))
-        labels = batch["labels"].clone()
-        labels[empty] = IGNORED
-        return {**batch, "labels": labels}
-
-
-def _as_it_is(batch: Any) -> Any:
-    """What a DataLoader collates that is given whole batches."""
-    return batch
-
-
-@contextlib.contextmanager
-def _draws_kept() -> Iterator[None]:
-    """Random generators of the host go on afterwards where they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
-def _seed_draws(*numbers: int) -> None:
-    seed = mixed(*numbers)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(seed)  # the CPU alone
-
-
-def _refuse_without_rows(batch: Any, num_rows: int | None = None) -> None:
-    """InvalidArgumentError for batches in which samples cannot be left out."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, torch.Tensor) or not labels.ndim or num_rows not in (None, labels.shape[0]):
-        raise InvalidArgumentError(
-            "A global batch that does not divide by the number of processes needs samples that do not count, and the batch has "
-            "no labels with a row for each sample. Give a global_batch_size that divides, or drop_last=True."
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from bigmodel.training.processes import Processes
 
-__all__ = ["clip", "norm_and_sums"]
+__all__ = ["LossScale", "norm_and_sums", "scale"]
 
 
 def norm_and_sums(
@@ -36,13 +36,51 @@ def norm_and_sums(
 
 
 @torch.no_grad()
-def clip(parameters: Sequence[nn.Parameter], norm: float, most: float) -> None:
-    """Scales all gradients so that their norm is at most `most`, in place."""
-    if norm > most:
-        local = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        held = [each for each in local if each.numel()]
-        if held:
-            torch._foreach_mul_(held, most / (norm + 1e-6))
+def scale(parameters: Sequence[nn.Parameter], factor: float) -> None:
+    """Multiplies all gradients, in place."""
+    local = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    held = [each for each in local if each.numel()]
+    if held and factor != 1.0:
+        torch._foreach_mul_(held, factor)
+
+
+class LossScale:
+    """What a loss is multiplied by so that its gradients do not vanish in float16, and they are divided by.
+
+    As torch's GradScaler has it, but that the norm, which all processes know, tells whether there was an overflow.
+
+    Args:
+        fixed: a number, or "dynamic".
+
+    Attributes:
+        value: for the next global batch.
+    """
+
+    FIRST, GROWTH, BACKOFF, INTERVAL = 65536.0, 2.0, 0.5, 2000
+
+    def __init__(self, fixed: float | str) -> None:
+        self._is_dynamic = fixed == "dynamic"
+        self.value = self.FIRST if self._is_dynamic else float(fixed)
+        self._num_good = 0  # steps since the last change
+
+    def update(self, is_finite: bool) -> None:
+        """After a step."""
+        if not self._is_dynamic:
+            return
+        self._num_good = self._num_good + 1 if is_finite else 0
+        if not is_finite:
+            self.value *= self.BACKOFF
+        elif self._num_good == self.INTERVAL:
+            self.value, self._num_good = self.value * self.GROWTH, 0
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint holds."""
+        return {"value": self.value, "num_good": self._num_good}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on with it, where the scale is dynamic."""
+        if self._is_dynamic:
+            self.value, self._num_good = state["value"], int(state["num_good"])
 
 
 def _local(gradient: Any) -> torch.Tensor:

@@ -23,10 +23,11 @@ from bigmodel.progress import progress_bar
 from bigmodel.training.checkpoint import complete_ones, load_state, prune, save_state
 from bigmodel.training.collectives import Collectives, mapped
 from bigmodel.training.config import TrainingConfig
-from bigmodel.training.data import Cursor, Division, GlobalLoader, data_of, mixed
+from bigmodel.training.data import GlobalLoader, data_of
 from bigmodel.training.export import export_model
 from bigmodel.training.given import kind_of, optimizer_of, scheduler_of
 from bigmodel.training.losses import CountItems
+from bigmodel.training.place import Cursor, Division, mixed
 from bigmodel.training.prepared import PreparedOptimizer, PreparedScheduler
 from bigmodel.training.processes import Processes
 from bigmodel.training.strategy import Engine, engine_of
@@ -142,7 +143,7 @@ class TrainingRun(Collectives):
             model: folder, Hub repo id or module.
             optimizer: of the parameters that are trained, to the optimizer; or one that was built of the model's parameters
                 and has not stepped: it is pointed at those that take their place, its groups kept.
-            data: a map-style dataset, or a DataLoader, whose batch size is the micro-batch of a process.
+            data: a map-style or iterable dataset, or a DataLoader, whose batch size is the micro-batch of a process.
             scheduler: of the optimizer, to its scheduler; or one of the optimizer that is given. Stepped once per optimizer step.
             collate_fn: samples -> batch, where `data` is a dataset.
             num_workers: processes that make samples, where `data` is a dataset.
@@ -441,6 +442,8 @@ class TrainingRun(Collectives):
         others = {
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
             "registered": [each.state_dict() for each in self._registered],
+            "data": None if self._loader is None else self._loader.state(),
+            "loss_scale": None if engine.loss_scale is None else engine.loss_scale.state_dict(),
         }
         save_state(path, engine, self._optimizer, manifest, others, self.processes)
         if keep is not None and self.is_main_process:
@@ -471,11 +474,13 @@ class TrainingRun(Collectives):
         if manifest["num_processes"] != self.processes.size:  # whose generators were not saved
             self._seed_draws(manifest["step"])
         if manifest["cursor"] is not None and self._loader is not None:
-            self._loader.resume(Cursor(**manifest["cursor"]))
+            self._loader.resume(Cursor(**manifest["cursor"]), others.get("data"))
         if self._scheduler is not None and others["scheduler"] is not None:
             self._scheduler.load_state_dict(others["scheduler"])
         for each, state in zip(self._registered, others["registered"], strict=True):
             each.load_state_dict(state)
+        if engine.loss_scale is not None and others.get("loss_scale") is not None:
+            engine.loss_scale.load_state_dict(others["loss_scale"])
         self._run_id, self._num_steps, self._stream = manifest["run"], manifest["step"], None
 
     def load_last(self, folder: str | os.PathLike[str]) -> Path | None:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.progress import Report
 from bigmodel.training.config import PRECISIONS, TrainingConfig
-from bigmodel.training.gradients import clip, norm_and_sums
+from bigmodel.training.gradients import LossScale, norm_and_sums, scale
 from bigmodel.training.pieces import Pieces
 from bigmodel.training.processes import Processes
 from bigmodel.training.weights import Origin, with_masters
@@ -54,6 +54,7 @@ class Engine(ABC):
         processes: that train together.
         num_averaged: processes over whose gradients the library takes the mean.
         num_copies: processes that hold each part.
+        loss_scale: of float16; None for other precisions.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class Engine(ABC):
     processes: Processes
     num_averaged: int
     num_copies: int
+    loss_scale: LossScale | None = None
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Name -> what an optimizer is made of."""
@@ -75,7 +77,8 @@ class Engine(ABC):
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         """Gradients of a loss, added to those that there are; `is_last` of the global batch."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        times = 1.0 if self.loss_scale is None else self.loss_scale.value
+        (loss if times == 1.0 else loss * times).backward()  # type: ignore[no-untyped-call]
 
     def step(self, optimizer: Optimizer, most: float | None, sums: list[float]) -> tuple[float, list[float], bool]:
         """Clip and step, unless a gradient is not finite, and clear the gradients.
@@ -89,12 +92,18 @@ class Engine(ABC):
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm, sums = norm_and_sums(parameters, sums, self.processes, self.num_copies)
-        if math.isfinite(norm):
-            if most is not None:
-                clip(parameters, norm, most)
+        factor = 1.0 if self.loss_scale is None else 1.0 / self.loss_scale.value
+        norm *= factor
+        is_finite = math.isfinite(norm)
+        if is_finite:
+            if most is not None and norm > most:
+                factor *= most / (norm + 1e-6)
+            scale(parameters, factor)
             optimizer.step()
+        if self.loss_scale is not None:
+            self.loss_scale.update(is_finite)
         optimizer.zero_grad()
-        return norm, sums, math.isfinite(norm)
+        return norm, sums, is_finite
 
     def rest(self) -> None:  # noqa: B027  # most have nothing to do
         """Between passes: the module's parameters are the masters, and not copies to compute with."""
@@ -195,6 +204,8 @@ class _Sharded(Engine):
         dtype = PRECISIONS[config.precision]
         if dtype == torch.float32:
             refuse_narrow(origin.module)
+        if dtype == torch.float16:
+            self.loss_scale = LossScale(config.loss_scale)
         policy = MixedPrecisionPolicy(
             param_dtype=None if dtype == torch.float32 else dtype,
             reduce_dtype=PRECISIONS[config.reduce_dtype or "fp32"],
@@ -293,6 +304,11 @@ def engine_of(config: TrainingConfig, processes: Processes) -> Make:
             f'replicas is {config.replicas}, which is for strategy="fsdp", and it is "{strategy}".'
         )
     if is_zero:
+        if config.precision == "fp16":
+            raise InvalidArgumentError(
+                'precision is "fp16", which was not tried with DeepSpeed, and which it refuses on a CPU. Give strategy="fsdp", '
+                'or precision="bf16".'
+            )
         from bigmodel.training.zero import ZeRO
 
         return ZeRO

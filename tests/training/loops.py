@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from bigmodel.training import TrainingConfig, TrainingRun
 
@@ -80,8 +81,35 @@ class Numbers(Dataset):
         return {"number": number, "drawn": torch.rand(()).item(), "labels": torch.tensor([number, number])}
 
 
+class Flow(IterableDataset):
+    """The same, one after the other; with a state of its own, or without."""
+
+    def __init__(self, *, stateful: bool = False, read: list[int] | None = None) -> None:
+        self._start, self._at = 0, 0
+        self._read = [] if read is None else read
+        if stateful:
+            self.state_dict = lambda: {"at": self._at}
+            self.load_state_dict = lambda state: setattr(self, "_start", state["at"])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        start, self._start = self._start, 0
+        for number in range(start, 37):
+            self._at = number + 1
+            self._read.append(number)
+            yield Numbers()[number]
+
+
 def numbers(
-    skip: int = 0, epochs: int = 2, *, num_workers: int = 0, folder: str | None = None, size: int = 8, micro: int = 2
+    skip: int = 0,
+    epochs: int = 2,
+    *,
+    num_workers: int = 0,
+    folder: str | None = None,
+    size: int = 8,
+    micro: int = 2,
+    iterable: bool = False,
+    stateful: bool = False,
+    read: list[int] | None = None,
 ) -> list[list[tuple[int, float]]]:
     """The samples of each global batch that this process is given, those that do not count left out.
 
@@ -92,7 +120,7 @@ def numbers(
     _, _, loader = run.prepare(
         model=torch.nn.Linear(2, 2),
         optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
-        data=Numbers(),
+        data=Flow(stateful=stateful, read=read) if iterable else Numbers(),
         num_workers=num_workers,
         progress=False,
     )

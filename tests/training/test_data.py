@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bigmodel.errors import TrainingError
+from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.training import TrainingConfig, TrainingRun
 from training.loops import Numbers, numbers
 
@@ -50,7 +50,8 @@ def test_an_interruption_repeats_nothing_and_misses_nothing(two, alone, tmp_path
 
 
 def test_samples_that_fill_no_global_batch_are_counted():
-    from bigmodel.training.data import Cursor, Division, GlobalLoader, data_of
+    from bigmodel.training.data import GlobalLoader, data_of
+    from bigmodel.training.place import Cursor, Division
     from training.loops import Numbers
 
     loaded = data_of(Numbers(), None, 0)
@@ -138,3 +139,64 @@ def test_other_data_is_refused(tmp_path):
 
 def test_batches_without_labels_that_do_not_divide_are_refused_everywhere(two):
     assert two.run("training.loops:uneven") == ["InvalidArgumentError"] * 2
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_gone_through_comes_once_and_in_order_whoever_takes_it(two, tmp_path, stateful, ranks):
+    def take(**asked):
+        asked = {"stateful": stateful, "iterable": True, **asked}
+        if ranks == 1:
+            return [sorted(batch) for batch in numbers(**asked)]
+        return together(two.run("training.loops:numbers", **asked))
+
+    whole = [sorted(batch) for batch in numbers(iterable=True, stateful=stateful)]
+    assert [number for batch in whole for number, _ in batch] == [*range(37), *range(37)]
+    drawn = [draw for batch in whole for _, draw in batch]
+    assert len(set(drawn)) == 74  # each sample its own, another in each epoch
+    first = take(skip=3, folder=str(tmp_path / "3"))
+    rest = take(skip=-1, folder=str(tmp_path / "3"))
+    assert first + rest == whole
+
+
+def test_a_dataset_that_knows_its_place_is_not_gone_through_again(tmp_path):
+    numbers(skip=3, folder=str(tmp_path / "3"), iterable=True, stateful=True)
+    read = []
+    numbers(skip=-1, folder=str(tmp_path / "3"), iterable=True, stateful=True, epochs=1, read=read)
+    assert read == [*range(24, 37)]
+    read = []
+    numbers(skip=-1, folder=str(tmp_path / "3"), iterable=True, epochs=1, read=read)  # no state: it is skipped
+    assert read == [*range(37)]
+
+
+def test_what_was_only_looked_at_comes_again(tmp_path):
+    from training.loops import Flow
+
+    def prepared():
+        run = TrainingRun(TrainingConfig(precision="fp32", global_batch_size=4, micro_batch_size=4))
+        return run, run.prepare(model=torch.nn.Linear(2, 2), data=Flow(stateful=True))[1]
+
+    run, loader = prepared()
+    stream = iter(loader)
+    assert next(stream)["number"].tolist() == [0, 1, 2, 3]
+    assert next(stream)["number"].tolist() == [4, 5, 6, 7]  # the first is consumed, this one was looked at
+    run.save(tmp_path / "1")
+    assert next(iter(loader))["number"].tolist() == [4, 5, 6, 7]
+    run, loader = prepared()
+    run.load(tmp_path / "1")
+    assert next(iter(loader))["number"].tolist() == [4, 5, 6, 7]
+    assert next(iter(loader))["number"].tolist() == [4, 5, 6, 7]
+
+
+def test_data_that_cannot_be_gone_through_twice_is_refused():
+    def prepared(**data):
+        TrainingRun(TrainingConfig(precision="fp32")).prepare(model=torch.nn.Linear(2, 2), **data)
+
+    with pytest.raises(InvalidArgumentError, match="generator, which cannot be gone through more than once"):
+        prepared(data=(each for each in range(3)))
+    from training.loops import Flow
+
+    with pytest.raises(InvalidArgumentError, match="num_workers is 2, and the data is iterable"):
+        prepared(data=Flow(), num_workers=2)
+    with pytest.raises(TypeError, match="not known before its end"):
+        len(TrainingRun(TrainingConfig(precision="fp32")).prepare(model=torch.nn.Linear(2, 2), data=Flow())[1])

@@ -7,7 +7,10 @@ import itertools
 import pytest
 import torch
 
-from training.loops import save_llama, train
+from bigmodel.errors import InvalidArgumentError
+from bigmodel.training import TrainingConfig, TrainingRun
+from bigmodel.training.gradients import LossScale
+from training.loops import Sentences, save_llama, train
 
 ZERO = ("zero1", "zero2", "zero3")
 
@@ -69,3 +72,57 @@ def test_one_process_in_bfloat16(folder, alone):
 def test_without_a_loader_of_ours_gradients_are_the_mean_over_processes(two):
     found = two.run("training.loops:own_loader")
     assert found == [1.5, 1.5]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_float16_with_a_scaled_loss_stays_near(two, folder, alone, strategy):
+    asked = {"precision": "fp16", "loss_scale": 1024.0, "micro_batch_size": 2, "strategy": strategy}
+    for found in two.run("training.loops:train", path=str(folder), **asked):
+        assert max(abs(a - b) for a, b in zip(found["losses"], alone["losses"], strict=True)) <= 2e-3
+        assert max(abs(a - b) for a, b in zip(found["norms"], alone["norms"], strict=True)) <= 2e-2
+        assert largest_difference(found["parameters"], alone["parameters"]) <= 1e-2
+
+
+def test_a_dynamic_scale_is_halved_when_it_overflows_grows_and_is_saved(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(LossScale, "INTERVAL", 2)
+    monkeypatch.setattr(LossScale, "FIRST", 2.0**40)
+
+    def prepared():
+        run = TrainingRun(TrainingConfig(precision="fp16", global_batch_size=2))
+        run.prepare(
+            model=str(folder),
+            optimizer=lambda params: torch.optim.AdamW(params),
+            data=Sentences(),
+            scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, 10),
+            progress=False,
+        )
+        return run, run._prepared().loss_scale
+
+    run, scale = prepared()
+    values, records, num_good = [scale.value], [], 0
+    while len(values) < 2 or values[-1] < values[-2] or num_good:
+        records.append(run.train_step())
+        num_good = 0 if records[-1].skipped else num_good + 1
+        factor = 0.5 if records[-1].skipped else 2.0 if num_good == 2 else 1.0
+        num_good %= 2
+        values.append(values[-1] * factor)
+        assert scale.value == values[-1]
+        assert len(records) < 60
+    assert sum(each.skipped for each in records) > 5
+    steps = [each.step for each in records]
+    assert steps[-1] == sum(not each.skipped for each in records)
+    moved = [one.lr != other.lr for one, other in itertools.pairwise(records)]
+    assert moved == [not each.skipped for each in records[:-1]]  # the scheduler, after steps that were not left out
+    run.save(tmp_path / "2")
+    run, scale = prepared()
+    run.load(tmp_path / "2")
+    assert scale.value == values[-1]
+
+
+def test_what_float16_cannot_do_is_refused():
+    with pytest.raises(InvalidArgumentError, match="loss_scale is 8, which is for precision"):
+        TrainingConfig(loss_scale=8)
+    with pytest.raises(InvalidArgumentError, match="loss_scale is -1"):
+        TrainingConfig(precision="fp16", loss_scale=-1)
+    with pytest.raises(InvalidArgumentError, match="which it refuses on a CPU"):
+        TrainingRun(TrainingConfig(strategy="zero2", precision="fp16"))

@@ -1,0 +1,254 @@
+"""What global batches are read from: a dataset that is asked for samples by number, or one that is gone through."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from bigmodel.errors import InvalidArgumentError, TrainingError
+from bigmodel.training.losses import IGNORED
+from bigmodel.training.place import Cursor, Division, mixed
+
+__all__ = ["Iterated", "Listed", "Source", "refuse_without_rows"]
+
+logger = logging.getLogger("bigmodel.training")
+
+_TOLD_S = 1.0  # samples that are skipped for longer are told
+
+
+@dataclass(kw_only=True)
+class Source(ABC):
+    """Samples in an order that follows from a place in them.
+
+    Attributes:
+        dataset: the user's.
+        collate_fn: samples -> batch.
+        shuffles: whether the order is random, and ours.
+        batch_size: of the user's DataLoader, or None.
+    """
+
+    dataset: Any
+    collate_fn: Callable[[list[Any]], Any]
+    shuffles: bool = True
+    batch_size: int | None = None
+
+    @property
+    @abstractmethod
+    def num_samples(self) -> int:
+        """Of an epoch; 0 where it is not known before its end."""
+
+    @abstractmethod
+    def global_batches(self, cursor: Cursor, division: Division, drop_last: bool) -> Iterator[tuple[int, list[Any]]]:
+        """For each global batch from a place on to the end of the epoch: its samples, and this process's micro-batches."""
+
+    def state(self) -> dict[str, Any] | None:
+        """Where the dataset itself is, if it can say so: between two global batches."""
+        return None
+
+    def restore(self, cursor: Cursor, state: dict[str, Any] | None) -> None:  # noqa: B027  # most need none
+        """Where the dataset was at a place."""
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What the dataset calls its contents, if it does."""
+        found = getattr(self.dataset, "_fingerprint", None)
+        return found if isinstance(found, str) else None
+
+
+@dataclass(kw_only=True)
+class Listed(Source):
+    """A map-style dataset: any place is reached at once, and workers make samples.
+
+    Attributes:
+        num_workers: of the DataLoader.
+        options: of the DataLoader, handed on.
+    """
+
+    num_workers: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.dataset)
+
+    def global_batches(self, cursor: Cursor, division: Division, drop_last: bool) -> Iterator[tuple[int, list[Any]]]:
+        size, epoch = division.global_batch_size, cursor.epoch
+        order = _order(cursor) if self.shuffles else torch.arange(cursor.num_samples)
+        order = order[cursor.num_consumed :]
+        if drop_last:
+            order = order[: len(order) // size * size]
+
+        def batches() -> Iterator[list[int]]:
+            for begin in range(0, len(order), size):
+                yield order[begin : begin + size].tolist()
+
+        def flat() -> Iterator[list[tuple[int, int, bool]]]:
+            for batch in batches():
+                for micro in division.passes(batch):
+                    yield [(sample, epoch, counts) for sample, counts in micro]
+
+        loader = DataLoader(
+            _Batches(self, cursor.seed),
+            batch_sampler=flat(),
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            generator=torch.Generator().manual_seed(cursor.seed),
+            **self.options,
+        )
+        stream = iter(loader)
+        for batch in batches():
+            yield len(batch), [next(stream) for _ in division.passes(batch)]
+
+
+@dataclass(kw_only=True)
+class Iterated(Source):
+    """An iterable dataset: each process goes through all of it and keeps its samples, so that these are the same for any number.
+
+    A place is reached by the dataset's own state where it has one, and by skipping otherwise.
+    """
+
+    _restored: tuple[Cursor, dict[str, Any]] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return 0
+
+    def global_batches(self, cursor: Cursor, division: Division, drop_last: bool) -> Iterator[tuple[int, list[Any]]]:
+        if callable(getattr(self.dataset, "set_epoch", None)):
+            self.dataset.set_epoch(cursor.epoch)
+        number = left = cursor.num_consumed
+        if self._restored is not None:
+            place, state = self._restored
+            if place.epoch == cursor.epoch and place.num_consumed <= number:
+                self.dataset.load_state_dict(state)
+                left = number - place.num_consumed
+        samples = iter(self.dataset)
+        self._skip(samples, left, number)
+        while True:
+            chunk = self._read(samples, cursor, number, division.global_batch_size)
+            if not chunk or (drop_last and len(chunk) < division.global_batch_size):
+                return
+            places = division.passes(range(len(chunk)))
+            with _draws_kept():
+                made = []
+                for micro in places:
+                    _seed_draws(cursor.seed, cursor.epoch, number + micro[0][0], len(micro))
+                    batch = self.collate_fn([chunk[place] for place, _ in micro])
+                    made.append(_without(batch, [counts for _, counts in micro]))
+            number += len(chunk)
+            yield len(chunk), made
+
+    def state(self) -> dict[str, Any] | None:
+        if not (callable(getattr(self.dataset, "state_dict", None)) and hasattr(self.dataset, "load_state_dict")):
+            return None
+        found: dict[str, Any] = self.dataset.state_dict()
+        return found
+
+    def restore(self, cursor: Cursor, state: dict[str, Any] | None) -> None:
+        can = state is not None and hasattr(self.dataset, "load_state_dict")
+        self._restored = (cursor, state) if can and state is not None else None
+
+    def _read(self, samples: Iterator[Any], cursor: Cursor, number: int, count: int) -> list[Any]:
+        chunk: list[Any] = []
+        with _draws_kept():
+            for at in range(number, number + count):
+                _seed_draws(cursor.seed, cursor.epoch, at)
+                try:
+                    chunk.append(next(samples))
+                except StopIteration:
+                    break
+        return chunk
+
+    def _skip(self, samples: Iterator[Any], count: int, consumed: int) -> None:
+        began_s = time.perf_counter()
+        skipped = sum(1 for _ in itertools.islice(samples, count))
+        took_s = time.perf_counter() - began_s
+        if skipped < count:
+            raise TrainingError(
+                f"The place in the data is {consumed} samples from its beginning, and it has {consumed - count + skipped}. Give "
+                "the same dataset."
+            )
+        if took_s > _TOLD_S:
+            logger.info("%d samples were read and skipped in %.1f s to come to the place in the data", skipped, took_s)
+
+
+def _order(cursor: Cursor) -> torch.Tensor:
+    """Of an epoch's samples: 10 ms for a million."""
+    generator = torch.Generator().manual_seed(mixed(cursor.seed, cursor.epoch))
+    return torch.randperm(cursor.num_samples, generator=generator)
+
+
+class _Batches(Dataset[Any]):
+    """Collated batches, whose random choices follow from seed, epoch and samples alone, in whichever process they are made.
+
+    A sample is asked for as (its number, epoch, whether it counts); rows of those that do not count predict nothing.
+    """
+
+    def __init__(self, source: Listed, seed: int) -> None:
+        self._source, self._seed = source, seed
+
+    def __getitems__(self, asked: list[tuple[int, int, bool]]) -> Any:
+        samples = []
+        with _draws_kept():
+            for number, epoch, _ in asked:
+                _seed_draws(self._seed, epoch, number)
+                samples.append(self._source.dataset[number])
+            _seed_draws(self._seed, *asked[0][:2], len(asked))
+            batch = self._source.collate_fn(samples)
+        return _without(batch, [counts for _, _, counts in asked])
+
+
+def _as_it_is(batch: Any) -> Any:
+    """What a DataLoader collates that is given whole batches."""
+    return batch
+
+
+@contextlib.contextmanager
+def _draws_kept() -> Iterator[None]:
+    """Random generators of the host go on afterwards where they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _seed_draws(*numbers: int) -> None:
+    seed = mixed(*numbers)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)  # the CPU alone
+
+
+def _without(batch: Any, counts: list[bool]) -> Any:
+    """A batch in which rows that do not count predict nothing."""
+    empty = [row for row, does_count in enumerate(counts) if not does_count]
+    if not empty:
+        return batch
+    refuse_without_rows(batch, len(counts))
+    labels = batch["labels"].clone()
+    labels[empty] = IGNORED
+    return {**batch, "labels": labels}
+
+
+def refuse_without_rows(batch: Any, num_rows: int | None = None) -> None:
+    """InvalidArgumentError for batches in which samples cannot be left out."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, torch.Tensor) or not labels.ndim or num_rows not in (None, labels.shape[0]):
+        raise InvalidArgumentError(
+            "A global batch that does not divide by the number of processes needs samples that do not count, and the batch has "
+            "no labels with a row for each sample. Give a global_batch_size that divides, or drop_last=True."
+        )
