@@ -55,6 +55,8 @@ PEERS = {
     "gguf": {"bench/peers/gguf_file", "bench/peers/llama_cpp"},
     "xllamacpp": {"bench/peers/llama_cpp"},
 }
+# What comes with the extra "training", beside DeepSpeed.
+TRAINING = {"yaml": {"training/foreign"}}
 # The command line is made of typer and is imported by nothing, so it alone imports it at the top.
 AT_THE_TOP = {("cli/app", "typer"), ("cli/options", "typer")}
 
@@ -155,7 +157,7 @@ def test_every_third_party_package_has_one_owner() -> None:
         package = module.split(".")[0]
         if package in sys.stdlib_module_names or package == "bigmodel" or package in EVERYBODYS:
             continue
-        owners = (OWNERS | PEERS).get(package, set())
+        owners = (OWNERS | PEERS | TRAINING).get(package, set())
         if file not in owners and not any(name.endswith("/") and file.startswith(name) for name in owners):
             wrong.append(f"{file}:{line} imports {package}, which {sorted(owners) or 'nobody'} owns")
         elif runs_at_import and (file, package) not in AT_THE_TOP:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from bigmodel.errors import InvalidArgumentError, shown
+from bigmodel.training.foreign import fields_of, owned_by_deepspeed, read_file
 
 __all__ = ["PRECISIONS", "STRATEGIES", "TrainingConfig"]
 
@@ -40,6 +44,8 @@ class TrainingConfig:
         replicas: of "fsdp": groups of processes that hold the same parts; 1 divides each unit over all processes.
         reduce_dtype: in which gradients are summed over processes: "fp32", or "bf16" or "fp16", which sums micro-batches
             in it too; None for "fp32".
+        engine_options: of "zero1" to "zero3": settings of a DeepSpeed JSON that no other field says; of "fsdp": `prefetch`, how
+            many units are gathered ahead.
         find_unused_parameters: of "ddp" in float32: whether passes may leave trained parameters out; costs a look at each graph.
     """
 
@@ -55,6 +61,33 @@ class TrainingConfig:
     replicas: int = 1
     reduce_dtype: str | None = None
     find_unused_parameters: bool = False
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(
+        cls, source: str | os.PathLike[str] | Mapping[str, Any], *, num_processes: int | None = None, **fields: Any
+    ) -> TrainingConfig:
+        """What a DeepSpeed JSON, or the YAML that `accelerate config` writes, asks for.
+
+        Args:
+            source: file, or its settings.
+            num_processes: that will train; those of the launcher (WORLD_SIZE) if None.
+            fields: of TrainingConfig, beside it; what both say must be the same.
+
+        Raises:
+            MissingFilesError: there is no such file.
+            InvalidArgumentError: it asks for what is not there, or contradicts itself or `fields`; the message names the key.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1")) if num_processes is None else num_processes
+        folder = Path() if isinstance(source, Mapping) else Path(source).parent
+        found = fields_of(read_file(source), size, folder)
+        for name in found.keys() & fields.keys():
+            if found[name] != fields[name]:
+                raise InvalidArgumentError(
+                    f"{name} is {shown(fields[name])}, and {'the settings say' if isinstance(source, Mapping) else source} "
+                    f"{shown(found[name])}. Say it in one place."
+                )
+        return cls(**found, **{name: value for name, value in fields.items() if name not in found})
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, STRATEGIES)
@@ -79,9 +112,31 @@ class TrainingConfig:
         is_number = isinstance(clip, (int, float)) and not isinstance(clip, bool)
         if clip is not None and not (is_number and clip > 0 and not math.isnan(clip)):
             raise InvalidArgumentError(f"grad_clip is {shown(clip)}. Give a positive number, or None.")
+        self._refuse_options()
         for name in ("drop_last", "reshard_after_forward", "find_unused_parameters"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgumentError(f"{name} is {shown(getattr(self, name))}. Give True or False.")
+
+    def _refuse_options(self) -> None:
+        options = self.engine_options
+        if not isinstance(options, Mapping):
+            raise InvalidArgumentError(f"engine_options is {shown(options)}. Give settings by name.")
+        if self.strategy.startswith("zero"):
+            owned = owned_by_deepspeed(options)
+            if owned:
+                raise InvalidArgumentError(
+                    f"engine_options has {', '.join(owned)}, which other fields of TrainingConfig say. Say it there."
+                )
+        elif self.strategy == "fsdp":
+            strange = sorted(options.keys() - {"prefetch"})
+            if strange:
+                raise InvalidArgumentError(f'engine_options has {", ".join(strange)}. Those of "fsdp" are: prefetch.')
+            if "prefetch" in options:
+                _whole("prefetch", options["prefetch"], 0)
+        elif options:
+            raise InvalidArgumentError(
+                f'engine_options has {", ".join(sorted(options))}, and strategy="{self.strategy}" has none. Leave them out.'
+            )
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -575,6 +575,10 @@ class TrainingRun(Collectives):
             raise TrainingError("The evaluation has no label that is predicted: all are -100. Look at the labels.")
         return Evaluation(loss=total_lost / total, num_tokens=int(total))
 
+    def engine_arguments(self) -> dict[str, Any]:
+        """What the engine's library was given, as JSON would have it: DeepSpeed's settings, or FSDP2's groups and policy."""
+        return self._prepared().arguments()
+
     def unwrap(self, model: nn.Module | None = None) -> nn.Module:
         """The user's module, with the user's names; its parameters are the masters, or this process's parts of them."""
         engine = self._prepared()

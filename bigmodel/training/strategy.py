@@ -163,6 +163,10 @@ class Engine(ABC):
                         values["step"] = values["step"].to(parameter.device)
 
     @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """What the library was given: a DeepSpeed JSON, or what FSDP2 and DDP are called with."""
+
+    @abstractmethod
     def describe(self) -> str:
         """One line."""
 
@@ -177,16 +181,20 @@ class _Plain(Engine):
         origin.fill(processes.device, progress)
         self.module = self.model = origin.module.to(processes.device)
         self.num_averaged = self.num_copies = processes.size
+        self._arguments: dict[str, Any] = {}
         if processes.size > 1:
             devices = [processes.device] if processes.device.type != "cpu" else None
-            unused = config.find_unused_parameters
-            self.model = DistributedDataParallel(self.module, device_ids=devices, find_unused_parameters=unused)
+            self._arguments = {"device_ids": devices, "find_unused_parameters": config.find_unused_parameters}
+            self.model = DistributedDataParallel(self.module, **self._arguments)
 
     @contextlib.contextmanager
     def syncing(self, is_last: bool) -> Iterator[None]:
         ddp = self.model
         with ddp.no_sync() if isinstance(ddp, DistributedDataParallel) and not is_last else contextlib.nullcontext():
             yield
+
+    def arguments(self) -> dict[str, Any]:
+        return self._arguments
 
     def describe(self) -> str:
         return "DistributedDataParallel, float32" if self.num_copies > 1 else "one process, float32"
@@ -219,10 +227,24 @@ class _Sharded(Engine):
             refuse_scalars(origin.module, "FSDP2", 'strategy="ddp" with precision="fp32", or "zero3"')
         scalars = {each for each in origin.module.parameters() if not each.ndim}
         options["ignored_params"] = scalars
-        groups = origin.groups()
+        groups: list[Any] = origin.groups()
         for module in groups:
             fully_shard(module, **options)
         fully_shard(origin.module, **options)
+        self._prefetch = config.engine_options.get("prefetch")
+        if self._prefetch is not None:
+            for number, module in enumerate(groups):
+                module.set_modules_to_forward_prefetch(groups[number + 1 : number + 1 + self._prefetch])
+                module.set_modules_to_backward_prefetch(groups[max(0, number - self._prefetch) : number][::-1])
+        names = {module: name for name, module in origin.module.named_modules()}
+        self._arguments = {
+            "groups": [names[module] for module in groups] + [""],
+            "mesh": list(options["mesh"].shape),
+            "param_dtype": str(policy.param_dtype),
+            "reduce_dtype": str(policy.reduce_dtype),
+            "reshard_after_forward": options["reshard_after_forward"],
+            "prefetch": "one unit, as FSDP2 does by itself" if self._prefetch is None else self._prefetch,
+        }
         origin.fill(processes.device, progress)
         self.num_averaged, self.num_copies = processes.size, replicas
         self._num_groups, self._precision, self._num_parts = (
@@ -243,6 +265,9 @@ class _Sharded(Engine):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def arguments(self) -> dict[str, Any]:
+        return self._arguments
 
     def describe(self) -> str:
         parts = f"{self._num_groups} groups, {self._num_parts} parts, {self.num_copies} copies of each"

@@ -201,6 +201,9 @@ class ZeRO(Engine):
                     optimizer.state[self._flats[self._places[name].flat]][key] = value.clone()
         self._blank = {}
 
+    def arguments(self) -> dict[str, Any]:
+        return self._settings()
+
     def describe(self) -> str:
         return f"DeepSpeed ZeRO-{self._stage}, {self._config.precision}, {self.processes.size} parts"
 
@@ -208,7 +211,7 @@ class ZeRO(Engine):
 
     def _settings(self) -> dict[str, Any]:
         config = self._config
-        return {
+        settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # ours are weighed and counted already
             "gradient_accumulation_steps": 1,
             "gradient_clipping": config.grad_clip or 0.0,
@@ -217,8 +220,10 @@ class ZeRO(Engine):
             "bf16": {"enabled": self._dtype == torch.bfloat16, "check_grad_overflow": True},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": config.reduce_dtype or "fp32",
-            "zero_optimization": {"stage": self._stage},
         }
+        options = dict(config.engine_options)
+        zero = {"stage": self._stage, **options.pop("zero_optimization", {})}
+        return {**settings, **options, "zero_optimization": zero}
 
     def _fill(self) -> None:
         """The model whole in this process, in the dtype that computes."""

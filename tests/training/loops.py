@@ -478,3 +478,26 @@ def stopped(path: str) -> int:
         run.train_step()
         steps += 1
     return steps
+
+
+def prefetched() -> dict[str, Any]:
+    """FSDP2 that gathers two units ahead, beside one that does as it likes."""
+    found = []
+    arguments: dict[str, Any] = {}
+    for options in ({}, {"prefetch": 2}):
+        torch.manual_seed(0)
+        layers = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(4)])
+        module = torch.nn.Sequential(*layers)
+        run = TrainingRun(
+            TrainingConfig(strategy="fsdp", precision="fp32", global_batch_size=2, engine_options=options)
+        )
+        model, _, loader = run.prepare(
+            model=module, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), data=[torch.ones(4)] * 8
+        )
+        for batch in loader:
+            with run.accumulate():
+                run.backward(model(batch).mean())
+                run.step()
+        found.append(masters(run))
+        arguments = run.engine_arguments()
+    return {"arguments": arguments, "same": all(torch.equal(found[0][name], each) for name, each in found[1].items())}
