@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,7 @@ from bigmodel.bench.harness import Bench
 
 __all__: list[str] = []
 
-PARTS = ("memory", "engines", "collectives", "overhead")
+PARTS = ("memory", "engines", "collectives", "overhead", "loops")
 ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {"strategy": "single"}),
     "DDP": (2, {"strategy": "ddp"}),
@@ -28,6 +30,15 @@ ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO-2": (2, {"strategy": "zero2"}),
     "ZeRO-3": (2, {"strategy": "zero3"}),
 }
+# Whose loop ours is compared with, in which engine and precision.
+LOOPS = (
+    ("DDP, float32, the loop itself (control)", "ddp", "fp32", "ours"),
+    ("DDP, float32, by hand", "ddp", "fp32", "hand"),
+    ("DDP, float32, Accelerate", "ddp", "fp32", "accelerate"),
+    ("FSDP2, bfloat16, by hand", "fsdp", "bf16", "hand"),
+    ("ZeRO-2, bfloat16, by hand", "zero2", "bf16", "hand"),
+)
+NUM_PAIRS, BLOCK_S = 20, 5.0
 MIB = 1 << 20
 
 
@@ -49,6 +60,8 @@ def main() -> None:
                     name="our time for a micro-batch", values=[1e6 * each for each in seconds], limit=300, unit=" us"
                 )
             )
+        if settings.runs("loops"):
+            _loops(report, settings)
         print(report.markdown(bench))
         if settings.results is not None:
             print(f"written: {report.write(bench, settings.results)}", file=sys.stderr)
@@ -97,6 +110,37 @@ def _collectives(report: Report, settings: Settings) -> None:
                     note=calls,
                 )
             )
+
+
+def _loops(report: Report, settings: Settings) -> None:
+    """The real model's tokens/s under us, over those of a loop by hand, and of Accelerate's."""
+    made = subprocess.run([sys.executable, ROOT / "examples" / "make_smollm2.py"], stdout=-1, text=True, check=True)
+    for name, strategy, precision, other in LOOPS:
+        arguments = {
+            "strategy": strategy,
+            "precision": precision,
+            "other": other,
+            "num_pairs": NUM_PAIRS,
+            "block_s": BLOCK_S,
+        }
+        found = _run(2, "loops", {"path": made.stdout.strip(), **arguments})[0]
+        low, high = _interval(found["ratios"])
+        report.add(
+            Figure(
+                name=f"{name}: our tokens/s over its",
+                values=found["ratios"],
+                unit="x",
+                note=f"95% of the median between {low:.3f} and {high:.3f}; blocks of {found['steps']} steps",
+            )
+        )
+        print(f"{name}: {found}", file=sys.stderr, flush=True)
+
+
+def _interval(values: list[float]) -> tuple[float, float]:
+    """Of the median, by drawing the values again (percentile bootstrap, 2000 draws)."""
+    draws = random.Random(0)
+    medians = sorted(statistics.median(draws.choices(values, k=len(values))) for _ in range(2000))
+    return medians[50], medians[-51]
 
 
 def _paths(settings: Settings) -> dict[str, Any]:

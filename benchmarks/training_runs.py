@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
@@ -22,7 +23,7 @@ import bigmodel.models
 from bigmodel.footprint import PeakFootprint, footprint_bytes
 from bigmodel.training import TrainingConfig, TrainingRun
 
-__all__ = ["collectives", "load", "overhead", "speed"]
+__all__ = ["collectives", "load", "loops", "overhead", "speed"]
 
 NUM_TOKENS = 256
 
@@ -174,6 +175,143 @@ def speed(path: str, tiny: str, **options: Any) -> dict[str, Any]:
         "tokens_per_s": 4 * NUM_TOKENS / statistics.median(times[1:]),
         "rise_bytes": memory.peak_bytes - before,
     }
+
+
+def loops(path: str, other: str, strategy: str, precision: str, num_pairs: int, block_s: float) -> dict[str, Any]:
+    """Blocks of optimizer steps of our loop (A) and another (B), in the order A B B A, in the same processes.
+
+    Args:
+        other: "hand", the same engine's calls without us; "accelerate"; "ours", the loop itself, as a control.
+        num_pairs: of A B B A.
+        block_s: a block takes at least so long.
+
+    Returns:
+        ``ratios`` of tokens/s, ours over the other's, of each A B B A; ``steps`` of a block.
+    """
+    first = _our_steps(path, strategy, precision)
+    second = {"hand": _hand_steps, "accelerate": _accelerate_steps, "ours": _our_steps}[other](
+        path, strategy, precision
+    )
+    for each in (first, second):
+        next(each)
+    times = [_block(first, 2), _block(second, 2)]
+    steps = max(1, math.ceil(block_s / (min(times) / 2)))
+    agreed = [steps]
+    dist.broadcast_object_list(agreed)  # blocks are the same steps in all processes
+    steps = agreed[0]
+    ratios = []
+    for _ in range(num_pairs):
+        before, other_s, other_too_s, after = (_block(each, steps) for each in (first, second, second, first))
+        ratios.append((other_s + other_too_s) / (before + after))
+    return {"ratios": ratios, "steps": steps}
+
+
+def _block(loop: Iterator[None], steps: int) -> float:
+    dist.barrier()
+    started_s = time.perf_counter()
+    for _ in range(steps):
+        next(loop)
+    dist.barrier()
+    return time.perf_counter() - started_s
+
+
+def _our_steps(path: str, strategy: str, precision: str) -> Iterator[None]:
+    run, model, loader = _prepared(
+        path, strategy=strategy, precision=precision, global_batch_size=4, micro_batch_size=1, grad_clip=1.0
+    )
+    yield
+    while True:
+        for batch in loader:
+            with run.accumulate():
+                run.backward(run.loss(model(**batch), batch))
+                run.step()
+            if loader.is_last:
+                yield
+
+
+def _hand_steps(path: str, strategy: str, precision: str) -> Iterator[None]:
+    """As the libraries' own documentation has it; one mean of a micro-batch as good as the other."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+    from transformers import AutoModelForCausalLM
+
+    module: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
+    batches = _hand_batches(module.config.vocab_size)
+    engine: Any = None
+    if strategy == "ddp":
+        model: Any = DistributedDataParallel(module)
+    elif strategy == "fsdp":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for layer in module.model.layers:
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(module, mp_policy=policy)
+        model = module
+    else:
+        import deepspeed
+
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 2,
+            "gradient_clipping": 1.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": True, "check_grad_overflow": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+            "zero_optimization": {"stage": int(strategy[-1])},
+        }
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
+        engine = model = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=settings, dist_init_required=False
+        )[0]
+    if engine is None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    yield
+    while True:
+        for number in range(2):
+            batch = next(batches)
+            if engine is not None:
+                engine.backward(model(**batch).loss)
+                engine.step()
+                continue
+            is_last = number == 1
+            if strategy == "fsdp":
+                module.set_requires_gradient_sync(is_last)
+            with contextlib.nullcontext() if is_last or strategy == "fsdp" else model.no_sync():
+                (model(**batch).loss / 2).backward()
+        if engine is None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        yield
+
+
+def _accelerate_steps(path: str, strategy: str, precision: str) -> Iterator[None]:
+    from accelerate import Accelerator
+    from transformers import AutoModelForCausalLM
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    module: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
+    data = torch.utils.data.DataLoader(_Tokens(module.config.vocab_size), batch_size=1, shuffle=True)
+    model, optimizer, loader = accelerator.prepare(module, torch.optim.AdamW(module.parameters(), lr=1e-5), data)
+    yield
+    while True:
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                yield
+
+
+def _hand_batches(vocabulary: int) -> Iterator[dict[str, torch.Tensor]]:
+    dataset = _Tokens(vocabulary)
+    while True:
+        sampler: Any = torch.utils.data.distributed.DistributedSampler(dataset)
+        yield from torch.utils.data.DataLoader(dataset, batch_size=1, sampler=sampler)
 
 
 def overhead(**options: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ It is made beside its place and put there whole, so that a kill at any moment le
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import json
 import logging
@@ -34,15 +35,19 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from bigmodel.errors import InvalidArgumentError, MissingFilesError, TrainingError, join_some
 from bigmodel.saving import sync
+from bigmodel.training.collectives import mapped
+from bigmodel.training.pieces import Pieces
 from bigmodel.training.processes import Processes
 from bigmodel.training.strategy import Engine, Stored, StoredState
 
 __all__ = [
     "CALL_TIMEOUT",
+    "begin_save",
     "complete_ones",
     "is_complete",
     "load_state",
@@ -50,7 +55,6 @@ __all__ = [
     "random_states",
     "read_manifest",
     "restore_random",
-    "save_state",
 ]
 
 logger = logging.getLogger("bigmodel.training")
@@ -62,15 +66,17 @@ CALL_TIMEOUT = timedelta(minutes=5)
 _AT_FDCWD, _EXCHANGE = -100, 2
 
 
-def save_state(
+def begin_save(
     folder: Path,
     engine: Engine,
     optimizer: Optimizer | None,
     manifest: Mapping[str, Any],
     others: Mapping[str, Any],
     processes: Processes,
-) -> None:
-    """Write a checkpoint; every process calls it.
+    *,
+    copies: bool,
+) -> Callable[[Processes], None]:
+    """Take what a checkpoint holds; every process calls it.
 
     Args:
         folder: replaced whole where it is a checkpoint.
@@ -78,6 +84,11 @@ def save_state(
         manifest: what JSON can hold.
         others: what ``torch.load(weights_only=True)`` can.
         processes: all of them.
+        copies: whether tensors are copied, so that training may go on before they are written.
+
+    Returns:
+        What writes it, and puts it in its place; every process calls it once, with the processes as they are to talk: from a
+        thread of its own, over a group of its own.
 
     Raises:
         InvalidArgumentError: the folder holds something else.
@@ -93,27 +104,41 @@ def save_state(
         staging.mkdir(parents=True)
     processes.wait()
     state = _tensors(engine, optimizer)
-    with _alone_is_right():
-        save_tensors(state, storage_writer=FileSystemWriter(staging), no_dist=processes.size == 1)
-    error: BaseException | None = None
-    try:
-        torch.save(random_states(processes), staging / f"random-{processes.rank}.pt")
-    except Exception as caught:
-        error = caught
-    processes.all_right(error)
-    if processes.is_main:
+    values = {"groups": _groups(engine, optimizer), **others}
+    draws = random_states(processes)
+    shapes = {name: list(each.shape) for name, each in state["model"].items()}
+    if copies:
+        state, values = mapped(state, _copied), copy.deepcopy(values)
+
+    def write(processes: Processes) -> None:
+        with _alone_is_right():
+            alone, group = processes.size == 1, processes.host_group
+            save_tensors(state, storage_writer=FileSystemWriter(staging), process_group=group, no_dist=alone)
+        error: BaseException | None = None
         try:
-            _write_others(staging, {"groups": _groups(engine, optimizer), **others})
-            shapes = {name: list(each.shape) for name, each in state["model"].items()}
-            written = {"kind": KIND, "version": VERSION, "written_ns": time.time_ns(), "num_processes": processes.size}
-            text = json.dumps({**written, **manifest, "shapes": shapes}, indent=1)
-            (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
-            for path in (*staging.iterdir(), staging):
-                sync(path)
-            _put(staging, folder)
+            torch.save(draws, staging / f"random-{processes.rank}.pt")
         except Exception as caught:
             error = caught
-    processes.all_right(error)
+        processes.all_right(error)
+        if processes.is_main:
+            try:
+                _write_others(staging, values)
+                written = {
+                    "kind": KIND,
+                    "version": VERSION,
+                    "written_ns": time.time_ns(),
+                    "num_processes": processes.size,
+                }
+                text = json.dumps({**written, **manifest, "shapes": shapes}, indent=1)
+                (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
+                for path in (*staging.iterdir(), staging):
+                    sync(path)
+                _put(staging, folder)
+            except Exception as caught:
+                error = caught
+        processes.all_right(error)
+
+    return write
 
 
 def load_state(
@@ -251,6 +276,19 @@ def _tensors(engine: Engine, optimizer: Optimizer | None) -> dict[str, Any]:
     if optimizer is not None:
         state["optimizer"] = engine.states(optimizer)
     return {kind: each for kind, each in state.items() if each}
+
+
+def _copied(tensor: Any) -> torch.Tensor:
+    """A logical tensor with a copy of this process's part, on the CPU where it is whole or in pieces."""
+    if isinstance(tensor, Pieces):
+        return Pieces(tensor.shape, tensor.start, tensor.flat.detach().to("cpu", copy=True))
+    if isinstance(tensor, DTensor):
+        local = tensor._local_tensor.detach().clone()
+        return DTensor.from_local(
+            local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+    copied: torch.Tensor = tensor.detach().to("cpu", copy=True)
+    return copied
 
 
 def _stored_states(reader: FileSystemReader, masters: Mapping[str, torch.Tensor]) -> Stored:

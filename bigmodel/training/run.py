@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.progress import progress_bar
-from bigmodel.training.checkpoint import complete_ones, load_state, prune, save_state
+from bigmodel.training.background import Saving
+from bigmodel.training.checkpoint import begin_save, complete_ones, load_state, prune
 from bigmodel.training.collectives import Collectives, mapped
 from bigmodel.training.config import TrainingConfig
 from bigmodel.training.data import GlobalLoader, data_of
@@ -120,6 +121,8 @@ class TrainingRun(Collectives):
         self._most: float | None = None  # norm that the coming step is clipped to
         self._wants_to_stop = self._stops = self._heeds_signals = False
         self._stream: Iterator[Any] | None = None
+        self._saving: Saving | None = None
+        self._apart: Processes | None = None  # for threads that save
         self._loaders: list[GlobalLoader] = []
 
     def prepare(
@@ -417,7 +420,7 @@ class TrainingRun(Collectives):
 
         return mapped(values, ordered)
 
-    def save(self, folder: str | os.PathLike[str], *, keep: int | None = None) -> Path:
+    def save(self, folder: str | os.PathLike[str], *, keep: int | None = None, wait: bool = True) -> Path:
         """Write all that the run needs to go on: model, optimizer, scheduler, place in the data, random generators.
 
         Every process calls it, between two optimizer steps. It is put in its place whole: a kill at any moment leaves the last
@@ -426,6 +429,8 @@ class TrainingRun(Collectives):
         Args:
             folder: one checkpoint; replaced where it is one.
             keep: of this run's checkpoints beside it, the newest so many stay; None keeps all.
+            wait: whether it is written before this returns. Otherwise tensors are copied in memory, a thread writes them while
+                training goes on, and `wait_for_saving`, or the next save, load or export, raises what went wrong.
 
         Raises:
             InvalidArgumentError: the folder holds something else.
@@ -436,6 +441,7 @@ class TrainingRun(Collectives):
             raise InvalidArgumentError(f"keep is {keep!r}. Give a whole number from 1 on, or None.")
         if self._loader is not None:
             self._loader.refuse_inside("save a checkpoint")
+        self.wait_for_saving()
         engine.rest()
         cursor = None if self._loader is None else self._loader.cursor.to_dict()
         manifest = {"run": self._run_id, "step": self._num_steps, "cursor": cursor}
@@ -445,11 +451,26 @@ class TrainingRun(Collectives):
             "data": None if self._loader is None else self._loader.state(),
             "loss_scale": None if engine.loss_scale is None else engine.loss_scale.state_dict(),
         }
-        save_state(path, engine, self._optimizer, manifest, others, self.processes)
-        if keep is not None and self.is_main_process:
-            prune(path.absolute().parent, self._run_id, keep)
-        self.processes.wait()
+        write = begin_save(path, engine, self._optimizer, manifest, others, self.processes, copies=not wait)
+
+        def work(processes: Processes) -> None:
+            write(processes)
+            if keep is not None and processes.is_main:
+                prune(path.absolute().parent, self._run_id, keep)
+            processes.wait()
+
+        if wait:
+            work(self.processes)
+        else:
+            self._apart = self._apart or self.processes.apart()
+            self._saving = Saving(work, self._apart)
         return path
+
+    def wait_for_saving(self) -> None:
+        """For what `save(wait=False)` began to be written; raises what went wrong with it."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.finish()
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Go on where `save` was called, with any number of processes and any engine; every process calls it, after prepare.
@@ -459,6 +480,7 @@ class TrainingRun(Collectives):
             TrainingError: it is of another model, optimizer or dataset.
         """
         engine, path = self._prepared(), Path(folder)
+        self.wait_for_saving()
         engine.rest()
 
         def refuse(manifest: Mapping[str, Any], others: Mapping[str, Any]) -> None:
@@ -485,6 +507,7 @@ class TrainingRun(Collectives):
 
     def load_last(self, folder: str | os.PathLike[str]) -> Path | None:
         """Load the newest complete checkpoint inside a folder; its path, or None where there is none."""
+        self.wait_for_saving()
         found = complete_ones(Path(folder))
         if not found:
             return None

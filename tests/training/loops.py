@@ -501,3 +501,24 @@ def prefetched() -> dict[str, Any]:
         found.append(masters(run))
         arguments = run.engine_arguments()
     return {"arguments": arguments, "same": all(torch.equal(found[0][name], each) for name, each in found[1].items())}
+
+
+def saved_beside(path: str, folder: str, *, strategy: str) -> dict[str, Any]:
+    """Save while the training goes on, then load: is it what there was at that moment?"""
+    run = TrainingRun(TrainingConfig(strategy=strategy, precision="fp32", global_batch_size=4, micro_batch_size=2))
+    run.prepare(
+        model=path, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2), data=Sentences(), progress=False
+    )
+    run.train_step()
+    run.save(f"{folder}/a", keep=1, wait=False)
+    run.train_step()
+    expected = masters(run)
+    run.save(f"{folder}/b", keep=1, wait=False)
+    losses = [run.train_step().loss for _ in range(3)]
+    run.load(f"{folder}/b")
+    found = masters(run)
+    return {
+        "equal": all(torch.equal(found[name], each) for name, each in expected.items()),
+        "names": sorted(each.name for each in Path(folder).iterdir()),
+        "losses": [run.train_step().loss for _ in range(3)] == losses,
+    }

@@ -238,3 +238,29 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(folder, tmp_path):
         assert torch.equal(model.model.norm.weight, before)
         assert (loader.cursor, run._num_steps) == (cursor, 0)
         assert torch.equal(torch.get_rng_state(), draws)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
+def test_what_is_written_beside_training_is_what_was_there(two, folder, tmp_path, strategy):
+    found = two.run("training.loops:saved_beside", path=str(folder), folder=str(tmp_path), strategy=strategy)
+    assert found == [{"equal": True, "names": ["b"], "losses": True}] * 2
+
+
+def test_what_goes_wrong_while_training_goes_on_is_told_by_the_next_save(folder, tmp_path, caplog):
+    run = prepared(folder)
+    run.save(tmp_path / "0", wait=False)
+    run.wait_for_saving()
+    run.register_for_checkpointing(Unsavable())
+    run.save(tmp_path / "1", wait=False)
+    with pytest.raises(TrainingError, match="cannot be saved"):
+        run.save(tmp_path / "2")
+    assert "was not written" in caplog.text
+    assert prepared(folder).load_last(tmp_path) == tmp_path / "0"
+
+
+class Unsavable:
+    def state_dict(self):
+        return {"made": range(3)}
+
+    def load_state_dict(self, state):
+        """Nothing."""
