@@ -20,7 +20,7 @@ from bigmodel.bench.harness import Bench
 
 __all__: list[str] = []
 
-PARTS = ("memory", "engines", "collectives", "overhead", "loops")
+PARTS = ("memory", "engines", "collectives", "overhead", "loops", "exits")
 ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {"strategy": "single"}),
     "DDP": (2, {"strategy": "ddp"}),
@@ -39,6 +39,7 @@ LOOPS = (
     ("ZeRO-2, bfloat16, by hand", "zero2", "bf16", "hand"),
 )
 NUM_PAIRS, BLOCK_S = 20, 5.0
+NUM_EXITS = 20
 MIB = 1 << 20
 
 
@@ -60,6 +61,8 @@ def main() -> None:
                     name="our time for a micro-batch", values=[1e6 * each for each in seconds], limit=300, unit=" us"
                 )
             )
+        if settings.runs("exits"):
+            _exits(report, settings)
         if settings.runs("loops"):
             _loops(report, settings)
         print(report.markdown(bench))
@@ -110,6 +113,18 @@ def _collectives(report: Report, settings: Settings) -> None:
                     note=calls,
                 )
             )
+
+
+def _exits(report: Report, settings: Settings) -> None:
+    """Whether two processes that trained end by themselves."""
+    engines = [options for size, options in ENGINES.values() if size > 1]
+    failed = 0
+    for number in range(NUM_EXITS):
+        try:
+            _run(2, "speed", {"path": str(settings.tiny), "tiny": str(settings.tiny), **engines[number % len(engines)]})
+        except subprocess.CalledProcessError:
+            failed += 1
+    report.add(Figure(name=f"of {NUM_EXITS} runs over all engines, that did not end well", values=[failed], limit=0))
 
 
 def _loops(report: Report, settings: Settings) -> None:

@@ -67,6 +67,7 @@ class Processes:
             dist.init_process_group(
                 f"cpu:gloo,{device.type}:{backend}" if device.type != "cpu" else "gloo", timeout=_TIMEOUT
             )
+            _leaving_group()
             atexit.register(_leave)
         return cls(rank, size, local_rank, device, _host_group() if size > 1 else None)
 
@@ -161,6 +162,12 @@ def _host_group() -> Any:
     return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
+@functools.cache
+def _leaving_group() -> Any:
+    """One of its own: a process that leaves must not be taken for one that came to save."""
+    return dist.new_group(backend="gloo")
+
+
 def _leave() -> None:
     """A group that is left while others still talk to it aborts them: all come here first.
 
@@ -170,5 +177,5 @@ def _leave() -> None:
         return
     with contextlib.suppress(Exception):  # some of them may be gone: there is nobody left to tell
         if dist.get_world_size() > 1:
-            dist.monitored_barrier(_host_group(), timeout=_LEAVING)
+            dist.monitored_barrier(_leaving_group(), timeout=_LEAVING)
         dist.destroy_process_group()
