@@ -1,16 +1,17 @@
-"""Output heads that are given the last tokens of prompts: in bfloat16 on the CPU, sequence by sequence, without copying weights.
+"""Products of what is no matrix with a large weight: in bfloat16 on the CPU, as one matrix, without copying the weight.
 
-``hidden[:, -1:]`` of a prompt has strides that `F.linear` does not take for a matrix where the weight requires no gradient: it
-becomes a batched product with the weight expanded to a batch, and oneDNN copies it for each sequence. A head of 32000 x 2048
-took 0.56 s and 125 MiB a sequence, one of 151936 x 896 3.1 s and 260 MiB; sequence by sequence 0.015 and 0.06 s (two cores
-with AVX512-BF16, torch 2.13). The bits are the same: that product goes sequence by sequence too, where one product of all
-would round otherwise.
+Output heads are given such tensors, ``hidden[:, -1:]`` of prompts, and so are layers that transpose before they project, as
+Mamba's do in each pass. `F.linear` takes them for a matrix where the weight requires a gradient, as a model's does that
+transformers loaded. Where it requires none, it becomes a batched product with the weight expanded to a batch, and oneDNN copies
+it for each sequence: a head of 32000 x 2048 took 0.56 s and 125 MiB a sequence, one of 151936 x 896 3.1 s and 260 MiB; as a
+matrix 0.015 and 0.06 s. A step of a Mamba of 16 layers of 2048, all on disk, took 0.95 s, and takes 0.34 (two cores, torch
+2.13). The bits are those of the model whose weights require gradients; the batched product's are others on some processors.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,27 +25,27 @@ _LEAST_BYTES = 8 << 20
 
 
 def quicken_heads(model: nn.Module) -> None:
-    """Hooks the large linear layers that stand outside lists of blocks, as output heads do. Output and its bits stay.
+    """Hooks the large linear layers. Their output has the bits of weights that require gradients.
 
     Args:
         model: parameters on meta or real; hooks of its trial twins are the same.
     """
-    for module in _outside_lists(model):
+    for module in model.modules():
         is_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
         weight = module._parameters.get("weight")
         if is_linear and weight is not None and weight.dtype == torch.bfloat16 and weight.nbytes >= _LEAST_BYTES:
-            module.register_forward_pre_hook(give_by_sequence)
+            module.register_forward_pre_hook(give_as_matrix)
 
 
 def leave_heads(model: nn.Module) -> None:
     """Takes the hooks off again: the model is torch's and transformers' own."""
     for module in model.modules():
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is give_by_sequence]:
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is give_as_matrix]:
             del module._forward_pre_hooks[key]
 
 
-def give_by_sequence(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """A forward pre-hook: the layer sees the same tensor, whose product with a weight goes sequence by sequence."""
+def give_as_matrix(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """A forward pre-hook: the layer sees the same tensor, whose product with a weight is that of one matrix."""
     if torch.compiler.is_compiling() or torch._C._is_tracing() or len(args) != 1:
         return None
     hidden_BLD, weight = args[0], module.weight
@@ -62,11 +63,11 @@ def give_by_sequence(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
     if hidden_BLD.shape[0] == 1:
         return (hidden_BLD[0].unsqueeze(0),)  # the strides of a matrix
     if type(hidden_BLD) is torch.Tensor:
-        return (hidden_BLD.as_subclass(_BySequence),)
-    return (_HeldBySequence(hidden_BLD),)
+        return (hidden_BLD.as_subclass(_Matrix),)
+    return (_HeldMatrix(hidden_BLD),)
 
 
-give_by_sequence.is_arithmetic = True  # type: ignore[attr-defined]  # trials of a pass keep it
+give_as_matrix.is_arithmetic = True  # type: ignore[attr-defined]  # trials of a pass keep it
 
 
 def _is_plain(value: Any) -> bool:
@@ -78,14 +79,13 @@ def _is_plain(value: Any) -> bool:
 
 
 def _linear(hidden_BLD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None = None) -> torch.Tensor:
-    logits_BLV = hidden_BLD.new_empty((*hidden_BLD.shape[:2], weight_VD.shape[0]))
-    for number, hidden_LD in enumerate(hidden_BLD):
-        logits_BLV[number] = functional.linear(hidden_LD, weight_VD)
+    rows_ND = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])
+    logits_BLV = functional.linear(rows_ND, weight_VD).view(*hidden_BLD.shape[:2], weight_VD.shape[0])
     # As torch does: the product is rounded before the bias is added.
     return logits_BLV if bias_V is None else logits_BLV.add_(bias_V)
 
 
-class _BySequence(torch.Tensor):
+class _Matrix(torch.Tensor):
     """What it gives is plain: only a product with a weight is another than a plain tensor's."""
 
     @classmethod
@@ -97,7 +97,7 @@ class _BySequence(torch.Tensor):
             return (_linear if func is functional.linear else func)(*plain, **(kwargs or {}))
 
 
-class _HeldBySequence:
+class _HeldMatrix:
     """The same around a tensor that holds nothing, in a trial: good for `F.linear` alone."""
 
     def __init__(self, hidden_BLD: torch.Tensor) -> None:
@@ -109,10 +109,3 @@ class _HeldBySequence:
     ) -> Any:
         plain = tuple(each._hidden_BLD if isinstance(each, cls) else each for each in args)
         return (_linear if func is functional.linear else func)(*plain, **(kwargs or {}))
-
-
-def _outside_lists(module: nn.Module) -> Iterator[nn.Module]:
-    yield module
-    for child in module.children():
-        if not isinstance(child, nn.ModuleList):
-            yield from _outside_lists(child)
