@@ -55,6 +55,7 @@ __all__ = [
     "random_states",
     "read_manifest",
     "restore_random",
+    "together",
 ]
 
 logger = logging.getLogger("bigmodel.training")
@@ -94,25 +95,30 @@ def begin_save(
         InvalidArgumentError: the folder holds something else.
         TrainingError: not all processes came in time.
     """
-    _together(processes, "save")
+    together(processes, "save")
     folder = folder.absolute()
     if folder.exists() and not is_complete(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise InvalidArgumentError(f"{folder} is no checkpoint of a training run. Give another folder to save into.")
     staging = folder.with_name(f".{folder.name}.saving")
+    failed: BaseException | None = None
     if processes.is_main:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    processes.wait()
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        except OSError as error:
+            failed = error
+    processes.all_right(failed)
     state = _tensors(engine, optimizer)
     values = {"groups": _groups(engine, optimizer), **others}
     draws = random_states(processes)
     shapes = {name: list(each.shape) for name, each in state["model"].items()}
+    manifest = {**manifest, "optimizer": None if optimizer is None else type(optimizer).__name__}
     if copies:
         state, values = mapped(state, _copied), copy.deepcopy(values)
 
     def write(processes: Processes) -> None:
-        with _alone_is_right():
-            alone, group = processes.size == 1, processes.host_group
+        alone, group = processes.size == 1, processes.host_group
+        with _alone_is_right() if alone else contextlib.nullcontext():
             save_tensors(state, storage_writer=FileSystemWriter(staging), process_group=group, no_dist=alone)
         error: BaseException | None = None
         try:
@@ -160,22 +166,15 @@ def load_state(
         MissingFilesError: there is no complete checkpoint.
         TrainingError: it is of another model or optimizer, and nothing was changed; or not all processes came in time.
     """
-    _together(processes, "load")
-    manifest = read_manifest(folder)
+    together(processes, "load")
     masters = engine.masters()
-    shapes = {name: list(each.shape) for name, each in masters.items()}
-    stored = manifest["shapes"]
-    different = sorted(name for name in shapes.keys() | stored.keys() if shapes.get(name) != stored.get(name))
-    if different:
-        raise TrainingError(
-            f"{folder} is a checkpoint of another model: {len(different)} parameters differ in name or shape: "
-            f"{join_some(different)}. Prepare the model that was saved."
-        )
-    others = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    groups = others.pop("groups")
-    if optimizer is not None:
-        _refuse_groups(folder, engine.groups(optimizer), groups)
-    refuse(manifest, others)
+    failed: BaseException | None = None
+    try:
+        manifest, others, groups = _read_plain(folder, masters, engine, optimizer)
+        refuse(manifest, others)
+    except Exception as error:
+        failed = error
+    processes.all_right(failed)  # nobody begins to read tensors that others do not
     reader = FileSystemReader(folder)
     stored_states = {} if optimizer is None else _stored_states(reader, masters)
     states = engine.blank_states(stored_states)
@@ -202,6 +201,30 @@ def load_state(
         restore_random(torch.load(folder / f"random-{processes.rank}.pt", weights_only=True), processes)
     processes.wait()
     return manifest, others
+
+
+def _read_plain(
+    folder: Path, masters: Mapping[str, torch.Tensor], engine: Engine, optimizer: Optimizer | None
+) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """The manifest, the other values, and the optimizer's groups, if they are of this model and optimizer."""
+    manifest = read_manifest(folder)
+    shapes = {name: list(each.shape) for name, each in masters.items()}
+    stored = manifest["shapes"]
+    different = sorted(name for name in shapes.keys() | stored.keys() if shapes.get(name) != stored.get(name))
+    if different:
+        raise TrainingError(
+            f"{folder} is a checkpoint of another model: {len(different)} parameters differ in name or shape: "
+            f"{join_some(different)}. Prepare the model that was saved."
+        )
+    others = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    groups = others.pop("groups")
+    if optimizer is not None:
+        kind, own = manifest.get("optimizer", type(optimizer).__name__), type(optimizer).__name__
+        if kind != own:
+            saved = "no optimizer" if kind is None else f"a {kind}"
+            raise TrainingError(f"{folder} has {saved}, and this is a {own}. Build the optimizer that was saved.")
+        _refuse_groups(folder, engine.groups(optimizer), groups)
+    return manifest, others, groups
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -351,7 +374,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _together(processes: Processes, what: str) -> None:
+def together(processes: Processes, what: str) -> None:
     if processes.size == 1:
         return
     try:

@@ -75,7 +75,7 @@ class Collectives:
         Returns:
             The same structure, tensors ``[rows of all, ...]``, in every process.
         """
-        return mapped(values, self._gathered)
+        return mapped(values, self._gathered, only_tensors=True)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """What each process gave, by rank; anything that can be pickled."""
@@ -170,7 +170,7 @@ class Collectives:
         lengths = {len(each) for each in values.values()} if isinstance(values, Mapping) else {len(values)}
         if len(lengths) != 1:
             raise InvalidArgumentError(
-                f"The mapping's values have {join_lengths(lengths)} elements. Give values of one length."
+                f"The mapping's values have {_as_words(lengths)} elements. Give values of one length."
             )
         each, more = divmod(lengths.pop(), self.processes.size)
         rank = self.processes.rank
@@ -211,17 +211,17 @@ class Collectives:
         return torch.cat([part[: shape[0]] for part, shape in zip(parts, shapes, strict=True)])
 
 
-def join_lengths(lengths: set[int]) -> str:
+def _as_words(lengths: set[int]) -> str:
     """As words."""
     return " and ".join(map(str, sorted(lengths)))
 
 
-def mapped(values: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same structure, with a function's results in the place of tensors."""
+def mapped(values: Any, function: Callable[[torch.Tensor], torch.Tensor], *, only_tensors: bool = False) -> Any:
+    """The same structure, with a function's results in the place of tensors; of what is no tensor, itself or an error."""
     if isinstance(values, torch.Tensor):
         return function(values)
     if isinstance(values, Mapping):
-        found = {key: mapped(each, function) for key, each in values.items()}
+        found = {key: mapped(each, function, only_tensors=only_tensors) for key, each in values.items()}
         if isinstance(values, MutableMapping) and type(values) is not dict:
             try:
                 return type(values)(found)  # type: ignore[call-arg]
@@ -229,9 +229,11 @@ def mapped(values: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any
                 return found
         return found
     if isinstance(values, tuple) and hasattr(values, "_fields"):
-        return type(values)(*(mapped(each, function) for each in values))
+        return type(values)(*(mapped(each, function, only_tensors=only_tensors) for each in values))
     if isinstance(values, (list, tuple)):
-        return type(values)(mapped(each, function) for each in values)
+        return type(values)(mapped(each, function, only_tensors=only_tensors) for each in values)
+    if only_tensors:
+        raise InvalidArgumentError(f"A {type(values).__name__} is no tensor. Call run.gather_objects for what is none.")
     return values
 
 

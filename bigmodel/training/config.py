@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bigmodel.errors import InvalidArgumentError, shown
-from bigmodel.training.foreign import fields_of, owned_by_deepspeed, read_file
+from bigmodel.training.foreign import fields_of, owned_by_deepspeed, read_file, refused_by_us
 
 __all__ = ["PRECISIONS", "STRATEGIES", "TrainingConfig"]
 
@@ -80,7 +80,7 @@ class TrainingConfig:
         """
         size = int(os.environ.get("WORLD_SIZE", "1")) if num_processes is None else num_processes
         folder = Path() if isinstance(source, Mapping) else Path(source).parent
-        found = fields_of(read_file(source), size, folder)
+        found = fields_of(read_file(source), size, folder, fields)
         for name in found.keys() & fields.keys():
             if found[name] != fields[name]:
                 raise InvalidArgumentError(
@@ -126,6 +126,12 @@ class TrainingConfig:
             if owned:
                 raise InvalidArgumentError(
                     f"engine_options has {', '.join(owned)}, which other fields of TrainingConfig say. Say it there."
+                )
+            refused = refused_by_us(options)
+            if refused:
+                raise InvalidArgumentError(
+                    f"engine_options has {', '.join(refused)}, which would divide parameters or compute otherwise than the "
+                    "other fields say. Leave it out."
                 )
         elif self.strategy == "fsdp":
             strange = sorted(options.keys() - {"prefetch"})

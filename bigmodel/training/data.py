@@ -146,6 +146,11 @@ class GlobalLoader:
         return count + (len(division.passes(range(rest))) if rest and not self._drop_last else 0)
 
     def set_epoch(self, epoch: int) -> None:
+        """Begin this epoch with the next pass; where it is the one under way, go on in it."""
+        if epoch != self.cursor.epoch:
+            self.restart(epoch)
+
+    def restart(self, epoch: int) -> None:
         """Begin this epoch anew with the next pass."""
         self.cursor = replace(self.cursor, epoch=epoch, num_consumed=0)
 
@@ -167,8 +172,7 @@ class GlobalLoader:
 
     def state(self) -> dict[str, Any] | None:
         """Where the dataset itself is, beside `cursor`; None where that says all."""
-        is_between = self.cursor.num_consumed and not self._given  # what was only looked at comes again
-        return self._source.state() if is_between else None
+        return self._source.state(self.cursor)
 
     def resume(self, cursor: Cursor, state: dict[str, Any] | None) -> None:
         """Begin the next pass at a place that was saved, with `state` of then."""

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from bigmodel import saving
 from bigmodel.models import revert_of
+from bigmodel.training.checkpoint import together
 from bigmodel.training.processes import Processes
 from bigmodel.training.strategy import Engine
 from bigmodel.training.weights import Origin
@@ -40,15 +41,19 @@ def export_model(
     Returns:
         What was written; in other processes than the main one, nothing.
     """
+    together(processes, "export")
     gathered, written = _Gathered(folder, engine, origin, processes), []
+    failed: BaseException | None = None
     try:
         twin = gathered.twin(engine.module)
         if processes.is_main:
             written = saving.save(twin, folder, max_shard_size, revert=revert_of(twin))
             written += _copy_beside(origin.path, folder)
+    except Exception as error:
+        failed = error
     finally:
         gathered.close()
-    processes.wait()
+    processes.all_right(failed)
     return written
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from bigmodel.errors import InvalidArgumentError, MissingFilesError, join_some, shown
 
-__all__ = ["fields_of", "owned_by_deepspeed", "read_file"]
+__all__ = ["fields_of", "owned_by_deepspeed", "read_file", "refused_by_us"]
 
 logger = logging.getLogger("bigmodel.training")
 
@@ -33,6 +33,12 @@ _OWNED = (
     "zero_force_ds_cpu_optimizer",
 )
 _OWNED_OF_ZERO = ("stage", "offload_optimizer", "offload_param")
+# What divides parameters otherwise than over all processes, computes in other dtypes than `precision` says, or offloads.
+_REFUSED = ("torch_autocast", "amp", "tensor_parallel", "sequence_parallel_size")
+_REFUSED_OF_ZERO = """
+    cpu_offload cpu_offload_params cpu_offload_use_pin_memory mics_shard_size zero_hpz_partition_size zero_quantized_weights
+    zero_quantized_nontrainable_weights zero_quantized_gradients zenflow
+"""
 # Of Accelerate's YAML, what says how processes are started: that is the launcher's.
 _LAUNCHING = """
     compute_environment debug machine_rank main_process_ip main_process_port main_training_function num_machines num_processes
@@ -75,13 +81,16 @@ def read_file(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, A
     return found
 
 
-def fields_of(settings: Mapping[str, Any], num_processes: int, folder: Path) -> dict[str, Any]:
+def fields_of(
+    settings: Mapping[str, Any], num_processes: int, folder: Path, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """Fields of a TrainingConfig.
 
     Args:
         settings: of a DeepSpeed JSON, or of Accelerate's YAML.
         num_processes: that will train, of which DeepSpeed's batch sizes are told.
         folder: of the file, from which others that it names are found.
+        given: fields that are stated beside it.
 
     Raises:
         InvalidArgumentError: it asks for what is not there, or contradicts itself; the message names the key.
@@ -90,9 +99,27 @@ def fields_of(settings: Mapping[str, Any], num_processes: int, folder: Path) -> 
     fields = (
         _of_accelerate(settings, num_processes, folder) if is_accelerates else _of_deepspeed(settings, num_processes)
     )
+    times = fields.pop("accumulation", None)
+    if times not in (None, 1) and not {"global_batch_size"} & (fields.keys() | given.keys()):
+        micro = given.get("micro_batch_size", fields.get("micro_batch_size"))
+        if not isinstance(micro, int):
+            raise InvalidArgumentError(
+                f"gradient_accumulation_steps is {times}, and the micro-batch is not stated. Give micro_batch_size=, or "
+                f"global_batch_size= micro-batch x {times} x {num_processes} processes."
+            )
+        fields["global_batch_size"] = micro * times * num_processes
     if fields.get("engine_options"):
         logger.info("passed through to DeepSpeed: %s", ", ".join(_paths(fields["engine_options"])))
     return fields
+
+
+def refused_by_us(options: Mapping[str, Any]) -> list[str]:
+    """Keys among what is passed through that would change what our ranges of parameters, or our precision, rest on."""
+    zero = options.get("zero_optimization") or {}
+    found = [key for key in _REFUSED if options.get(key)]
+    return found + [
+        f"zero_optimization.{key}" for key in _REFUSED_OF_ZERO.split() if zero.get(key) not in (None, False, 1, -1, {})
+    ]
 
 
 def owned_by_deepspeed(options: Mapping[str, Any]) -> list[str]:
@@ -130,9 +157,9 @@ def _of_deepspeed(settings: Mapping[str, Any], num_processes: int) -> dict[str, 
         fields["grad_clip"] = clip
     reduced = _stated(settings, "communication_data_type", None)
     if reduced is not None:
-        fields["reduce_dtype"] = _one_of(_DTYPES, "communication_data_type", reduced)
+        fields["reduce_dtype"] = _meaning(_DTYPES, "communication_data_type", reduced)
     summed = _stated(_section(settings, "data_types"), "grad_accum_dtype", "fp32") or "fp32"
-    if _one_of(_DTYPES, "data_types.grad_accum_dtype", summed) != "fp32":
+    if _meaning(_DTYPES, "data_types.grad_accum_dtype", summed) != "fp32":
         raise InvalidArgumentError(
             f"data_types.grad_accum_dtype is {summed}: gradients are summed in float32 here. Set it to fp32."
         )
@@ -179,6 +206,13 @@ def _batch_sizes(settings: Mapping[str, Any], num_processes: int) -> dict[str, A
             f"{micro} x {times} x {num_processes} = {micro * times * num_processes}. Leave one of them out."
         )
     return {
+        "accumulation": times,
+        **_stated_sizes(whole, micro),
+    }
+
+
+def _stated_sizes(whole: int | None, micro: int | None) -> dict[str, int]:
+    return {
         name: value for name, value in (("global_batch_size", whole), ("micro_batch_size", micro)) if value is not None
     }
 
@@ -186,12 +220,17 @@ def _batch_sizes(settings: Mapping[str, Any], num_processes: int) -> dict[str, A
 def _of_accelerate(settings: Mapping[str, Any], num_processes: int, folder: Path) -> dict[str, Any]:
     kind = str(settings.get("distributed_type", "NO")).upper()
     deepspeed, fsdp = dict(_section(settings, "deepspeed_config")), dict(_section(settings, "fsdp_config"))
-    known = {*_LAUNCHING.split(), "distributed_type", "mixed_precision", "deepspeed_config", "fsdp_config"}
+    times = settings.get("gradient_accumulation_steps", 1)
+    known = {"distributed_type", "mixed_precision", "deepspeed_config", "fsdp_config", "gradient_accumulation_steps"}
+    known |= set(_LAUNCHING.split())
     strange = sorted(key for key, value in settings.items() if key not in known and value not in (None, {}, False, ""))
     if strange:
         raise InvalidArgumentError(f"{join_some(strange)}: not known here. Take them out, or set them in the script.")
     precision = str(settings.get("mixed_precision") or "no")
-    fields: dict[str, Any] = {"precision": _one_of({**_DTYPES, "no": "fp32"}, "mixed_precision", precision)}
+    fields: dict[str, Any] = {
+        "accumulation": times,
+        "precision": _meaning({**_DTYPES, "no": "fp32"}, "mixed_precision", precision),
+    }
     if kind == "DEEPSPEED":
         file = deepspeed.pop("deepspeed_config_file", None)
         if file is not None:
@@ -215,12 +254,8 @@ def _of_accelerate(settings: Mapping[str, Any], num_processes: int, folder: Path
             raise InvalidArgumentError(
                 f"deepspeed_config: {join_some(sorted(deepspeed))}: not known here. Take them out."
             )
-        if times not in (None, 1, _AUTO):
-            logger.info(
-                "gradient_accumulation_steps is %s: say it as global_batch_size = micro-batch x %s x processes",
-                times,
-                times,
-            )
+        if times not in (None, _AUTO):
+            made["gradient_accumulation_steps"] = times
         found = _of_deepspeed(made, num_processes)
         return fields | {key: value for key, value in found.items() if key != "precision"}
     if kind == "FSDP":
@@ -237,7 +272,7 @@ def _of_accelerate(settings: Mapping[str, Any], num_processes: int, folder: Path
         for key in ("fsdp_sharding_strategy", "fsdp_reshard_after_forward"):
             value = fsdp.pop(key, None)
             if value is not None:
-                reshards = value if isinstance(value, bool) else _one_of(_SHARDING, key, str(value).upper())
+                reshards = value if isinstance(value, bool) else _meaning(_SHARDING, key, str(value).upper())
                 fields["reshard_after_forward"] = reshards
         left = sorted(key for key, value in fsdp.items() if key not in _ANYWAY.split() and value not in (None, False))
         if left:
@@ -262,7 +297,7 @@ def _stated(settings: Mapping[str, Any], key: str, default: Any) -> Any:
     return default if value == _AUTO else value
 
 
-def _one_of(known: Mapping[str, Any], key: str, value: Any) -> Any:
+def _meaning(known: Mapping[str, Any], key: str, value: Any) -> Any:
     if value not in known:
         raise InvalidArgumentError(f"{key} is {shown(value)}. Give one of: {', '.join(known)}.")
     return known[value]

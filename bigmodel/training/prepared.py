@@ -67,16 +67,24 @@ class PreparedOptimizer(Optimizer):
 
 
 class PreparedScheduler(LRScheduler):
-    """The user's scheduler: the run steps it, once for each optimizer step that is not skipped."""
+    """The user's scheduler. `run.step` steps it; where the loop steps the prepared optimizer, the loop's own calls do.
 
-    def __init__(self, scheduler: LRScheduler) -> None:
-        self.__dict__.update(scheduler=scheduler)
+    Args:
+        scheduler: the user's.
+        may_step: asked at each `step`.
+    """
+
+    def __init__(self, scheduler: LRScheduler, may_step: Callable[[], bool]) -> None:
+        self.__dict__.update(scheduler=scheduler, _may_step=may_step)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["scheduler"], name)
 
     def step(self, epoch: Any = None) -> None:
-        """Nothing: the run has stepped it, if it stepped the optimizer."""
+        """One step after the last micro-batch of a global batch, if that step was not left out; nothing before it, and where
+        the run steps the scheduler."""
+        if self._may_step():
+            self.scheduler.step()
 
     def get_last_lr(self) -> list[Any]:
         """Of each parameter group."""

@@ -32,7 +32,7 @@ from bigmodel.training.place import Cursor, Division, mixed
 from bigmodel.training.prepared import PreparedOptimizer, PreparedScheduler
 from bigmodel.training.processes import Processes
 from bigmodel.training.strategy import Engine, engine_of
-from bigmodel.training.weighing import Weighing, moved
+from bigmodel.training.weighing import Weighing, loss_of, moved
 from bigmodel.training.weights import Origin
 
 __all__ = ["Evaluation", "StepRecord", "TrainingRun"]
@@ -119,6 +119,8 @@ class TrainingRun(Collectives):
         self._is_stepping = False
         self._is_fresh = False  # whether there was a backward since the last step
         self._most: float | None = None  # norm that the coming step is clipped to
+        self._clipped: float | None = None  # norm before it was, where it is clipped already
+        self._was_scheduled = True  # whether the last step stepped the scheduler
         self._wants_to_stop = self._stops = self._heeds_signals = False
         self._stream: Iterator[Any] | None = None
         self._saving: Saving | None = None
@@ -190,13 +192,14 @@ class TrainingRun(Collectives):
         if self.is_main_process:
             logger.info("%s", engine.describe())
         engine.model.register_forward_pre_hook(self._look, with_kwargs=True)
+        engine.model.register_forward_hook(lambda module, args, outputs: self._weighed.saw(outputs))
         made: dict[str, Any] = {"model": engine.model}
         self._scheduler = scheduler_of(named["scheduler"], own)
         if own is not None:
             own.register_step_pre_hook(self._refuse_own_step)
             made["optimizer"] = PreparedOptimizer(own, self._step_if_due)
         if self._scheduler is not None:
-            made["scheduler"] = PreparedScheduler(self._scheduler)
+            made["scheduler"] = PreparedScheduler(self._scheduler, self._is_scheduling_due)
         self._weighing = Weighing(engine.module, engine.model, self.processes, count_items)
         if loaded is not None:
             division = Division(
@@ -222,6 +225,8 @@ class TrainingRun(Collectives):
     def accumulate(self, *models: nn.Module) -> Iterator[None]:
         """Around forward, backward and step of one micro-batch: gradients are reduced in the last one of a global batch."""
         self._is_weighed = False
+        if self._weighing is not None:
+            self._weighing.forget()
         self._is_inside = True
         try:
             with self._prepared().syncing(self._is_last):
@@ -247,7 +252,7 @@ class TrainingRun(Collectives):
                 )
             part = outputs / max(1, self._weighed.total)
         else:
-            loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+            loss = loss_of(outputs)
             if loss is None:
                 raise TrainingError("The model returned no loss. Give it labels, or run.loss the sum of the losses.")
             part = self._part_of(loss)
@@ -264,6 +269,7 @@ class TrainingRun(Collectives):
         engine = self._prepared()
         part = loss if self._is_weighed else self._part_of(loss)
         self._is_weighed = False
+        self._weighed.forget()
         self._lost.append(part.detach())
         # The engine takes the mean over processes. Parts of a global batch add up; without a loader of ours there is none.
         times = engine.num_averaged if self._loader is not None else 1
@@ -277,29 +283,35 @@ class TrainingRun(Collectives):
 
         Where a gradient is not finite the step is left out, and `last_step` says so.
         """
+        self._step(schedules=True)
+
+    def _step(self, *, schedules: bool) -> None:
         engine, optimizer = self._prepared(), self._optimizer
         if not self._is_last:
             return
         if optimizer is None:
             raise TrainingError("There is no optimizer. Give prepare one.")
         lost = float(torch.stack(self._lost).sum()) if self._lost else 0.0
+        if self._loader is None:  # gradients are the mean over processes
+            lost /= self.processes.size
         lr = float(optimizer.param_groups[0]["lr"])
         most = self.config.grad_clip if self._most is None else self._most
+        clipped, self._clipped = self._clipped, None
         self._is_stepping = True
         try:
             norm, (lost, stopping), has_stepped = engine.step(optimizer, most, [lost, float(self._wants_to_stop)])
         finally:
             self._is_stepping = self._is_fresh = False
-        self._most, self._stops = None, stopping > 0
+        self._most, self._stops, self._was_scheduled = None, stopping > 0, schedules
         if has_stepped:
-            if self._scheduler is not None:
+            if schedules and self._scheduler is not None:
                 self._scheduler.step()
             self._num_steps += 1
         self.last_step = StepRecord(
             step=self._num_steps,
             loss=lost,
             num_tokens=self._weighed.total,
-            grad_norm=norm,
+            grad_norm=norm if clipped is None else clipped,
             lr=lr,
             skipped=not has_stepped,
         )
@@ -334,14 +346,18 @@ class TrainingRun(Collectives):
         assert self.last_step is not None
         return self.last_step
 
-    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> None:
-        """Clip the coming optimizer step to this norm of all gradients together; before the last micro-batch, nothing.
+    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> torch.Tensor | None:
+        """Clip all gradients together to this norm; before the last micro-batch, nothing.
 
-        `last_step` has the norm. `TrainingConfig(grad_clip=...)` says the same for all steps.
+        `TrainingConfig(grad_clip=...)` says the same for all steps, and needs one sum over processes less.
 
         Args:
             parameters: all that are trained.
             max_norm: as in `torch.nn.utils.clip_grad_norm_`.
+
+        Returns:
+            The norm before, a scalar on the CPU; None before the last micro-batch, and with ZeRO, which clips in its step:
+            `last_step` has it then.
         """
         given = {id(each) for each in ([parameters] if isinstance(parameters, torch.Tensor) else parameters)}
         trained = {id(each) for each in self.unwrap().parameters() if each.requires_grad}
@@ -352,8 +368,14 @@ class TrainingRun(Collectives):
             )
         if not max_norm > 0:
             raise InvalidArgumentError(f"max_norm is {max_norm}. Give a positive number.")
-        if self._is_last:
+        if not self._is_last or self._optimizer is None:
+            return None
+        norm = self._prepared().clip(self._optimizer, float(max_norm))
+        if norm is None:
             self._most = float(max_norm)
+            return None
+        self._clipped = norm
+        return torch.tensor(norm)
 
     @property
     def sync_gradients(self) -> bool:
@@ -398,7 +420,8 @@ class TrainingRun(Collectives):
         places.
 
         Args:
-            values: tensors ``[samples of the micro-batch, ...]``, in lists, tuples and mappings.
+            values: tensors ``[samples of the micro-batch, ...]``, in lists, tuples and mappings; or a list of one object for each
+                sample.
 
         Returns:
             The same structure, tensors ``[samples, ...]``, in every process.
@@ -418,6 +441,13 @@ class TrainingRun(Collectives):
             # Place after place goes to one process after the other.
             return together.view(size, rows, *tensor.shape[1:]).transpose(0, 1).flatten(0, 1)[:counted]
 
+        if isinstance(values, (list, tuple)) and not any(isinstance(each, (torch.Tensor, Mapping)) for each in values):
+            if len(values) != rows:
+                raise InvalidArgumentError(
+                    f"There are {len(values)} values for the micro-batch's {rows} samples. Give one for each."
+                )
+            of_all = self.gather_objects(list(values))
+            return [each[place] for place in range(rows) for each in of_all][:counted]
         return mapped(values, ordered)
 
     def save(self, folder: str | os.PathLike[str], *, keep: int | None = None, wait: bool = True) -> Path:
@@ -455,9 +485,13 @@ class TrainingRun(Collectives):
 
         def work(processes: Processes) -> None:
             write(processes)
+            error: BaseException | None = None
             if keep is not None and processes.is_main:
-                prune(path.absolute().parent, self._run_id, keep)
-            processes.wait()
+                try:
+                    prune(path.absolute().parent, self._run_id, keep)
+                except OSError as caught:
+                    error = caught
+            processes.all_right(error)
 
         if wait:
             work(self.processes)
@@ -504,15 +538,18 @@ class TrainingRun(Collectives):
         if engine.loss_scale is not None and others.get("loss_scale") is not None:
             engine.loss_scale.load_state_dict(others["loss_scale"])
         self._run_id, self._num_steps, self._stream = manifest["run"], manifest["step"], None
+        self._lost, self._is_fresh, self._most, self._clipped = [], False, None, None
+        if self._optimizer is not None:
+            self._optimizer.zero_grad()
 
     def load_last(self, folder: str | os.PathLike[str]) -> Path | None:
         """Load the newest complete checkpoint inside a folder; its path, or None where there is none."""
         self.wait_for_saving()
-        found = complete_ones(Path(folder))
-        if not found:
-            return None
-        self.load(found[0][0])
-        return found[0][0]
+        found = complete_ones(Path(folder)) if self.is_main_process else []
+        newest: Path | None = self.processes.same(found[0][0] if found else None)  # what others list may be older
+        if newest is not None:
+            self.load(newest)
+        return newest
 
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Save and load these too: objects with `state_dict` and `load_state_dict`, of plain values and tensors."""
@@ -533,8 +570,9 @@ class TrainingRun(Collectives):
         Raises:
             As `bigmodel.save`.
         """
-        assert self._origin is not None
+        self.wait_for_saving()
         self._prepared().rest()
+        assert self._origin is not None
         return export_model(Path(folder), self._prepared(), self._origin, self.processes, max_shard_size)
 
     def prepare_eval(
@@ -553,7 +591,7 @@ class TrainingRun(Collectives):
             rank=self.processes.rank,
             num_processes=self.processes.size,
         )
-        loader = GlobalLoader(loaded, division, Cursor(seed=self.config.seed), drop_last=False, begin=list)
+        loader = GlobalLoader(loaded, division, Cursor(seed=self.config.seed), drop_last=False, begin=self._moved)
         self._loaders.append(loader)
         return loader
 
@@ -575,7 +613,7 @@ class TrainingRun(Collectives):
         weighing = self._weighed
         trained = [module for module in engine.model.modules() if module.training]
         engine.model.eval()
-        loader.set_epoch(0)
+        loader.restart(0)
         lost, counted = 0.0, 0
         try:
             for batch in loader:
@@ -584,7 +622,7 @@ class TrainingRun(Collectives):
                 if isinstance(outputs, torch.Tensor) and weighing.has_own_count:
                     lost, counted = lost + float(outputs), counted + count
                     continue
-                loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+                loss = loss_of(outputs)
                 if loss is None:
                     raise TrainingError("The model returned no loss. Give the evaluation's samples labels.")
                 if count:  # the mean over no label is not a number
@@ -603,7 +641,8 @@ class TrainingRun(Collectives):
         return self._prepared().arguments()
 
     def unwrap(self, model: nn.Module | None = None) -> nn.Module:
-        """The user's module, with the user's names; its parameters are the masters, or this process's parts of them."""
+        """The user's module, with the user's names; its parameters are the masters, or this process's parts of them;
+        with ZeRO they are what computes, and `export` has the masters."""
         engine = self._prepared()
         if not self._is_inside:
             engine.rest()
@@ -649,9 +688,17 @@ class TrainingRun(Collectives):
     def _seed_draws(self, step: int) -> None:
         torch.manual_seed(mixed(self.config.seed, step, self.processes.rank))
 
+    def _moved(self, batches: list[Any]) -> list[Any]:
+        return [moved(each, self.processes.device) for each in batches]
+
     def _step_if_due(self) -> None:
         if self._is_last and self._is_fresh:
-            self.step()
+            self._step(schedules=False)
+
+    def _is_scheduling_due(self) -> bool:
+        """Whether the loop, which steps the prepared optimizer, steps the scheduler now."""
+        record = self.last_step
+        return self._is_last and not self._was_scheduled and record is not None and not record.skipped
 
     def _refuse_own_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_stepping:

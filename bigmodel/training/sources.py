@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import copy
 import logging
 import random
 import time
@@ -52,8 +52,8 @@ class Source(ABC):
     def global_batches(self, cursor: Cursor, division: Division, drop_last: bool) -> Iterator[tuple[int, list[Any]]]:
         """For each global batch from a place on to the end of the epoch: its samples, and this process's micro-batches."""
 
-    def state(self) -> dict[str, Any] | None:
-        """Where the dataset itself is, if it can say so: between two global batches."""
+    def state(self, cursor: Cursor) -> dict[str, Any] | None:
+        """Where the dataset itself was at a place between two global batches, if it can say so."""
         return None
 
     def restore(self, cursor: Cursor, state: dict[str, Any] | None) -> None:  # noqa: B027  # most need none
@@ -119,6 +119,7 @@ class Iterated(Source):
     """
 
     _restored: tuple[Cursor, dict[str, Any]] | None = None
+    _latest: tuple[int, int, dict[str, Any]] | None = None  # epoch, samples consumed, the dataset's state there
 
     @property
     def num_samples(self) -> int:
@@ -133,8 +134,10 @@ class Iterated(Source):
             if place.epoch == cursor.epoch and place.num_consumed <= number:
                 self.dataset.load_state_dict(state)
                 left = number - place.num_consumed
-        samples = iter(self.dataset)
-        self._skip(samples, left, number)
+        with _draws_kept():  # the same in all processes
+            _seed_draws(cursor.seed, cursor.epoch)
+            samples = iter(self.dataset)
+        self._skip(samples, cursor, number - left, left)
         while True:
             chunk = self._read(samples, cursor, number, division.global_batch_size)
             if not chunk or (drop_last and len(chunk) < division.global_batch_size):
@@ -147,32 +150,44 @@ class Iterated(Source):
                     batch = self.collate_fn([chunk[place] for place, _ in micro])
                     made.append(_without(batch, [counts for _, counts in micro]))
             number += len(chunk)
+            if self._is_stateful:
+                self._latest = cursor.epoch, number, copy.deepcopy(self.dataset.state_dict())
             yield len(chunk), made
 
-    def state(self) -> dict[str, Any] | None:
-        if not (callable(getattr(self.dataset, "state_dict", None)) and hasattr(self.dataset, "load_state_dict")):
+    def state(self, cursor: Cursor) -> dict[str, Any] | None:
+        if self._latest is None or self._latest[:2] != (cursor.epoch, cursor.num_consumed):
             return None
-        found: dict[str, Any] = self.dataset.state_dict()
-        return found
+        return self._latest[2]
 
     def restore(self, cursor: Cursor, state: dict[str, Any] | None) -> None:
-        can = state is not None and hasattr(self.dataset, "load_state_dict")
-        self._restored = (cursor, state) if can and state is not None else None
+        self._restored = self._latest = None
+        if state is not None and self._is_stateful:
+            self._restored = cursor, state
+            self._latest = cursor.epoch, cursor.num_consumed, state
 
-    def _read(self, samples: Iterator[Any], cursor: Cursor, number: int, count: int) -> list[Any]:
+    @property
+    def _is_stateful(self) -> bool:
+        has_both = all(callable(getattr(self.dataset, name, None)) for name in ("state_dict", "load_state_dict"))
+        return has_both and not _forgets(self.dataset)
+
+    def _read(
+        self, samples: Iterator[Any], cursor: Cursor, number: int, count: int, *, keeps: bool = True
+    ) -> list[Any]:
+        """Samples that draw what follows from their number; None in the place of each that is not kept."""
         chunk: list[Any] = []
         with _draws_kept():
             for at in range(number, number + count):
                 _seed_draws(cursor.seed, cursor.epoch, at)
                 try:
-                    chunk.append(next(samples))
+                    sample = next(samples)
                 except StopIteration:
                     break
+                chunk.append(sample if keeps else None)
         return chunk
 
-    def _skip(self, samples: Iterator[Any], count: int, consumed: int) -> None:
+    def _skip(self, samples: Iterator[Any], cursor: Cursor, begin: int, count: int) -> None:
         began_s = time.perf_counter()
-        skipped = sum(1 for _ in itertools.islice(samples, count))
+        skipped, consumed = len(self._read(samples, cursor, begin, count, keeps=False)), begin + count
         took_s = time.perf_counter() - began_s
         if skipped < count:
             raise TrainingError(
@@ -181,6 +196,16 @@ class Iterated(Source):
             )
         if took_s > _TOLD_S:
             logger.info("%d samples were read and skipped in %.1f s to come to the place in the data", skipped, took_s)
+
+
+def _forgets(dataset: Any) -> bool:
+    """Whether its state leaves out samples that it holds: a shuffle buffer of Hugging Face's datasets, filled anew."""
+    stage = getattr(dataset, "_ex_iterable", None)
+    while stage is not None:
+        if type(stage).__name__ == "BufferShuffledExamplesIterable":
+            return True
+        stage = getattr(stage, "ex_iterable", None)
+    return False
 
 
 def _order(cursor: Cursor) -> torch.Tensor:

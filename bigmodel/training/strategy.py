@@ -105,6 +105,16 @@ class Engine(ABC):
         optimizer.zero_grad()
         return norm, sums, is_finite
 
+    def clip(self, optimizer: Optimizer, most: float) -> float | None:
+        """Clip gradients now; their norm before, or None where the library clips in its step."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm, _ = norm_and_sums(parameters, [], self.processes, self.num_copies)
+        loss_scale = 1.0 if self.loss_scale is None else self.loss_scale.value
+        norm /= loss_scale
+        if math.isfinite(norm) and norm > most:
+            scale(parameters, most / (norm + 1e-6))
+        return norm
+
     def rest(self) -> None:  # noqa: B027  # most have nothing to do
         """Between passes: the module's parameters are the masters, and not copies to compute with."""
 
@@ -122,9 +132,12 @@ class Engine(ABC):
         return _whole(self.masters()[name], self.processes)
 
     def groups(self, optimizer: Optimizer) -> list[list[str]]:
-        """Names of the parameters in each of the optimizer's groups."""
-        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+        """Names of the parameters in each of the optimizer's groups that are trained."""
+        names = {id(parameter): name for name, parameter in self.trained().items()}
+        return [
+            [names[id(parameter)] for parameter in group["params"] if id(parameter) in names]
+            for group in optimizer.param_groups
+        ]
 
     def states(self, optimizer: Optimizer) -> dict[str, dict[str, torch.Tensor]]:
         """Name -> key -> what the optimizer keeps of a parameter."""

@@ -20,7 +20,9 @@ from bigmodel.training.losses import (
 )
 from bigmodel.training.processes import Processes
 
-__all__ = ["Weighing", "moved"]
+__all__ = ["Weighing", "loss_of", "moved"]
+
+_MOST_NODES = 64  # what is done to a model's loss before backward is a few operations
 
 
 class Weighing:
@@ -45,7 +47,8 @@ class Weighing:
         self.total = 0
         self._counts: list[int] = []  # of this process's micro-batches
         self.divides: bool | None = None
-        self._was_told = False  # whether the last pass divided by the total
+        self._is_told = False  # whether the pass under way is told the total
+        self._told: list[torch.Tensor] = []  # losses of this micro-batch that were divided by it
 
     def count(self, batch: Mapping[str, Any]) -> int:
         """Of a micro-batch, what its loss is a mean or a sum over."""
@@ -81,13 +84,13 @@ class Weighing:
             loss: of the model's last pass.
             number: of the micro-batch in the global batch.
         """
-        if not self.total or self._was_told:
+        if not self.total or any(_holds(loss, each) for each in self._told):
             return loss
         return loss * (self._counts[number] / self.total)
 
     def look(self, number: int | None, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Before each forward: whether it is told the count that its loss is divided by."""
-        self._was_told = bool(self.divides) and COUNT_KEY in kwargs
+        self._is_told = bool(self.divides) and COUNT_KEY in kwargs
         labels = kwargs.get("labels")
         if number is None or self.divides or not torch.is_grad_enabled() or not isinstance(labels, torch.Tensor):
             return None
@@ -95,6 +98,16 @@ class Weighing:
             return None
         # The mean over no label is not a number, nor its gradient: any label will do for what weighs nothing.
         return args, {**kwargs, "labels": torch.zeros_like(labels)}
+
+    def saw(self, outputs: Any) -> None:
+        """After each forward: its loss is divided already, if it was told the count."""
+        loss = loss_of(outputs)
+        if self._is_told and torch.is_grad_enabled() and isinstance(loss, torch.Tensor):
+            self._told.append(loss)
+
+    def forget(self) -> None:
+        """Between micro-batches."""
+        self._told.clear()
 
     def _try(self, batches: list[Any]) -> bool:
         """Whether the model divides its loss by the count of labels, as all processes find together.
@@ -121,6 +134,28 @@ class Weighing:
             if num_divided or num_ignored:
                 return bool(num_divided)
         return False
+
+
+def loss_of(outputs: Any) -> Any:
+    """What a model returned as its loss; None where there is none."""
+    return outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+
+
+def _holds(loss: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether a loss is another one, or was computed of it by a few operations."""
+    if loss is part:
+        return True
+    seen: set[Any] = set()
+    ahead: list[Any] = [loss.grad_fn]
+    while ahead and len(seen) < _MOST_NODES:
+        node = ahead.pop(0)
+        if node is None or node in seen:
+            continue
+        if node is part.grad_fn:
+            return True
+        seen.add(node)
+        ahead += [each for each, _ in node.next_functions]
+    return False
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -82,6 +82,13 @@ class ZeRO(Engine):
                 f'strategy is "{self._config.strategy}", which divides an optimizer\'s state, and there is no optimizer. Give '
                 "prepare one."
             )
+        for number, group in enumerate(optimizer.param_groups):
+            group["params"] = [each for each in group["params"] if each.requires_grad]
+            if not group["params"]:
+                raise InvalidArgumentError(
+                    f"Parameter group {number} of the optimizer has no parameter that is trained, and DeepSpeed takes none "
+                    "without. Leave it out."
+                )
         names = {id(each): name for name, each in self.module.named_parameters()}
         self._groups = [[names[id(each)] for each in group["params"]] for group in optimizer.param_groups]
         left = self.trained().keys() - {name for group in self._groups for name in group}
@@ -121,6 +128,9 @@ class ZeRO(Engine):
         self.model.step()  # type: ignore[operator]
         return float(self._zero._global_grad_norm), total, not self._zero.overflow
 
+    def clip(self, optimizer: Optimizer, most: float) -> float | None:
+        return None
+
     # --- Logical tensors
 
     def masters(self) -> dict[str, torch.Tensor]:
@@ -142,6 +152,7 @@ class ZeRO(Engine):
         if self._stage < 3:
             self._zero.update_lp_params()
             return
+        self._zero._partition_all_parameters()  # a pass without gradients leaves some gathered
         for number, flat in enumerate(self._flats):
             self._zero.fp16_partitioned_groups_flat[number].data.copy_(flat)
         kept = [each for each in self._zero.persistent_parameters if each.requires_grad]

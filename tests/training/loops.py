@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,24 @@ class Numbers(Dataset):
         return {"number": number, "drawn": torch.rand(()).item(), "labels": torch.tensor([number, number])}
 
 
+class Shuffled(IterableDataset):
+    """Numbers in an order that is drawn as it goes, first as a whole and then from a buffer."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        order = torch.randperm(37).tolist()
+        return self._drawn(order)
+
+    def _drawn(self, order: list[int]) -> Iterator[dict[str, Any]]:
+        held, rest = order[:5], order[5:]
+        while held:
+            place = random.randrange(len(held))
+            yield {"number": held[place], "drawn": 0.0, "labels": torch.tensor([held[place]] * 2)}
+            if rest:
+                held[place] = rest.pop(0)
+            else:
+                held.pop(place)
+
+
 class Flow(IterableDataset):
     """The same, one after the other; with a state of its own, or without."""
 
@@ -107,6 +126,7 @@ def numbers(
     folder: str | None = None,
     size: int = 8,
     micro: int = 2,
+    shuffled: bool = False,
     iterable: bool = False,
     stateful: bool = False,
     read: list[int] | None = None,
@@ -120,7 +140,7 @@ def numbers(
     _, _, loader = run.prepare(
         model=torch.nn.Linear(2, 2),
         optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
-        data=Flow(stateful=stateful, read=read) if iterable else Numbers(),
+        data=Shuffled() if shuffled else Flow(stateful=stateful, read=read) if iterable else Numbers(),
         num_workers=num_workers,
         progress=False,
     )
@@ -293,9 +313,7 @@ def frozen(path: str, folder: str, *, strategy: str, loads: bool = False) -> dic
     loaded.model.layers[1].requires_grad_(True)
     start = {name: each.detach().clone() for name, each in loaded.named_parameters()}
     run = TrainingRun(TrainingConfig(strategy=strategy, global_batch_size=4, micro_batch_size=1))
-    model, _, loader = run.prepare(
-        loaded, torch.optim.AdamW([each for each in loaded.parameters() if each.requires_grad], lr=1e-2), Sentences(12)
-    )
+    model, _, loader = run.prepare(loaded, torch.optim.AdamW(loaded.parameters(), lr=1e-2), Sentences(12))
     if loads:
         run.load(folder)
         found = masters(run)
@@ -389,7 +407,7 @@ def said() -> dict[str, Any]:
     with run.split_between_processes(["a", "b", "c"], apply_padding=True) as padded_split:
         pass
     found: dict[str, Any] = {
-        "gathered": run.gather({"rows": torch.full((1 + rank, 2), rank), "nested": (torch.tensor(0.5 + rank), "text")}),
+        "gathered": run.gather({"rows": torch.full((1 + rank, 2), rank), "nested": (torch.tensor(0.5 + rank),)}),
         "halves": run.reduce(torch.tensor(60000.0, dtype=torch.float16), "mean"),
         "mean": run.reduce(torch.tensor(1.0 + rank), "mean"),
         "broadcast": run.broadcast(torch.full((3,), rank), source=1),
@@ -400,6 +418,7 @@ def said() -> dict[str, Any]:
             refused(run.gather, torch.ones(1, 2 + rank)),
             refused(run.reduce, ones, "mean"),
             refused(run.reduce, ones, "most"),
+            refused(run.gather, ["text"]),
         ],
         "split": split,
         "padded_split": padded_split,
@@ -434,13 +453,14 @@ def in_other_words(path: str, steps: int, **options: Any) -> dict[str, Any]:
             lr = scheduler.get_last_lr()[0]
             run.backward(model(**batch).loss)
             if run.sync_gradients:
-                run.clip_grad_norm_(model.parameters(), 1.0)
+                norm = run.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
         if run.sync_gradients:
             losses.append(run.last_step.loss)
             lrs.append(lr)
+            assert norm is None or abs(norm.item() - run.last_step.grad_norm) < 1e-5
             if len(losses) == steps:
                 break
     return {"losses": losses, "lrs": lrs, "parameters": masters(run)}
@@ -455,9 +475,10 @@ def metrics() -> dict[str, Any]:
 
     run = TrainingRun(TrainingConfig(precision="fp32", global_batch_size=6, micro_batch_size=2))
     _, loader = run.prepare(model=torch.nn.Linear(2, 2), data=Seven())
-    found: dict[str, Any] = {"evaluated": [], "trained": [], "refused": ""}
+    found: dict[str, Any] = {"evaluated": [], "trained": [], "named": [], "refused": ""}
     for batch in run.prepare_eval(Seven()):
         found["evaluated"] += run.gather_for_metrics({"number": batch["number"]})["number"].tolist()
+        found["named"] += run.gather_for_metrics([str(each) for each in batch["number"].tolist()])
     for batch in loader:
         found["trained"] += run.gather_for_metrics(batch["number"]).tolist()
     try:

@@ -220,11 +220,13 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(folder, tmp_path):
     )
     saved._num_steps = 7
     saved.save(tmp_path / "7")
-    for wrong in ("optimizer", "data", "registered"):
+    for wrong in ("optimizer", "class", "data", "registered"):
         run = TrainingRun(TrainingConfig(precision="fp32", seed=1))
         model, *_, loader = run.prepare(
             model=str(folder),
-            optimizer=lambda params, wrong=wrong: torch.optim.AdamW(params[1:] if wrong == "optimizer" else params),
+            optimizer=lambda params, wrong=wrong: (torch.optim.Adam if wrong == "class" else torch.optim.AdamW)(
+                params[1:] if wrong == "optimizer" else params
+            ),
             data=Sentences(9 if wrong == "data" else 64),
             progress=False,
         )

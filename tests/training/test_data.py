@@ -200,3 +200,36 @@ def test_data_that_cannot_be_gone_through_twice_is_refused():
         prepared(data=Flow(), num_workers=2)
     with pytest.raises(TypeError, match="not known before its end"):
         len(TrainingRun(TrainingConfig(precision="fp32")).prepare(model=torch.nn.Linear(2, 2), data=Flow())[1])
+
+
+def test_an_order_that_is_drawn_as_it_goes_is_the_same_after_an_interruption_and_for_all(two, tmp_path):
+    whole = numbers(shuffled=True)
+    flat = [number for batch in whole for number, _ in batch]
+    assert sorted(flat[:37]) == sorted(flat[37:]) == list(range(37))
+    assert flat[:37] != flat[37:]
+    together_ = together(two.run("training.loops:numbers", shuffled=True))
+    assert together_ == [sorted(batch) for batch in whole]
+    first = numbers(skip=3, folder=str(tmp_path / "3"), shuffled=True)
+    assert first + numbers(skip=-1, folder=str(tmp_path / "3"), shuffled=True) == whole
+
+
+def test_a_place_that_was_loaded_and_saved_again_is_the_same(tmp_path):
+    from training.loops import Flow
+
+    def prepared():
+        run = TrainingRun(TrainingConfig(precision="fp32", global_batch_size=4, micro_batch_size=4))
+        return run, run.prepare(model=torch.nn.Linear(2, 2), data=Flow(stateful=True))[1]
+
+    run, loader = prepared()
+    for _, _batch in zip(range(3), loader, strict=False):
+        pass
+    run.save(tmp_path / "1")
+    place = loader.cursor.num_consumed
+    assert place in (8, 12)
+    run, loader = prepared()
+    run.load(tmp_path / "1")
+    loader.set_epoch(0)  # the one under way
+    run.save(tmp_path / "2")
+    run, loader = prepared()
+    run.load(tmp_path / "2")
+    assert next(iter(loader))["number"].tolist() == list(range(place, place + 4))

@@ -97,6 +97,15 @@ def test_what_goes_through_reaches_deepspeed(tmp_path):
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype is bf16"),
         ({"gradient_accumulation_steps": "four"}, "gradient_accumulation_steps is 'four'"),
         ({"zero_optimization": [2]}, "zero_optimization is"),
+        (
+            {"train_micro_batch_size_per_gpu": "auto"},
+            "gradient_accumulation_steps is 4, and the micro-batch is not stated",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+            "zero_optimization.zero_hpz_partition_size",
+        ),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast, which would"),
     ],
 )
 def test_what_a_deepspeed_json_cannot_mean_here_is_refused(changes, match):
@@ -111,6 +120,9 @@ def test_accelerates_yaml_is_read(tmp_path):
     (tmp_path / "deepspeed.yaml").write_text(DEEPSPEED)
     found = TrainingConfig.read(tmp_path / "deepspeed.yaml")
     assert (found.strategy, found.precision, found.grad_clip) == ("zero3", "fp32", 0.5)
+    (tmp_path / "fsdp.yaml").write_text(FSDP + "gradient_accumulation_steps: 4\n")
+    found = TrainingConfig.read(tmp_path / "fsdp.yaml", num_processes=2, micro_batch_size=3)
+    assert found.global_batch_size == 24
     (tmp_path / "ds.json").write_text(json.dumps(ZERO2))
     named = "distributed_type: DEEPSPEED\nmixed_precision: bf16\ndeepspeed_config: {deepspeed_config_file: ds.json}\n"
     (tmp_path / "named.yaml").write_text(named)

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.training import TrainingConfig, TrainingRun
+from training.loops import Sentences, save_llama
 
 
 def llama():
@@ -265,3 +266,32 @@ def test_what_is_added_to_a_weighed_loss_stays_as_it_is():
             run.backward(run.loss(model(**batch), batch) + 0.25)
             run.step()
     assert run.last_step.loss == pytest.approx(expected + 1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 2])
+def test_a_criterion_of_the_users_own_is_weighed_though_the_model_divides_its_own(tmp_path, micro_batch_size):
+    def norm_of(way, micro_batch_size):
+        save_llama(tmp_path / "llama")
+        run = TrainingRun(TrainingConfig(precision="fp32", global_batch_size=8, micro_batch_size=micro_batch_size))
+        model, _, loader = run.prepare(
+            model=str(tmp_path / "llama"),
+            optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+            data=Sentences(8),
+            progress=False,
+        )
+        for batch in loader:
+            with run.accumulate():
+                outputs = model(**batch)
+                run.backward(way(outputs, batch))
+                run.step()
+        return run.last_step
+
+    def own(outputs, batch):
+        logits, labels = outputs.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100)
+
+    expected = norm_of(lambda outputs, batch: outputs.loss, 8)
+    for way in (own, lambda outputs, batch: outputs.loss, lambda outputs, batch: outputs.loss * 2 / 2 + 0.0):
+        found = norm_of(way, micro_batch_size)
+        assert abs(found.loss - expected.loss) < 1e-5
+        assert abs(found.grad_norm - expected.grad_norm) < 1e-4

@@ -25,14 +25,13 @@ def test_values_of_two_processes(two):
     for found in (first, second):
         assert found["gathered"]["rows"].tolist() == [[0, 0], [1, 1], [1, 1]]
         assert found["gathered"]["nested"][0].tolist() == [0.5, 1.5]
-        assert found["gathered"]["nested"][1] == "text"
         assert found["halves"].dtype == torch.float16
         assert found["halves"].item() == 60000.0  # whose sum float16 does not hold
         assert found["mean"].item() == 1.5
         assert found["broadcast"].tolist() == [1, 1, 1]
         assert found["objects"] == [{"rank": 0}, {"rank": 1}]
         assert found["padded"].shape == (2, 3)
-        assert found["refused"] == ["InvalidArgumentError"] * 3
+        assert found["refused"] == ["InvalidArgumentError"] * 4
         assert found["drawn"] == first["drawn"]
     assert [each["scattered"].tolist() for each in (first, second)] == [[0, 1], [2, 3]]
     assert [each["split"] for each in (first, second)] == [["a", "b"], ["c"]]
@@ -85,6 +84,7 @@ def test_a_step_as_one_verb_is_the_loop(folder):
 def test_metrics_come_in_the_order_of_the_data_without_what_fills_places(two):
     for found in two.run("training.loops:metrics"):
         assert found["evaluated"] == list(range(7))
+        assert found["named"] == [str(each) for each in range(7)]
         assert sorted(found["trained"]) == list(range(7))
         assert found["refused"] == "InvalidArgumentError"
 
@@ -147,3 +147,24 @@ def test_what_a_prepared_optimizer_does_not_do_is_refused():
     with pytest.raises(InvalidArgumentError, match="1 of 2 parameters"):
         run.clip_grad_norm_([model.weight], 1.0)
     assert run.sync_gradients
+
+
+def test_a_scheduler_that_the_loop_steps_once_an_epoch_is_stepped_so():
+    run = TrainingRun(TrainingConfig(precision="fp32", global_batch_size=2))
+    model, optimizer, loader, scheduler = run.prepare(
+        model=torch.nn.Linear(2, 1),
+        optimizer=lambda params: torch.optim.SGD(params, lr=1.0),
+        data=[torch.ones(2)] * 8,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
+    )
+    rates = []
+    for _ in range(3):
+        for batch in loader:
+            with run.accumulate():
+                run.backward(model(batch).mean())
+                optimizer.step()
+                optimizer.zero_grad()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+    assert rates == [0.5, 0.25, 0.125]
+    assert run.last_step.step == 12

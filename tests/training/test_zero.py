@@ -123,6 +123,10 @@ def test_what_it_cannot_do_is_refused(folder):
         run.prepare(model=model, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
     with pytest.raises(InvalidArgumentError, match=r'1 parameters are scalars, such as scale.* Give strategy="zero3"'):
         TrainingRun(TrainingConfig(strategy="zero1", precision="fp32")).prepare(OddShapes(torch.tensor(1.0)))
+    with pytest.raises(
+        InvalidArgumentError, match="Parameter group 0 of the optimizer has no parameter that is trained"
+    ):
+        alone(folder, optimizer=lambda params: torch.optim.SGD([{"params": []}, {"params": params}], lr=0.1))
     with pytest.raises(InvalidArgumentError, match="replicas is 2"):
         TrainingRun(TrainingConfig(strategy="zero3", replicas=2))
 
