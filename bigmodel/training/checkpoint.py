@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import json
 import logging
-import os
-import random
 import shutil
 import time
 import warnings
@@ -38,9 +35,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from bigmodel.errors import InvalidArgumentError, MissingFilesError, TrainingError, join_some
+from bigmodel.errors import InvalidArgumentError, TrainingError, join_some
 from bigmodel.saving import sync
 from bigmodel.training.collectives import mapped
+from bigmodel.training.draws import random_states, restore_random
+from bigmodel.training.folders import KIND, MANIFEST, VERSION, is_complete, put, read_manifest
 from bigmodel.training.pieces import Pieces
 from bigmodel.training.processes import Processes
 from bigmodel.training.strategy import Engine, Stored, StoredState
@@ -48,23 +47,14 @@ from bigmodel.training.strategy import Engine, Stored, StoredState
 __all__ = [
     "CALL_TIMEOUT",
     "begin_save",
-    "complete_ones",
-    "is_complete",
     "load_state",
-    "prune",
-    "random_states",
-    "read_manifest",
-    "restore_random",
     "together",
 ]
 
 logger = logging.getLogger("bigmodel.training")
 
-KIND, VERSION = "bigmodel.training", 1
-MANIFEST = "manifest.json"
 CALL_TIMEOUT = timedelta(minutes=5)
 """All processes must have called save or load within this time of the first."""
-_AT_FDCWD, _EXCHANGE = -100, 2
 
 
 def begin_save(
@@ -139,7 +129,7 @@ def begin_save(
                 (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
                 for path in (*staging.iterdir(), staging):
                     sync(path)
-                _put(staging, folder)
+                put(staging, folder)
             except Exception as caught:
                 error = caught
         processes.all_right(error)
@@ -225,60 +215,6 @@ def _read_plain(
             raise TrainingError(f"{folder} has {saved}, and this is a {own}. Build the optimizer that was saved.")
         _refuse_groups(folder, engine.groups(optimizer), groups)
     return manifest, others, groups
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Of a complete checkpoint.
-
-    Raises:
-        MissingFilesError: it is not there, or not complete.
-        TrainingError: a newer version wrote it.
-    """
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["kind"] != KIND:
-            raise ValueError("of another program")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise MissingFilesError(
-            f"{folder} has no complete checkpoint of a training run. Give one that run.save wrote, or use run.load_last."
-        ) from error
-    if manifest.get("version") != VERSION:
-        raise TrainingError(
-            f"{folder} is of version {manifest.get('version')}, and this bigmodel reads version {VERSION}. Install "
-            "the one that wrote it."
-        )
-    return manifest
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether it is a checkpoint, and all of one."""
-    try:
-        read_manifest(folder)
-    except MissingFilesError:
-        return False
-    except TrainingError:  # of another version
-        return True
-    return True
-
-
-def complete_ones(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The complete checkpoints inside a folder that this version reads, the one that was written last first."""
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if not path.name.startswith("."):
-            with contextlib.suppress(MissingFilesError, TrainingError):
-                found.append((path, read_manifest(path)))
-    return sorted(found, key=lambda each: int(each[1]["written_ns"]), reverse=True)
-
-
-def prune(folder: Path, run_id: str, keep: int) -> None:
-    """Removes this run's checkpoints in a folder but for the newest ones."""
-    own = [path for path, manifest in complete_ones(folder) if manifest["run"] == run_id]
-    for path in own[keep:]:
-        dying = path.with_name(f".{path.name}.removing")  # never half a checkpoint under its own name
-        shutil.rmtree(dying, ignore_errors=True)  # of a run that was killed
-        os.replace(path, dying)
-        shutil.rmtree(dying)
 
 
 # --- Tensors
@@ -392,47 +328,3 @@ def _alone_is_right() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
-
-
-def random_states(processes: Processes) -> dict[str, Any]:
-    """Of this process's generators: Python's, numpy's, torch's and the device's."""
-    numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
-    key = torch.from_numpy(numpy["state"]["key"].astype(np.int64))  # what weights_only lets through
-    numpy["state"] = {"key": key, "pos": int(numpy["state"]["pos"])}
-    states = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
-    if processes.device.type != "cpu":
-        states["device"] = torch.get_device_module(processes.device).get_rng_state()
-    return states
-
-
-def restore_random(states: Mapping[str, Any], processes: Processes) -> None:
-    """Put generators where `random_states` found them."""
-    random.setstate(states["python"])
-    numpy = states["numpy"]
-    key = numpy["state"]["key"].numpy().astype(np.uint32)
-    np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})
-    torch.set_rng_state(states["torch"])
-    if processes.device.type != "cpu" and "device" in states:
-        torch.get_device_module(processes.device).set_rng_state(states["device"])
-
-
-def _put(staging: Path, folder: Path) -> None:
-    """In one step: what was there before is whole until the new one is."""
-    if not folder.exists() or not any(folder.iterdir()):
-        os.replace(staging, folder)
-    else:
-        _exchange(staging, folder)
-        shutil.rmtree(staging)
-    sync(folder.parent)
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Linux's renameat2, which swaps two names."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None or renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE):
-        # A file system that cannot swap: what is moved aside keeps a name under which it is found.
-        aside = other.with_name(f"{other.name}.replaced")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(other, aside)
-        os.replace(one, other)
-        os.replace(aside, one)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from bigmodel.errors import InvalidArgumentError
+from bigmodel.training.draws import random_states, restore_random
 from bigmodel.training.processes import Processes
 
 __all__ = ["Collectives", "mapped"]
@@ -189,8 +190,6 @@ class Collectives:
 
     def synchronize_rng(self) -> None:
         """Give every process the main one's generators of torch, numpy and Python."""
-        from bigmodel.training.checkpoint import random_states, restore_random
-
         restore_random(self.processes.same(random_states(self.processes)), self.processes)
 
     def _gathered(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
-__all__ = ["Cursor", "Division", "mixed"]
+__all__ = ["Cursor", "Division"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +60,3 @@ class Division:
         ]
         size = self.micro_batch_size
         return [places[begin : begin + size] for begin in range(0, num_places, size)]
-
-
-def mixed(*numbers: int) -> int:
-    """One seed of 63 bits from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -21,17 +21,20 @@ from torch.optim.lr_scheduler import LRScheduler
 from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.progress import progress_bar
 from bigmodel.training.background import Saving
-from bigmodel.training.checkpoint import begin_save, complete_ones, load_state, prune
+from bigmodel.training.checkpoint import begin_save, load_state
+from bigmodel.training.choice import engine_of
 from bigmodel.training.collectives import Collectives, mapped
 from bigmodel.training.config import TrainingConfig
 from bigmodel.training.data import GlobalLoader, data_of
+from bigmodel.training.draws import mixed
 from bigmodel.training.export import export_model
+from bigmodel.training.folders import complete_ones, prune
 from bigmodel.training.given import kind_of, optimizer_of, scheduler_of
 from bigmodel.training.losses import CountItems
-from bigmodel.training.place import Cursor, Division, mixed
+from bigmodel.training.place import Cursor, Division
 from bigmodel.training.prepared import PreparedOptimizer, PreparedScheduler
 from bigmodel.training.processes import Processes
-from bigmodel.training.strategy import Engine, engine_of
+from bigmodel.training.strategy import Engine
 from bigmodel.training.weighing import Weighing, loss_of, moved
 from bigmodel.training.weights import Origin
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bigmodel.errors import InvalidArgumentError, TrainingError
+from bigmodel.training.draws import draws_kept, mixed, seed_draws
 from bigmodel.training.losses import IGNORED
-from bigmodel.training.place import Cursor, Division, mixed
+from bigmodel.training.place import Cursor, Division
 
 __all__ = ["Iterated", "Listed", "Source", "refuse_without_rows"]
 
@@ -134,8 +132,8 @@ class Iterated(Source):
             if place.epoch == cursor.epoch and place.num_consumed <= number:
                 self.dataset.load_state_dict(state)
                 left = number - place.num_consumed
-        with _draws_kept():  # the same in all processes
-            _seed_draws(cursor.seed, cursor.epoch)
+        with draws_kept():  # the same in all processes
+            seed_draws(cursor.seed, cursor.epoch)
             samples = iter(self.dataset)
         self._skip(samples, cursor, number - left, left)
         while True:
@@ -143,10 +141,10 @@ class Iterated(Source):
             if not chunk or (drop_last and len(chunk) < division.global_batch_size):
                 return
             places = division.passes(range(len(chunk)))
-            with _draws_kept():
+            with draws_kept():
                 made = []
                 for micro in places:
-                    _seed_draws(cursor.seed, cursor.epoch, number + micro[0][0], len(micro))
+                    seed_draws(cursor.seed, cursor.epoch, number + micro[0][0], len(micro))
                     batch = self.collate_fn([chunk[place] for place, _ in micro])
                     made.append(_without(batch, [counts for _, counts in micro]))
             number += len(chunk)
@@ -175,9 +173,9 @@ class Iterated(Source):
     ) -> list[Any]:
         """Samples that draw what follows from their number; None in the place of each that is not kept."""
         chunk: list[Any] = []
-        with _draws_kept():
+        with draws_kept():
             for at in range(number, number + count):
-                _seed_draws(cursor.seed, cursor.epoch, at)
+                seed_draws(cursor.seed, cursor.epoch, at)
                 try:
                     sample = next(samples)
                 except StopIteration:
@@ -225,11 +223,11 @@ class _Batches(Dataset[Any]):
 
     def __getitems__(self, asked: list[tuple[int, int, bool]]) -> Any:
         samples = []
-        with _draws_kept():
+        with draws_kept():
             for number, epoch, _ in asked:
-                _seed_draws(self._seed, epoch, number)
+                seed_draws(self._seed, epoch, number)
                 samples.append(self._source.dataset[number])
-            _seed_draws(self._seed, *asked[0][:2], len(asked))
+            seed_draws(self._seed, *asked[0][:2], len(asked))
             batch = self._source.collate_fn(samples)
         return _without(batch, [counts for _, _, counts in asked])
 
@@ -237,25 +235,6 @@ class _Batches(Dataset[Any]):
 def _as_it_is(batch: Any) -> Any:
     """What a DataLoader collates that is given whole batches."""
     return batch
-
-
-@contextlib.contextmanager
-def _draws_kept() -> Iterator[None]:
-    """Random generators of the host go on afterwards where they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
-def _seed_draws(*numbers: int) -> None:
-    seed = mixed(*numbers)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(seed)  # the CPU alone
 
 
 def _without(batch: Any, counts: list[bool]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from bigmodel.training.pieces import Pieces
 from bigmodel.training.processes import Processes
 from bigmodel.training.weights import Origin, with_masters
 
-__all__ = ["Engine", "Stored", "StoredState", "engine_of", "refuse_narrow", "refuse_scalars"]
+__all__ = ["Engine", "Plain", "Sharded", "Stored", "StoredState", "refuse_narrow", "refuse_scalars"]
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Engine(ABC):
         """One line."""
 
 
-class _Plain(Engine):
+class Plain(Engine):
     """The model whole, in float32; with several processes DDP reduces its gradients."""
 
     def __init__(self, origin: Origin, config: TrainingConfig, processes: Processes, progress: Report | None) -> None:
@@ -213,7 +213,7 @@ class _Plain(Engine):
         return "DistributedDataParallel, float32" if self.num_copies > 1 else "one process, float32"
 
 
-class _Sharded(Engine):
+class Sharded(Engine):
     """FSDP2: each unit's parameters are divided over the processes of a mesh, or held whole by each for their masters' sake."""
 
     def __init__(
@@ -311,51 +311,3 @@ def _whole(value: Any, processes: Processes) -> torch.Tensor:
         return value.whole(processes)
     whole: torch.Tensor = value.full_tensor() if isinstance(value, DTensor) else value
     return whole
-
-
-Make = Callable[[Origin, TrainingConfig, Processes, "Report | None"], Engine]
-
-
-def engine_of(config: TrainingConfig, processes: Processes) -> Make:
-    """What carries out a configuration here.
-
-    Raises:
-        InvalidArgumentError: it cannot be had here: why, and what can.
-    """
-    strategy = config.strategy
-    if strategy == "auto":
-        strategy = "single" if processes.size == 1 else "fsdp"
-    if strategy == "single" and processes.size > 1:
-        raise InvalidArgumentError(
-            f'strategy is "single", and {processes.size} processes were started. Start one, or give "ddp" or "fsdp".'
-        )
-    is_zero = strategy.startswith("zero")
-    reduces = strategy == "fsdp" or is_zero or config.precision != "fp32"
-    for name, default in (("reduce_dtype", None), ("reshard_after_forward", True)):
-        if getattr(config, name) != default and not (reduces if name == "reduce_dtype" else strategy == "fsdp"):
-            raise InvalidArgumentError(
-                f'{name} is {getattr(config, name)!r}, which strategy="{strategy}" in {config.precision} has no use for. '
-                'Leave it out, or give strategy="fsdp".'
-            )
-    if config.replicas > 1 and strategy != "fsdp":
-        raise InvalidArgumentError(
-            f'replicas is {config.replicas}, which is for strategy="fsdp", and it is "{strategy}".'
-        )
-    if is_zero:
-        if config.precision == "fp16":
-            raise InvalidArgumentError(
-                'precision is "fp16", which was not tried with DeepSpeed, and which it refuses on a CPU. Give strategy="fsdp", '
-                'or precision="bf16".'
-            )
-        from bigmodel.training.zero import ZeRO
-
-        return ZeRO
-    if strategy != "fsdp" and config.precision == "fp32":
-        return _Plain
-
-    # In bfloat16 the masters are FSDP2's, also where each process holds all of them.
-    def sharded(origin: Origin, config: TrainingConfig, processes: Processes, progress: Report | None) -> Engine:
-        replicas = config.replicas if strategy == "fsdp" else processes.size
-        return _Sharded(origin, config, processes, progress, replicas=replicas)
-
-    return sharded

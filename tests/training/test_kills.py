@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from bigmodel.training.checkpoint import complete_ones
+from bigmodel.training.folders import complete_ones
 from training.loops import save_llama, train
 
 TESTS = Path(__file__).resolve().parent.parent

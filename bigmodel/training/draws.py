@@ -1,0 +1,62 @@
+"""Random generators: seeds from several numbers, states that are kept, saved and put back."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from bigmodel.training.processes import Processes
+
+__all__ = ["draws_kept", "mixed", "random_states", "restore_random", "seed_draws"]
+
+
+def mixed(*numbers: int) -> int:
+    """One seed of 63 bits from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_draws(*numbers: int) -> None:
+    """Generators of the host begin where these numbers say."""
+    seed = mixed(*numbers)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)  # the CPU alone
+
+
+@contextlib.contextmanager
+def draws_kept() -> Iterator[None]:
+    """Random generators of the host go on afterwards where they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def random_states(processes: Processes) -> dict[str, Any]:
+    """Of this process's generators: Python's, numpy's, torch's and the device's."""
+    numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
+    key = torch.from_numpy(numpy["state"]["key"].astype(np.int64))  # what weights_only lets through
+    numpy["state"] = {"key": key, "pos": int(numpy["state"]["pos"])}
+    states = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
+    if processes.device.type != "cpu":
+        states["device"] = torch.get_device_module(processes.device).get_rng_state()
+    return states
+
+
+def restore_random(states: Mapping[str, Any], processes: Processes) -> None:
+    """Put generators where `random_states` found them."""
+    random.setstate(states["python"])
+    numpy = states["numpy"]
+    key = numpy["state"]["key"].numpy().astype(np.uint32)
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})
+    torch.set_rng_state(states["torch"])
+    if processes.device.type != "cpu" and "device" in states:
+        torch.get_device_module(processes.device).set_rng_state(states["device"])
