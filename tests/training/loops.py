@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Iterator
@@ -437,7 +438,7 @@ def said() -> dict[str, Any]:
     return found
 
 
-def in_other_words(path: str, steps: int, **options: Any) -> dict[str, Any]:
+def in_other_words(path: str, steps: int, *, accumulates: bool = True, **options: Any) -> dict[str, Any]:
     """`train` as a loop for Accelerate says it."""
     run = TrainingRun(TrainingConfig(global_batch_size=8, **options))
     model, optimizer, loader, scheduler = run.prepare(
@@ -449,7 +450,7 @@ def in_other_words(path: str, steps: int, **options: Any) -> dict[str, Any]:
     )
     losses, lrs = [], []
     for batch in loader:
-        with run.accumulate(model):
+        with run.accumulate(model) if accumulates else contextlib.nullcontext():
             lr = scheduler.get_last_lr()[0]
             run.backward(model(**batch).loss)
             if run.sync_gradients:
