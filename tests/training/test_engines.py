@@ -12,6 +12,7 @@ from bigmodel.training import TrainingConfig, TrainingRun
 from bigmodel.training.gradients import LossScale
 from training.loops import Sentences, save_llama, train
 
+TORCHS = ({"strategy": "ddp"}, {"strategy": "fsdp"}, {"strategy": "fsdp", "replicas": 2})
 ZERO = ("zero1", "zero2", "zero3")
 
 
@@ -35,8 +36,9 @@ def largest_difference(found, expected):
 @pytest.mark.parametrize(
     ("options", "micro_batch_size"),
     [
-        *itertools.product([{"strategy": "ddp"}, {"strategy": "fsdp"}, {"strategy": "fsdp", "replicas": 2}], [4, 1]),
+        *itertools.product(TORCHS, [1]),
         *(({"strategy": each}, 2) for each in ZERO),
+        *(pytest.param(each, 4, marks=pytest.mark.slow) for each in TORCHS),
         *(pytest.param({"strategy": each}, size, marks=pytest.mark.slow) for each in ZERO for size in (4, 1)),
     ],
 )
