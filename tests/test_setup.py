@@ -22,7 +22,7 @@ ORDER = (
     {"errors"},
     {"units"},
     {"checks"},
-    {"allowance", "footprint", "progress"},
+    {"allowance", "draws", "footprint", "progress"},
     {"checkpoint"},
     {"device_map", "offload"},
     {"hooks"},

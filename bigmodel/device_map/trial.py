@@ -8,7 +8,6 @@ import functools
 import gc
 import inspect
 import math
-import random
 import sys
 import threading
 import types
@@ -16,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -24,6 +22,7 @@ from bigmodel.device_map.counter import KEPT_HOLES, Counter, NotTriedError, hole
 from bigmodel.device_map.rates import Work
 from bigmodel.device_map.tally import LARGE_BYTES, Experts, Tally
 from bigmodel.device_map.twin import SMALL_BUFFER_BYTES, twin_of
+from bigmodel.draws import draws_kept
 
 __all__ = ["Call", "NotTriedError", "PassWork", "Trial", "Tried", "like"]
 
@@ -255,13 +254,10 @@ def _empty(tensor: torch.Tensor) -> torch.Tensor:
 def _no_traces(module: nn.Module) -> Iterator[None]:
     """Puts back what a forward may leave outside its module: random generators, and results kept by cached functions."""
     cached = {function: function.cache_info().misses for function in _cached_functions(module)}
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        yield
+        with draws_kept():
+            yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
         for function, misses in cached.items():
             if function.cache_info().misses != misses:
                 function.cache_clear()

@@ -1,10 +1,9 @@
-"""Random generators: seeds from several numbers, states that are kept, saved and put back."""
+"""Random generators: seeds from several numbers, states that are saved and put back."""
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 from bigmodel.training.processes import Processes
 
-__all__ = ["draws_kept", "mixed", "random_states", "restore_random", "seed_draws"]
+__all__ = ["mixed", "random_states", "restore_random", "seed_draws"]
 
 
 def mixed(*numbers: int) -> int:
@@ -26,18 +25,6 @@ def seed_draws(*numbers: int) -> None:
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.default_generator.manual_seed(seed)  # the CPU alone
-
-
-@contextlib.contextmanager
-def draws_kept() -> Iterator[None]:
-    """Random generators of the host go on afterwards where they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 def random_states(processes: Processes) -> dict[str, Any]:

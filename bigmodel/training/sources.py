@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from bigmodel.draws import draws_kept
 from bigmodel.errors import InvalidArgumentError, TrainingError
-from bigmodel.training.draws import draws_kept, mixed, seed_draws
+from bigmodel.training.draws import mixed, seed_draws
 from bigmodel.training.losses import IGNORED
 from bigmodel.training.place import Cursor, Division
 

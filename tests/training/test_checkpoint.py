@@ -9,17 +9,10 @@ import torch
 
 from bigmodel.errors import InvalidArgumentError, MissingFilesError, TrainingError
 from bigmodel.training import TrainingConfig, TrainingRun
-from training.loops import Sentences, masters, resumed, save_llama, train
+from training.loops import Sentences, masters, resumed, train
 from training.test_engines import largest_difference
 
 SLOW = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("llama")
-    save_llama(path)
-    return path
 
 
 OPTIONS = {"precision": "fp32", "micro_batch_size": 2, "groups": True}

@@ -10,17 +10,10 @@ import torch
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.training import TrainingConfig, TrainingRun
 from bigmodel.training.gradients import LossScale
-from training.loops import Sentences, save_llama, train
+from training.loops import Sentences, train
 
 TORCHS = ({"strategy": "ddp"}, {"strategy": "fsdp"}, {"strategy": "fsdp", "replicas": 2})
 ZERO = ("zero1", "zero2", "zero3")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("llama")
-    save_llama(path)
-    return path
 
 
 @pytest.fixture(scope="module")

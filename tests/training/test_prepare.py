@@ -12,16 +12,9 @@ from torch.utils.data import DataLoader
 import bigmodel
 from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.training import TrainingConfig, TrainingRun
-from training.loops import Numbers, Sentences, save_llama
+from training.loops import Numbers, Sentences
 
 FP32 = {"precision": "fp32"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("llama")
-    save_llama(path)
-    return path
 
 
 def run_of(**options):

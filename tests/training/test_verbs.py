@@ -10,15 +10,8 @@ import torch
 
 from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.training import TrainingConfig, TrainingRun
-from training.loops import Sentences, masters, save_llama, train
+from training.loops import Sentences, masters, train
 from training.test_engines import largest_difference
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("llama")
-    save_llama(path)
-    return path
 
 
 def test_values_of_two_processes(two):

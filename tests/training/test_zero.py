@@ -18,13 +18,6 @@ SOME = [pytest.param(each, marks=() if each == "zero3" else pytest.mark.slow) fo
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("llama")
-    save_llama(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A checkpoint in float32, of values that bfloat16 rounds."""
     path = tmp_path_factory.mktemp("wide")
