@@ -206,17 +206,36 @@ def test_a_plan_for_another_machine_is_followed_there(tiny_llama: Path, tmp_path
 
 @pytest.mark.slow
 def test_calibrate_measures_once_and_plans_use_it(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    weights = checkpoint / "weights.bin"
+    weights.write_bytes(os.urandom(80 << 20))
     before = invoke("plan", tiny_llama)
     assert "nobody measured this machine" in before.stdout
-    done = invoke("calibrate", tmp_path)
+    done = invoke("calibrate", checkpoint)
     assert done.exit_code == 0, done.stderr
     for name in ("disk:", "host memory:", "host float32:", "host operator:"):
         assert name in done.stdout
+    assert [file.name for file in checkpoint.iterdir()] == ["weights.bin"]
     after = invoke("plan", tiny_llama)
     assert "rates: measured 20" in after.stdout
     assert "nobody measured" not in after.stdout
     assert invoke("calibrate", tmp_path / "none").exit_code == 2
+
+    machine = bigmodel.Machine.probe().reading_from(weights)
+    assert machine.rates_from.startswith("measured 20")
+    assert 1e7 < machine.disk_read_bytes_per_s < 1e12
+    assert 1e8 < machine.host_rates.memory_bytes_per_s < 1e13
+    assert 1e-8 < machine.host_rates.op_s < 1e-2
+    curve = machine.host_rates.products["float32"]
+    assert curve[-1][1] > curve[0][1]  # one row reads the weight from memory; many rows compute
+    torch_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(torch_threads + 1)
+        assert bigmodel.Machine.probe().rates_from != machine.rates_from  # measured with other threads
+    finally:
+        torch.set_num_threads(torch_threads)
 
 
 # --------------------------------------------------------------------------------------------------------- how it ends

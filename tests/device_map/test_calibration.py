@@ -14,7 +14,6 @@ from simulated import COMPILER, simulated
 import bigmodel.device_map.machine as module_of_machines
 from bigmodel.device_map import calibration, measuring
 from bigmodel.device_map.machine import DEFAULT_RATES, Machine
-from bigmodel.device_map.processors import _PASSES
 from bigmodel.device_map.rates import Rates
 from bigmodel.errors import InvalidArgumentError
 
@@ -39,35 +38,6 @@ def _rates(machine):
     names = ("host_rates", "disk_read_bytes_per_s", "disks", "h2d_bytes_per_s_all", "d2d_bytes_per_s", "rates_from")
     links = [(each.device, each.rates, each.h2d_bytes_per_s) for each in machine.accelerators]
     return {name: getattr(machine, name) for name in names} | {"accelerators": links}
-
-
-@pytest.mark.slow
-def test_this_machine_is_measured_once_and_found_again(own_cache, tmp_path):
-    checkpoint = tmp_path / "checkpoint"
-    checkpoint.mkdir()
-    (checkpoint / "weights.bin").write_bytes(os.urandom(80 << 20))
-    phases = []
-    machine = Machine.calibrate(checkpoint, progress=lambda phase, done, total: phases.append(phase))
-    assert machine.rates_from.startswith("measured 20")
-    assert {phase.split()[0] for phase in phases} == {"measuring"}
-    assert [file.name for file in checkpoint.iterdir()] == ["weights.bin"]
-    assert 1e7 < machine.disk_read_bytes_per_s < 1e12
-    assert 1e8 < machine.host_rates.memory_bytes_per_s < 1e13
-    assert 1e-8 < machine.host_rates.op_s < 1e-2
-    curve = machine.host_rates.products["float32"]
-    assert len(curve) == len(_PASSES)
-    # One row reads the weight from memory; many rows compute.
-    assert curve[-1][1] > curve[0][1]
-    again = Machine.probe()
-    assert (again.host_rates, again.disks) == (machine.host_rates, machine.disks)
-    assert again.reading_from(checkpoint / "weights.bin").disk_read_bytes_per_s == machine.disk_read_bytes_per_s
-    assert Machine.load(_written(tmp_path, machine)) == machine
-    torch_threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(torch_threads + 1)
-        assert Machine.probe().rates_from == DEFAULT_RATES  # measured with other threads
-    finally:
-        torch.set_num_threads(torch_threads)
 
 
 def _written(folder, machine):

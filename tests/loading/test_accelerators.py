@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from families import FAMILIES, each_family, inputs_for, make_checkpoint, resident
+from families import FAMILIES, QUICK, inputs_for, make_checkpoint, resident
 from safetensors.torch import load_file, save_file
 from simulated import COMPILER, counts, simulated
 
@@ -33,6 +33,17 @@ pytestmark = pytest.mark.filterwarnings(
 )
 SIMULATED = [pytest.param(2, marks=needs_compiler)]
 SIMULATED += [pytest.param(number, marks=[needs_compiler, pytest.mark.slow]) for number in (1, 4)]
+
+
+def on_devices(families=FAMILIES, quick=QUICK):
+    """Parameters of a test over families and devices: each family on two simulated ones, a few on one and four as well."""
+    return [
+        pytest.param(family, number, marks=[*each.marks, *([] if family in quick else [pytest.mark.slow])])
+        for family in families
+        for each in (*SIMULATED, REAL)
+        for number in each.values
+        if family in quick or number in (2, "real")
+    ]
 
 
 @pytest.fixture(params=[*SIMULATED, REAL])
@@ -115,7 +126,7 @@ def logits_of(output):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", each_family())
+@pytest.mark.parametrize(("family", "devices"), on_devices(), indirect=["devices"])
 @torch.no_grad()
 def test_every_way_of_resting_gives_the_bits_of_the_whole_model(family, kind, devices, tmp_path):
     folder = make_checkpoint(family, tmp_path)
@@ -728,7 +739,9 @@ def with_steps_on_the_cpu(folder, devices):
 
 
 @pytest.mark.parametrize(
-    "family", each_family([each for each in FAMILIES if each not in ("bert", "vit")], ("llama", "t5"))
+    ("family", "devices"),
+    on_devices([each for each in FAMILIES if each not in ("bert", "vit")], ("llama", "t5")),
+    indirect=["devices"],
 )
 @torch.no_grad()
 def test_a_prompt_may_run_on_an_accelerator_and_the_tokens_after_it_on_the_cpu(family, devices, tmp_path):
