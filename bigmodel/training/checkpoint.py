@@ -20,7 +20,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def begin_save(
     others: Mapping[str, Any],
     processes: Processes,
     *,
+    hooks: Sequence[Callable[[Path], None]] = (),
     copies: bool,
 ) -> Callable[[Processes], None]:
     """Take what a checkpoint holds; every process calls it.
@@ -75,6 +76,7 @@ def begin_save(
         manifest: what JSON can hold.
         others: what ``torch.load(weights_only=True)`` can.
         processes: all of them.
+        hooks: called in each process with the folder before it is put in its place.
         copies: whether tensors are copied, so that training may go on before they are written.
 
     Returns:
@@ -113,6 +115,8 @@ def begin_save(
         error: BaseException | None = None
         try:
             torch.save(draws, staging / f"random-{processes.rank}.pt")
+            for hook in hooks:
+                hook(staging)
         except Exception as caught:
             error = caught
         processes.all_right(error)
@@ -127,7 +131,7 @@ def begin_save(
                 }
                 text = json.dumps({**written, **manifest, "shapes": shapes}, indent=1)
                 (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
-                for path in (*staging.iterdir(), staging):
+                for path in (*staging.rglob("*"), staging):
                     sync(path)
                 put(staging, folder)
             except Exception as caught:

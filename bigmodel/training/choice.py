@@ -7,10 +7,11 @@ from collections.abc import Callable
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.progress import Report
 from bigmodel.training.config import TrainingConfig
+from bigmodel.training.float8 import refuse_float8
 from bigmodel.training.processes import Processes
 from bigmodel.training.strategy import Engine, Plain, Sharded
 from bigmodel.training.weights import Origin
-from bigmodel.training.zero import ZeRO
+from bigmodel.training.zero import ZeRO, refuse_float16
 
 __all__ = ["engine_of"]
 
@@ -31,23 +32,30 @@ def engine_of(config: TrainingConfig, processes: Processes) -> Make:
             f'strategy is "single", and {processes.size} processes were started. Start one, or give "ddp" or "fsdp".'
         )
     is_zero = strategy.startswith("zero")
-    reduces = strategy == "fsdp" or is_zero or config.precision != "fp32"
-    for name, default in (("reduce_dtype", None), ("reshard_after_forward", True)):
-        if getattr(config, name) != default and not (reduces if name == "reduce_dtype" else strategy == "fsdp"):
+    of_use = {
+        "reduce_dtype": strategy == "fsdp" or is_zero or config.precision != "fp32",
+        "reshard_after_forward": strategy == "fsdp",
+        "find_unused_parameters": strategy == "ddp" and config.precision == "fp32",
+    }
+    for name, default in (("reduce_dtype", None), ("reshard_after_forward", True), ("find_unused_parameters", False)):
+        if getattr(config, name) != default and not of_use[name]:
             raise InvalidArgumentError(
                 f'{name} is {getattr(config, name)!r}, which strategy="{strategy}" in {config.precision} has no use for. '
-                'Leave it out, or give strategy="fsdp".'
+                "Leave it out."
             )
     if config.replicas > 1 and strategy != "fsdp":
         raise InvalidArgumentError(
             f'replicas is {config.replicas}, which is for strategy="fsdp", and it is "{strategy}".'
         )
+    if config.precision == "fp8":
+        if strategy != "fsdp":
+            raise InvalidArgumentError(
+                f'precision is "fp8", which is for strategy="fsdp", and it is "{strategy}". Give that, or precision="bf16".'
+            )
+        refuse_float8(processes.device)
     if is_zero:
         if config.precision == "fp16":
-            raise InvalidArgumentError(
-                'precision is "fp16", which was not tried with DeepSpeed, and which it refuses on a CPU. Give strategy="fsdp", '
-                'or precision="bf16".'
-            )
+            refuse_float16(processes)
         return ZeRO
     if strategy != "fsdp" and config.precision == "fp32":
         return Plain

@@ -80,11 +80,7 @@ class Collectives:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """What each process gave, by rank; anything that can be pickled."""
-        if self.processes.size == 1:
-            return [value]
-        found: list[Any] = [None] * self.processes.size
-        dist.all_gather_object(found, value, group=self.processes.host_group)
-        return found
+        return self.processes.gathered(value)
 
     def reduce(self, values: Any, reduction: str = "sum") -> Any:
         """Sums or means over processes, elementwise; halves are summed in float32.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ import torch
 from bigmodel.errors import InvalidArgumentError, shown
 from bigmodel.training.foreign import fields_of, owned_by_deepspeed, read_file, refused_by_us
 
-__all__ = ["PRECISIONS", "STRATEGIES", "TrainingConfig"]
+__all__ = ["DTYPES", "PRECISIONS", "STRATEGIES", "TrainingConfig"]
 
 STRATEGIES = ("auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""The dtype that products are computed in; masters of what is trained are float32 in each."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {**DTYPES, "fp8": torch.bfloat16}
+"""The dtype that passes compute in, of which "fp8" rounds the products' factors further; masters of what is trained are
+float32 in each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,8 @@ class TrainingConfig:
             DeepSpeed's "zero1" (each holds a part of the optimizer's state), "zero2" (of the gradients too) and "zero3" (of the
             parameters too); "auto" is "single" for one process and "fsdp" for more.
         precision: "bf16" (bfloat16 copies compute; masters, gradients and their reduction are float32), "fp16" (the same with
-            float16 and a loss that is scaled) or "fp32".
+            float16 and a loss that is scaled), "fp8" ("bf16" with the products of linear layers in float8; of "fsdp", by
+            torchao, where the device multiplies float8) or "fp32".
         loss_scale: of "fp16": a number, or "dynamic": 65536 at first, halved after each step that it made overflow, and doubled
             after 2000 steps that it did not.
         global_batch_size: samples of one optimizer step, over all processes and micro-batches; None: one micro-batch of each
@@ -39,13 +42,16 @@ class TrainingConfig:
         grad_clip: the largest norm of all gradients together; None for no limit.
         seed: of the order of samples, of what they draw at random, and of weights that no checkpoint has.
         drop_last: whether samples that do not fill a last global batch are left out; otherwise it is stepped as it is.
+        skip_samples: whether a place in iterable data without a state of its own is come to by reading and skipping what was
+            seen; otherwise `load` raises.
         reshard_after_forward: of "fsdp": whether gathered weights are freed between forward and backward (as in ZeRO-3), or
             kept (as in ZeRO-2).
         replicas: of "fsdp": groups of processes that hold the same parts; 1 divides each unit over all processes.
         reduce_dtype: in which gradients are summed over processes: "fp32", or "bf16" or "fp16", which sums micro-batches
             in it too; None for "fp32".
         engine_options: of "zero1" to "zero3": settings of a DeepSpeed JSON that no other field says; of "fsdp": `prefetch`, how
-            many units are gathered ahead.
+            many units are gathered ahead, and `units`, which modules are gathered each by itself: names of classes, or a function
+            of a module's name and itself; otherwise the cost model's units.
         find_unused_parameters: of "ddp" in float32: whether passes may leave trained parameters out; costs a look at each graph.
     """
 
@@ -57,6 +63,7 @@ class TrainingConfig:
     grad_clip: float | None = None
     seed: int = 0
     drop_last: bool = False
+    skip_samples: bool = True
     reshard_after_forward: bool = True
     replicas: int = 1
     reduce_dtype: str | None = None
@@ -93,7 +100,7 @@ class TrainingConfig:
         _one_of("strategy", self.strategy, STRATEGIES)
         _one_of("precision", self.precision, tuple(PRECISIONS))
         if self.reduce_dtype is not None:
-            _one_of("reduce_dtype", self.reduce_dtype, tuple(PRECISIONS))
+            _one_of("reduce_dtype", self.reduce_dtype, tuple(DTYPES))
         scale = self.loss_scale
         is_scale = isinstance(scale, (int, float)) and not isinstance(scale, bool) and 0 < scale < math.inf
         if scale != "dynamic" and not is_scale:
@@ -113,7 +120,7 @@ class TrainingConfig:
         if clip is not None and not (is_number and clip > 0 and not math.isnan(clip)):
             raise InvalidArgumentError(f"grad_clip is {shown(clip)}. Give a positive number, or None.")
         self._refuse_options()
-        for name in ("drop_last", "reshard_after_forward", "find_unused_parameters"):
+        for name in ("drop_last", "skip_samples", "reshard_after_forward", "find_unused_parameters"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgumentError(f"{name} is {shown(getattr(self, name))}. Give True or False.")
 
@@ -134,11 +141,21 @@ class TrainingConfig:
                     "other fields say. Leave it out."
                 )
         elif self.strategy == "fsdp":
-            strange = sorted(options.keys() - {"prefetch"})
+            strange = sorted(options.keys() - {"prefetch", "units"})
             if strange:
-                raise InvalidArgumentError(f'engine_options has {", ".join(strange)}. Those of "fsdp" are: prefetch.')
+                raise InvalidArgumentError(
+                    f'engine_options has {", ".join(strange)}. Those of "fsdp" are: prefetch, units.'
+                )
             if "prefetch" in options:
                 _whole("prefetch", options["prefetch"], 0)
+            units = options.get("units", ())
+            is_named = (
+                isinstance(units, Sequence) and not isinstance(units, str) and all(isinstance(u, str) for u in units)
+            )
+            if not callable(units) and not is_named:
+                raise InvalidArgumentError(
+                    f"units is {shown(units)}. Give names of classes, or a function of a module's name and itself."
+                )
         elif options:
             raise InvalidArgumentError(
                 f'engine_options has {", ".join(sorted(options))}, and strategy="{self.strategy}" has none. Leave them out.'

@@ -12,28 +12,56 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 
 from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.training.place import Cursor, Division
-from bigmodel.training.sources import Iterated, Listed, Source, refuse_without_rows
+from bigmodel.training.processes import Processes
+from bigmodel.training.sources import Divided, Iterated, Listed, Source, refuse_without_rows
 
-__all__ = ["GlobalLoader", "data_of"]
+__all__ = ["GlobalLoader", "Shard", "data_of"]
 
 logger = logging.getLogger("bigmodel.training")
 
 _GIVEN = itertools.count()
 
+Shard = str | Callable[[Any, int, int], Any]
+"""What makes a process's part of iterable data: of dataset, rank and number of processes; "node" is Hugging Face datasets'."""
 
-def data_of(data: Any, collate_fn: Callable[[list[Any]], Any] | None, num_workers: int) -> Source:
+
+def data_of(
+    data: Any,
+    collate_fn: Callable[[list[Any]], Any] | None,
+    num_workers: int,
+    *,
+    processes: Processes,
+    shard: Shard | None = None,
+    skips: bool = True,
+) -> Source:
     """A dataset, or what a DataLoader of the user's holds.
+
+    Args:
+        shard: what makes a process's part of iterable data; None where each goes through all of it.
+        skips: whether a place in iterable data may be come to by skipping.
 
     Raises:
         InvalidArgumentError: it cannot be gone through twice, or its DataLoader picks samples by a rule of its own.
     """
+    dataset, batch_size = data, None
+    if isinstance(data, DataLoader):
+        dataset, batch_size, collate_fn, num_workers = data.dataset, data.batch_size, data.collate_fn, data.num_workers
+    if not _is_listed(dataset):
+        _refuse_workers(dataset, num_workers)
+        iterated = Iterated(
+            dataset=dataset,
+            collate_fn=collate_fn or default_collate,
+            shuffles=False,
+            batch_size=batch_size,
+            skips=skips,
+        )
+        return iterated if shard is None else _divided(iterated, shard, processes)
+    if shard is not None:
+        raise InvalidArgumentError(
+            "shard was given, and the data is map-style: each process asks for the samples of its places alone. Leave it out."
+        )
     if not isinstance(data, DataLoader):
-        if _is_listed(data):
-            return Listed(dataset=data, collate_fn=collate_fn or default_collate, num_workers=num_workers)
-        return _iterated(data, collate_fn or default_collate, num_workers)
-    if not _is_listed(data.dataset):
-        source = _iterated(data.dataset, data.collate_fn, data.num_workers)
-        return replace(source, batch_size=data.batch_size)
+        return Listed(dataset=dataset, collate_fn=collate_fn or default_collate, num_workers=num_workers)
     sampler = data.sampler
     if data.batch_size is None or not isinstance(sampler, (RandomSampler, SequentialSampler)):
         picks = data.batch_sampler if data.batch_size is None else sampler
@@ -54,6 +82,8 @@ def data_of(data: Any, collate_fn: Callable[[list[Any]], Any] | None, num_worker
     shuffles = isinstance(sampler, RandomSampler)
     if shuffles:
         logger.info("the DataLoader's random sampler is replaced: the order follows from the seed and the epoch")
+    if data.persistent_workers:
+        logger.info("persistent_workers is left out: the DataLoader's workers are started anew for each epoch")
     options = {"pin_memory": data.pin_memory, "timeout": data.timeout, "worker_init_fn": data.worker_init_fn}
     if data.num_workers:
         options |= {"prefetch_factor": data.prefetch_factor, "multiprocessing_context": data.multiprocessing_context}
@@ -80,7 +110,8 @@ def _is_listed(dataset: Any) -> bool:
     return True
 
 
-def _iterated(dataset: Any, collate_fn: Callable[[list[Any]], Any], num_workers: int) -> Iterated:
+def _refuse_workers(dataset: Any, num_workers: int) -> None:
+    """InvalidArgumentError for iterable data that cannot be gone through again, or in other processes."""
     if not hasattr(dataset, "__iter__") or hasattr(dataset, "__next__"):
         raise InvalidArgumentError(
             f"The data is a {type(dataset).__name__}, which cannot be gone through more than once. Give a map-style dataset, or "
@@ -91,7 +122,29 @@ def _iterated(dataset: Any, collate_fn: Callable[[list[Any]], Any], num_workers:
             f"num_workers is {num_workers}, and the data is iterable: it is gone through in the process itself, so that its "
             "order is known. Give num_workers=0, or a map-style dataset."
         )
-    return Iterated(dataset=dataset, collate_fn=collate_fn, shuffles=False)
+
+
+def _divided(whole: Iterated, shard: Shard, processes: Processes) -> Divided:
+    """This process's part of iterable data."""
+    if shard == "node":
+        try:
+            from datasets.distributed import split_dataset_by_node
+
+            part = split_dataset_by_node(whole.dataset, rank=processes.rank, world_size=processes.size)
+        except (ImportError, AttributeError) as error:
+            raise InvalidArgumentError(
+                f'shard is "node", which divides an IterableDataset of Hugging Face\'s datasets, and the data is a '
+                f"{type(whole.dataset).__name__}. Give a function of dataset, rank and number of processes."
+            ) from error
+    elif callable(shard):
+        part = shard(whole.dataset, processes.rank, processes.size)
+    else:
+        raise InvalidArgumentError(
+            f'shard is {shard!r}. Give "node", a function of dataset, rank and number of processes, or None.'
+        )
+    _refuse_workers(part, 0)
+    fields = {each: getattr(whole, each) for each in ("collate_fn", "shuffles", "batch_size", "skips")}
+    return Divided(dataset=part, processes=processes, **fields)
 
 
 class GlobalLoader:
@@ -109,8 +162,7 @@ class GlobalLoader:
         is_last: whether the micro-batch that was given last is the last of its global batch.
         is_touched: whether there are gradients of a global batch that was not stepped; set by who makes them.
         number: of the micro-batch that was given last, in its global batch.
-        num_rows: its samples in each process.
-        num_counted: its samples in all processes, without what fills empty places.
+        counted: of its samples in each process, how many count and do not only fill places.
         given_at: grows with each micro-batch that any loader gives; -1 before the first.
     """
 
@@ -129,7 +181,7 @@ class GlobalLoader:
         )
         self.is_last = True
         self.is_touched = False
-        self.number = self.num_rows = self.num_counted = 0
+        self.number, self.counted = 0, [0] * division.num_processes
         self.given_at = -1
         self._source, self._division = source, division
         self._drop_last, self._begin = drop_last, begin
@@ -154,7 +206,7 @@ class GlobalLoader:
         """Begin this epoch anew with the next pass."""
         self.cursor = replace(self.cursor, epoch=epoch, num_consumed=0)
 
-    def refuse_other(self, cursor: Cursor) -> None:
+    def refuse_other(self, cursor: Cursor, state: dict[str, Any] | None) -> None:
         """TrainingError for a place in other data, or inside a global batch."""
         if cursor.num_samples != self.cursor.num_samples:
             raise TrainingError(
@@ -166,6 +218,7 @@ class GlobalLoader:
             then, now = orders[cursor.shuffles], orders[self.cursor.shuffles]
             raise TrainingError(f"The checkpoint's data came in {then}, and this comes in {now}. Give the same.")
         self.refuse_inside("load a checkpoint")
+        self._source.refuse(cursor, state)
         prints = {self.cursor.fingerprint, cursor.fingerprint} - {None}
         if len(prints) > 1:
             logger.warning("the dataset calls its contents by another name than the checkpoint's: are they the same?")
@@ -201,18 +254,15 @@ class GlobalLoader:
         if first is None and self.cursor.num_consumed:
             self._next_epoch()
             first = next(batches := self._source.global_batches(self.cursor, division, self._drop_last), None)
-        for num_samples, read in itertools.chain([] if first is None else [first], batches):
-            if num_samples % division.num_processes:  # in all processes, also where no place is empty
-                for each in read:
+        for batch in itertools.chain([] if first is None else [first], batches):
+            if any(len(set(each)) > 1 for each in batch.counted):  # in all processes, also where no place is empty
+                for each in batch.micro_batches:
                     refuse_without_rows(each)
-            passes = division.passes(range(num_samples))
-            together = self._begin(read)
+            together = self._begin(batch.micro_batches)
             for number, each in enumerate(together):
                 self._refuse_stale(own)
-                self.number, self.is_last, self._given = number, number == len(together) - 1, num_samples
-                self.num_rows = len(passes[number])
-                before = number * division.micro_batch_size * division.num_processes
-                self.num_counted = min(num_samples - before, self.num_rows * division.num_processes)
+                self.number, self.is_last, self._given = number, number == len(together) - 1, batch.num_samples
+                self.counted = batch.counted[number]
                 self.given_at = next(_GIVEN)
                 yield each
             self._refuse_stale(own)

@@ -47,7 +47,7 @@ _LAUNCHING = """
 """
 # Of its FSDP section, what FSDP2 or our loading does anyway: weights are read by each process, units are the cost model's.
 _ANYWAY = """
-    fsdp_version fsdp_auto_wrap_policy fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params fsdp_cpu_ram_efficient_loading
+    fsdp_version fsdp_auto_wrap_policy fsdp_min_num_params fsdp_cpu_ram_efficient_loading
     fsdp_sync_module_states fsdp_use_orig_params fsdp_state_dict_type fsdp_backward_prefetch fsdp_forward_prefetch
 """
 _SHARDING = {"FULL_SHARD": True, "SHARD_GRAD_OP": False, "1": True, "2": False}
@@ -108,7 +108,7 @@ def fields_of(
                 f"global_batch_size= micro-batch x {times} x {num_processes} processes."
             )
         fields["global_batch_size"] = micro * times * num_processes
-    if fields.get("engine_options"):
+    if fields.get("engine_options") and fields["strategy"] != "fsdp":
         logger.info("passed through to DeepSpeed: %s", ", ".join(_paths(fields["engine_options"])))
     return fields
 
@@ -149,6 +149,7 @@ def _of_deepspeed(settings: Mapping[str, Any], num_processes: int) -> dict[str, 
     is_open = any(_section(settings, key).get("enabled") == _AUTO for key in ("fp16", "bf16"))
     if enabled or not is_open:
         fields["precision"] = enabled[0] if enabled else "fp32"
+    _refuse_precision(settings)
     scale = _stated(_section(settings, "fp16"), "loss_scale", 0)
     if enabled == ["fp16"] and scale:
         fields["loss_scale"] = scale
@@ -183,6 +184,26 @@ def _of_deepspeed(settings: Mapping[str, Any], num_processes: int) -> dict[str, 
     elif rest:
         logger.info("left out, because ZeRO's stage is 0: %s", ", ".join(_paths(rest)))
     return fields
+
+
+def _refuse_precision(settings: Mapping[str, Any]) -> None:
+    """InvalidArgumentError for masters or optimizer states that are not float32; what else stands there is told."""
+    half = _section(settings, "bf16")
+    narrow = [key for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states") if _stated(half, key, False)]
+    narrow += ["fp16_master_weights_and_grads"] if _stated(settings, "fp16_master_weights_and_grads", False) else []
+    narrow += [
+        f"fp16.{key}"
+        for key in ("fp16_master_weights_and_grads", "auto_cast")
+        if _stated(_section(settings, "fp16"), key, False)
+    ]
+    if narrow:
+        raise InvalidArgumentError(
+            f"{', '.join(narrow)}: masters and optimizer states are float32 here, and inputs are the caller's. Set it to false."
+        )
+    left = [f"bf16.{key}" for key in half if key != "enabled"]
+    left += [f"fp16.{key}" for key in _section(settings, "fp16") if key not in ("enabled", "loss_scale")]
+    if left:
+        logger.info("left out, because TrainingConfig's precision and loss_scale say what is done: %s", ", ".join(left))
 
 
 def _batch_sizes(settings: Mapping[str, Any], num_processes: int) -> dict[str, Any]:
@@ -229,7 +250,7 @@ def _of_accelerate(settings: Mapping[str, Any], num_processes: int, folder: Path
     precision = str(settings.get("mixed_precision") or "no")
     fields: dict[str, Any] = {
         "accumulation": times,
-        "precision": _meaning({**_DTYPES, "no": "fp32"}, "mixed_precision", precision),
+        "precision": _meaning({**_DTYPES, "no": "fp32", "fp8": "fp8"}, "mixed_precision", precision),
     }
     if kind == "DEEPSPEED":
         file = deepspeed.pop("deepspeed_config_file", None)
@@ -274,6 +295,10 @@ def _of_accelerate(settings: Mapping[str, Any], num_processes: int, folder: Path
             if value is not None:
                 reshards = value if isinstance(value, bool) else _meaning(_SHARDING, key, str(value).upper())
                 fields["reshard_after_forward"] = reshards
+        classes = fsdp.pop("fsdp_transformer_layer_cls_to_wrap", None)
+        if classes:
+            units = [each.strip() for each in classes.split(",")] if isinstance(classes, str) else list(classes)
+            fields["engine_options"] = {"units": units}
         left = sorted(key for key, value in fsdp.items() if key not in _ANYWAY.split() and value not in (None, False))
         if left:
             raise InvalidArgumentError(f"fsdp_config: {join_some(left)}: not known here. Take them out.")

@@ -60,3 +60,9 @@ class Division:
         ]
         size = self.micro_batch_size
         return [places[begin : begin + size] for begin in range(0, num_places, size)]
+
+    def counted(self, num_samples: int) -> list[list[int]]:
+        """For each micro-batch of a global batch, how many of its samples count in each process."""
+        held = [len(range(rank, num_samples, self.num_processes)) for rank in range(self.num_processes)]
+        size = self.micro_batch_size
+        return [[max(0, min(size, each - begin)) for each in held] for begin in range(0, max(held), size)]

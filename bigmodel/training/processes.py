@@ -109,6 +109,14 @@ class Processes:
         dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What each process gave, by rank; anything that can be pickled."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.host_group)
+        return found
+
     def wait(self) -> None:
         """For all of them to come here."""
         if self.size > 1:

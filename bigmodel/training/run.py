@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,23 +16,23 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.progress import progress_bar
-from bigmodel.training.background import Saving
-from bigmodel.training.checkpoint import begin_save, load_state
 from bigmodel.training.choice import engine_of
-from bigmodel.training.collectives import Collectives, mapped
+from bigmodel.training.collectives import Collectives
 from bigmodel.training.config import TrainingConfig
-from bigmodel.training.data import GlobalLoader, data_of
+from bigmodel.training.data import GlobalLoader, Shard, data_of
 from bigmodel.training.draws import mixed
+from bigmodel.training.evaluation import Evaluation, generated, mean_loss, rows_of_all
 from bigmodel.training.export import export_model
-from bigmodel.training.folders import complete_ones, prune
 from bigmodel.training.given import kind_of, optimizer_of, scheduler_of
 from bigmodel.training.losses import CountItems
 from bigmodel.training.place import Cursor, Division
 from bigmodel.training.prepared import PreparedOptimizer, PreparedScheduler
 from bigmodel.training.processes import Processes
+from bigmodel.training.saves import Hook, Saves
 from bigmodel.training.strategy import Engine
 from bigmodel.training.weighing import Weighing, loss_of, moved
 from bigmodel.training.weights import Origin
@@ -64,19 +63,6 @@ class StepRecord:
     grad_norm: float
     lr: float
     skipped: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Of all samples of an evaluation, the same in all processes.
-
-    Attributes:
-        loss: mean over the predicted labels.
-        num_tokens: predicted labels.
-    """
-
-    loss: float
-    num_tokens: int
 
 
 class TrainingRun(Collectives):
@@ -115,8 +101,7 @@ class TrainingRun(Collectives):
         self._lost: list[torch.Tensor] = []  # of the micro-batches of the global batch
         self._num_steps = 0
         self._origin: Origin | None = None
-        self._registered: list[Any] = []
-        self._run_id = self.processes.same(uuid.uuid4().hex)
+        self._saves = Saves(self.processes)
         self._is_weighed = False  # whether run.loss was called for this micro-batch
         self._is_inside = False
         self._is_stepping = False
@@ -126,8 +111,6 @@ class TrainingRun(Collectives):
         self._was_scheduled = True  # whether the last step stepped the scheduler
         self._wants_to_stop = self._stops = self._heeds_signals = False
         self._stream: Iterator[Any] | None = None
-        self._saving: Saving | None = None
-        self._apart: Processes | None = None  # for threads that save
         self._loaders: list[GlobalLoader] = []
 
     def prepare(
@@ -139,6 +122,7 @@ class TrainingRun(Collectives):
         scheduler: Callable[[Optimizer], LRScheduler] | LRScheduler | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_workers: int = 0,
+        shard: Shard | None = None,
         count_items: CountItems | None = None,
         trust_remote_code: bool = False,
         progress: bool | None = None,
@@ -147,7 +131,8 @@ class TrainingRun(Collectives):
 
         Args:
             objects: a model, an optimizer, a DataLoader or a dataset, and a scheduler that were built already, in any order and
-                as many of them as there are; or the same by keyword.
+                as many of them as there are; or the same by keyword. The first DataLoader is trained on; further ones are for
+                evaluation, as `prepare_eval` makes them.
             model: folder, Hub repo id or module.
             optimizer: of the parameters that are trained, to the optimizer; or one that was built of the model's parameters
                 and has not stepped: it is pointed at those that take their place, its groups kept.
@@ -155,6 +140,10 @@ class TrainingRun(Collectives):
             scheduler: of the optimizer, to its scheduler; or one of the optimizer that is given. Stepped once per optimizer step.
             collate_fn: samples -> batch, where `data` is a dataset.
             num_workers: processes that make samples, where `data` is a dataset.
+            shard: of iterable data: None, where each process goes through all of it and keeps its samples, the same for any
+                number of processes; or what makes its own part, which alone it reads: "node", as Hugging Face datasets divide
+                files or samples over processes, or a function of dataset, rank and number of processes. A checkpoint is then
+                gone on with by as many processes.
             count_items: of a micro-batch, what its loss is a sum over; its labels that are not -100 if None.
             trust_remote_code: whether code of the checkpoint may run.
             progress: bars while weights are read; where stderr is a terminal if None.
@@ -170,7 +159,13 @@ class TrainingRun(Collectives):
             raise InvalidArgumentError("prepare was called before. Make another TrainingRun for another model.")
         named = {"model": model, "optimizer": optimizer, "loader": data, "scheduler": scheduler}
         order = [kind_of(each) for each in objects]
-        for kind, each in zip(order, objects, strict=True):
+        evaluated: dict[str, Any] = {}  # further DataLoaders
+        for place, each in enumerate(objects):
+            kind = order[place]
+            if kind == "loader" and named[kind] is not None and isinstance(each, DataLoader):
+                order[place] = kind = f"evaluated {place}"
+                evaluated[kind] = each
+                continue
             if named[kind] is not None:
                 raise InvalidArgumentError(
                     f"Two of one kind were given: a second {kind} is a {type(each).__name__}. Give one."
@@ -179,7 +174,12 @@ class TrainingRun(Collectives):
         order += [kind for kind in named if named[kind] is not None and kind not in order]
         if named["model"] is None:
             raise InvalidArgumentError("There is no model to train. Give a folder, a Hub repo id or a module.")
-        loaded = None if named["loader"] is None else data_of(named["loader"], collate_fn, num_workers)
+        loaded = None
+        if named["loader"] is not None:
+            skips = self.config.skip_samples
+            loaded = data_of(
+                named["loader"], collate_fn, num_workers, processes=self.processes, shard=shard, skips=skips
+            )
         micro = self._micro_batch_size(None if loaded is None else loaded.batch_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)  # weights that no checkpoint has are the same everywhere
@@ -197,6 +197,7 @@ class TrainingRun(Collectives):
         engine.model.register_forward_pre_hook(self._look, with_kwargs=True)
         engine.model.register_forward_hook(lambda module, args, outputs: self._weighed.saw(outputs))
         made: dict[str, Any] = {"model": engine.model}
+        made |= {kind: self.prepare_eval(each) for kind, each in evaluated.items()}
         self._scheduler = scheduler_of(named["scheduler"], own)
         if own is not None:
             own.register_step_pre_hook(self._refuse_own_step)
@@ -432,26 +433,7 @@ class TrainingRun(Collectives):
         loader = max(self._loaders, key=lambda each: each.given_at, default=None)
         if loader is None or loader.given_at < 0:
             raise TrainingError("No micro-batch was given yet. Call gather_for_metrics inside a pass over the data.")
-        rows, counted, size = loader.num_rows, loader.num_counted, self.processes.size
-
-        def ordered(tensor: torch.Tensor) -> torch.Tensor:
-            if not tensor.ndim or tensor.shape[0] != rows:
-                raise InvalidArgumentError(
-                    f"A tensor of shape {tuple(tensor.shape)} has no row for each of the micro-batch's {rows} samples. Give such "
-                    "ones, or call run.gather."
-                )
-            together: torch.Tensor = self.gather(tensor)
-            # Place after place goes to one process after the other.
-            return together.view(size, rows, *tensor.shape[1:]).transpose(0, 1).flatten(0, 1)[:counted]
-
-        if isinstance(values, (list, tuple)) and not any(isinstance(each, (torch.Tensor, Mapping)) for each in values):
-            if len(values) != rows:
-                raise InvalidArgumentError(
-                    f"There are {len(values)} values for the micro-batch's {rows} samples. Give one for each."
-                )
-            of_all = self.gather_objects(list(values))
-            return [each[place] for place in range(rows) for each in of_all][:counted]
-        return mapped(values, ordered)
+        return rows_of_all(values, loader, self)
 
     def save(self, folder: str | os.PathLike[str], *, keep: int | None = None, wait: bool = True) -> Path:
         """Write all that the run needs to go on: model, optimizer, scheduler, place in the data, random generators.
@@ -470,44 +452,23 @@ class TrainingRun(Collectives):
             TrainingError: not every process called it within five minutes.
         """
         engine, path = self._prepared(), Path(folder)
-        if keep is not None and (not isinstance(keep, int) or keep < 1):
-            raise InvalidArgumentError(f"keep is {keep!r}. Give a whole number from 1 on, or None.")
         if self._loader is not None:
             self._loader.refuse_inside("save a checkpoint")
-        self.wait_for_saving()
+        self._saves.finish()
         engine.rest()
         cursor = None if self._loader is None else self._loader.cursor.to_dict()
-        manifest = {"run": self._run_id, "step": self._num_steps, "cursor": cursor}
         others = {
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
-            "registered": [each.state_dict() for each in self._registered],
             "data": None if self._loader is None else self._loader.state(),
             "loss_scale": None if engine.loss_scale is None else engine.loss_scale.state_dict(),
         }
-        write = begin_save(path, engine, self._optimizer, manifest, others, self.processes, copies=not wait)
-
-        def work(processes: Processes) -> None:
-            write(processes)
-            error: BaseException | None = None
-            if keep is not None and processes.is_main:
-                try:
-                    prune(path.absolute().parent, self._run_id, keep)
-                except OSError as caught:
-                    error = caught
-            processes.all_right(error)
-
-        if wait:
-            work(self.processes)
-        else:
-            self._apart = self._apart or self.processes.apart()
-            self._saving = Saving(work, self._apart)
+        manifest = {"step": self._num_steps, "cursor": cursor}
+        self._saves.write(path, engine, self._optimizer, manifest, others, keep=keep, wait=wait)
         return path
 
     def wait_for_saving(self) -> None:
         """For what `save(wait=False)` began to be written; raises what went wrong with it."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.finish()
+        self._saves.finish()
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Go on where `save` was called, with any number of processes and any engine; every process calls it, after prepare.
@@ -517,51 +478,48 @@ class TrainingRun(Collectives):
             TrainingError: it is of another model, optimizer or dataset.
         """
         engine, path = self._prepared(), Path(folder)
-        self.wait_for_saving()
+        self._saves.finish()
         engine.rest()
 
         def refuse(manifest: Mapping[str, Any], others: Mapping[str, Any]) -> None:
-            if len(others["registered"]) != len(self._registered):
-                raise TrainingError(
-                    f"{path} holds {len(others['registered'])} registered objects, and {len(self._registered)} are registered. "
-                    "Register the same ones, in the same order, before run.load."
-                )
             if manifest["cursor"] is not None and self._loader is not None:
-                self._loader.refuse_other(Cursor(**manifest["cursor"]))
+                self._loader.refuse_other(Cursor(**manifest["cursor"]), others.get("data"))
 
-        manifest, others = load_state(path, engine, self._optimizer, refuse, self.processes)
+        manifest, others = self._saves.read(path, engine, self._optimizer, refuse)
         if manifest["num_processes"] != self.processes.size:  # whose generators were not saved
             self._seed_draws(manifest["step"])
         if manifest["cursor"] is not None and self._loader is not None:
             self._loader.resume(Cursor(**manifest["cursor"]), others.get("data"))
         if self._scheduler is not None and others["scheduler"] is not None:
             self._scheduler.load_state_dict(others["scheduler"])
-        for each, state in zip(self._registered, others["registered"], strict=True):
-            each.load_state_dict(state)
         if engine.loss_scale is not None and others.get("loss_scale") is not None:
             engine.loss_scale.load_state_dict(others["loss_scale"])
-        self._run_id, self._num_steps, self._stream = manifest["run"], manifest["step"], None
+        self._num_steps, self._stream = manifest["step"], None
         self._lost, self._is_fresh, self._most, self._clipped = [], False, None, None
         if self._optimizer is not None:
             self._optimizer.zero_grad()
+        self._saves.loaded(path)
 
     def load_last(self, folder: str | os.PathLike[str]) -> Path | None:
         """Load the newest complete checkpoint inside a folder; its path, or None where there is none."""
-        self.wait_for_saving()
-        found = complete_ones(Path(folder)) if self.is_main_process else []
-        newest: Path | None = self.processes.same(found[0][0] if found else None)  # what others list may be older
+        newest = self._saves.newest(Path(folder))
         if newest is not None:
             self.load(newest)
         return newest
 
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Save and load these too: objects with `state_dict` and `load_state_dict`, of plain values and tensors."""
-        for each in objects:
-            if not (callable(getattr(each, "state_dict", None)) and callable(getattr(each, "load_state_dict", None))):
-                raise InvalidArgumentError(
-                    f"A {type(each).__name__} has no state_dict and load_state_dict. Give an object that has both."
-                )
-        self._registered += objects
+        self._saves.register(objects)
+
+    def register_checkpoint_hooks(self, *, on_save: Hook | None = None, on_load: Hook | None = None) -> None:
+        """Files of your own in each checkpoint: written before it is put in its place, so they are there whenever it is.
+
+        Args:
+            on_save: called in every process with the folder that is being written; after `save(wait=False)`, in its thread. Names
+                that a checkpoint has (see `checkpoint.py`) are taken; write others, one per process or in the main one alone.
+            on_load: called in every process with the folder of the checkpoint, when all else was read.
+        """
+        self._saves.add_hooks(on_save, on_load)
 
     def export(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> list[Path]:
         """Write the model as `load_sharded` and `from_pretrained` read it: in the dtype that it came in, tied weights once, with
@@ -573,7 +531,7 @@ class TrainingRun(Collectives):
         Raises:
             As `bigmodel.save`.
         """
-        self.wait_for_saving()
+        self._saves.finish()
         self._prepared().rest()
         assert self._origin is not None
         return export_model(Path(folder), self._prepared(), self._origin, self.processes, max_shard_size)
@@ -586,7 +544,7 @@ class TrainingRun(Collectives):
         Args:
             data, collate_fn, num_workers: as in `prepare`.
         """
-        loaded = replace(data_of(data, collate_fn, num_workers), shuffles=False)
+        loaded = replace(data_of(data, collate_fn, num_workers, processes=self.processes), shuffles=False)
         micro = loaded.batch_size or self._micro_batch_size(None)
         division = Division(
             global_batch_size=micro * self.processes.size,
@@ -598,46 +556,33 @@ class TrainingRun(Collectives):
         self._loaders.append(loader)
         return loader
 
-    @torch.no_grad()
     def evaluate(self, loader: GlobalLoader) -> Evaluation:
         """The mean loss over all predicted labels of all processes; every process calls it.
 
         Args:
-            loader: what `prepare_eval` returned.
+            loader: what `prepare_eval` returned, or the second DataLoader that `prepare` did.
 
         Raises:
             TrainingError: no label is predicted, or the model returns no loss.
         """
-        engine = self._prepared()
-        if not isinstance(loader, GlobalLoader):
-            raise InvalidArgumentError(
-                f"run.evaluate was given a {type(loader).__name__}. Give what run.prepare_eval makes of a dataset or DataLoader."
-            )
-        weighing = self._weighed
-        trained = [module for module in engine.model.modules() if module.training]
-        engine.model.eval()
-        loader.restart(0)
-        lost, counted = 0.0, 0
-        try:
-            for batch in loader:
-                count, there = weighing.count(batch), moved(batch, self.processes.device)
-                outputs = engine.model(**there)
-                if isinstance(outputs, torch.Tensor) and weighing.has_own_count:
-                    lost, counted = lost + float(outputs), counted + count
-                    continue
-                loss = loss_of(outputs)
-                if loss is None:
-                    raise TrainingError("The model returned no loss. Give the evaluation's samples labels.")
-                if count:  # the mean over no label is not a number
-                    lost, counted = lost + float(loss) * count, counted + count
-        finally:
-            for module in trained:
-                module.training = True
-            engine.rest()
-        total_lost, total = self.processes.summed(torch.tensor([lost, counted], dtype=torch.float64)).tolist()
-        if not total:
-            raise TrainingError("The evaluation has no label that is predicted: all are -100. Look at the labels.")
-        return Evaluation(loss=total_lost / total, num_tokens=int(total))
+        return mean_loss(loader, self._prepared(), self._weighed)
+
+    def generate(self, *inputs: Any, **options: Any) -> Any:
+        """transformers' `generate` with the weights as they are now, in evaluation mode, in every engine.
+
+        Every process calls it, each with prompts of its own: `split_between_processes` divides them, `gather_objects` and
+        `pad_across_processes` with `gather` bring the answers together.
+
+        Args:
+            inputs, options: of the model's `generate`; tensors are moved to the device.
+
+        Returns:
+            What it does, such as ids ``[prompts, length]``.
+
+        Raises:
+            InvalidArgumentError: the model has no generate.
+        """
+        return generated(self._prepared(), inputs, options)
 
     def engine_arguments(self) -> dict[str, Any]:
         """What the engine's library was given, as JSON would have it: DeepSpeed's settings, or FSDP2's groups and policy."""

@@ -18,12 +18,28 @@ from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.training.draws import mixed, seed_draws
 from bigmodel.training.losses import IGNORED
 from bigmodel.training.place import Cursor, Division
+from bigmodel.training.processes import Processes
 
-__all__ = ["Iterated", "Listed", "Source", "refuse_without_rows"]
+__all__ = ["Divided", "GlobalBatch", "Iterated", "Listed", "Source", "refuse_without_rows"]
 
 logger = logging.getLogger("bigmodel.training")
 
 _TOLD_S = 1.0  # samples that are skipped for longer are told
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalBatch:
+    """A global batch as one process has it.
+
+    Attributes:
+        micro_batches: of this process.
+        num_samples: in all processes.
+        counted: for each micro-batch, how many of its samples count in each process; those come first.
+    """
+
+    micro_batches: list[Any]
+    num_samples: int
+    counted: list[list[int]]
 
 
 @dataclass(kw_only=True)
@@ -48,8 +64,11 @@ class Source(ABC):
         """Of an epoch; 0 where it is not known before its end."""
 
     @abstractmethod
-    def global_batches(self, cursor: Cursor, division: Division, drop_last: bool) -> Iterator[tuple[int, list[Any]]]:
-        """For each global batch from a place on to the end of the epoch: its samples, and this process's micro-batches."""
+    def global_batches(self, cursor: Cursor, division: Division, drop_last: bool) -> Iterator[GlobalBatch]:
+        """Those from a place on to the end of the epoch."""
+
+    def refuse(self, cursor: Cursor, state: dict[str, Any] | None) -> None:  # noqa: B027  # most come to any place
+        """TrainingError where the place that was saved, with `state` of then, cannot be come to."""
 
     def state(self, cursor: Cursor) -> dict[str, Any] | None:
         """Where the dataset itself was at a place between two global batches, if it can say so."""
@@ -81,7 +100,7 @@ class Listed(Source):
     def num_samples(self) -> int:
         return len(self.dataset)
 
-    def global_batches(self, cursor: Cursor, division: Division, drop_last: bool) -> Iterator[tuple[int, list[Any]]]:
+    def global_batches(self, cursor: Cursor, division: Division, drop_last: bool) -> Iterator[GlobalBatch]:
         size, epoch = division.global_batch_size, cursor.epoch
         order = _order(cursor) if self.shuffles else torch.arange(cursor.num_samples)
         order = order[cursor.num_consumed :]
@@ -107,7 +126,8 @@ class Listed(Source):
         )
         stream = iter(loader)
         for batch in batches():
-            yield len(batch), [next(stream) for _ in division.passes(batch)]
+            made = [next(stream) for _ in division.passes(batch)]
+            yield GlobalBatch(micro_batches=made, num_samples=len(batch), counted=division.counted(len(batch)))
 
 
 @dataclass(kw_only=True)
@@ -115,8 +135,12 @@ class Iterated(Source):
     """An iterable dataset: each process goes through all of it and keeps its samples, so that these are the same for any number.
 
     A place is reached by the dataset's own state where it has one, and by skipping otherwise.
+
+    Attributes:
+        skips: whether it may be reached by skipping.
     """
 
+    skips: bool = True
     _restored: tuple[Cursor, dict[str, Any]] | None = None
     _latest: tuple[int, int, dict[str, Any]] | None = None  # epoch, samples consumed, the dataset's state there
 
@@ -124,34 +148,41 @@ class Iterated(Source):
     def num_samples(self) -> int:
         return 0
 
-    def global_batches(self, cursor: Cursor, division: Division, drop_last: bool) -> Iterator[tuple[int, list[Any]]]:
-        if callable(getattr(self.dataset, "set_epoch", None)):
-            self.dataset.set_epoch(cursor.epoch)
+    def global_batches(self, cursor: Cursor, division: Division, drop_last: bool) -> Iterator[GlobalBatch]:
+        salt = cursor.seed, cursor.epoch
         number = left = cursor.num_consumed
+        state = None
         if self._restored is not None:
-            place, state = self._restored
+            place, known = self._restored
             if place.epoch == cursor.epoch and place.num_consumed <= number:
-                self.dataset.load_state_dict(state)
-                left = number - place.num_consumed
-        with draws_kept():  # the same in all processes
-            seed_draws(cursor.seed, cursor.epoch)
-            samples = iter(self.dataset)
-        self._skip(samples, cursor, number - left, left)
+                state, left = known, number - place.num_consumed
+        samples = _begun(self.dataset, salt, state)
+        self._skip(samples, salt, number - left, left)
         while True:
-            chunk = self._read(samples, cursor, number, division.global_batch_size)
+            chunk = _read(samples, salt, number, division.global_batch_size)
             if not chunk or (drop_last and len(chunk) < division.global_batch_size):
                 return
-            places = division.passes(range(len(chunk)))
-            with draws_kept():
-                made = []
-                for micro in places:
-                    seed_draws(cursor.seed, cursor.epoch, number + micro[0][0], len(micro))
-                    batch = self.collate_fn([chunk[place] for place, _ in micro])
-                    made.append(_without(batch, [counts for _, counts in micro]))
+            made = [
+                _collated(self.collate_fn, chunk, micro, (*salt, number + micro[0][0], len(micro)))
+                for micro in division.passes(range(len(chunk)))
+            ]
             number += len(chunk)
             if self._is_stateful:
                 self._latest = cursor.epoch, number, copy.deepcopy(self.dataset.state_dict())
-            yield len(chunk), made
+            yield GlobalBatch(micro_batches=made, num_samples=len(chunk), counted=division.counted(len(chunk)))
+
+    def refuse(self, cursor: Cursor, state: dict[str, Any] | None) -> None:
+        if state is not None and "parts" in state:
+            raise TrainingError(
+                f"The checkpoint's data was divided over {len(state['parts'])} processes, each of which went through a part of "
+                "its own. Give prepare the same shard=."
+            )
+        if cursor.num_consumed and not self.skips and (state is None or not self._is_stateful):
+            raise TrainingError(
+                f"The place in the data is {cursor.num_consumed} samples from the beginning of epoch {cursor.epoch}, and a "
+                f"{type(self.dataset).__name__} comes there by reading and skipping them, which skip_samples=False refuses. Give "
+                "a dataset with state_dict and load_state_dict, or a map-style one."
+            )
 
     def state(self, cursor: Cursor) -> dict[str, Any] | None:
         if self._latest is None or self._latest[:2] != (cursor.epoch, cursor.num_consumed):
@@ -169,24 +200,9 @@ class Iterated(Source):
         has_both = all(callable(getattr(self.dataset, name, None)) for name in ("state_dict", "load_state_dict"))
         return has_both and not _forgets(self.dataset)
 
-    def _read(
-        self, samples: Iterator[Any], cursor: Cursor, number: int, count: int, *, keeps: bool = True
-    ) -> list[Any]:
-        """Samples that draw what follows from their number; None in the place of each that is not kept."""
-        chunk: list[Any] = []
-        with draws_kept():
-            for at in range(number, number + count):
-                seed_draws(cursor.seed, cursor.epoch, at)
-                try:
-                    sample = next(samples)
-                except StopIteration:
-                    break
-                chunk.append(sample if keeps else None)
-        return chunk
-
-    def _skip(self, samples: Iterator[Any], cursor: Cursor, begin: int, count: int) -> None:
+    def _skip(self, samples: Iterator[Any], salt: tuple[int, ...], begin: int, count: int) -> None:
         began_s = time.perf_counter()
-        skipped, consumed = len(self._read(samples, cursor, begin, count, keeps=False)), begin + count
+        skipped, consumed = len(_read(samples, salt, begin, count, keeps=False)), begin + count
         took_s = time.perf_counter() - began_s
         if skipped < count:
             raise TrainingError(
@@ -195,6 +211,124 @@ class Iterated(Source):
             )
         if took_s > _TOLD_S:
             logger.info("%d samples were read and skipped in %.1f s to come to the place in the data", skipped, took_s)
+
+
+@dataclass(kw_only=True)
+class Divided(Iterated):
+    """An iterable dataset of which this process has a part of its own: the others' samples are never read here.
+
+    Which samples are in a global batch follows from the parts, and so from the number of processes. An epoch ends when every
+    part has.
+
+    Attributes:
+        processes: all of them.
+    """
+
+    processes: Processes
+    _places: dict[tuple[int, int], tuple[int, dict[str, Any] | None]] = field(default_factory=dict)
+    _from: tuple[int, int, int, dict[str, Any] | None] | None = None  # epoch, consumed, own samples, state
+
+    def global_batches(self, cursor: Cursor, division: Division, drop_last: bool) -> Iterator[GlobalBatch]:
+        rank, size = division.rank, division.num_processes
+        salt = cursor.seed, cursor.epoch, rank
+        share = division.global_batch_size // size + (rank < division.global_batch_size % size)
+        own, state = 0, None
+        if self._from is not None and self._from[:2] == (cursor.epoch, cursor.num_consumed):
+            own, state = self._from[2:]
+        elif cursor.num_consumed:
+            own, state = self._places[cursor.epoch, cursor.num_consumed]
+        samples = _begun(self.dataset, salt, state)
+        if state is None:
+            self._skip(samples, salt, 0, own)
+        consumed, last = cursor.num_consumed, None
+        self._places = {(cursor.epoch, consumed): (own, state)}
+        while True:
+            chunk = _read(samples, salt, own, share)
+            lengths = self.processes.gathered(len(chunk))
+            total, most = sum(lengths), max(lengths)
+            if not total or (drop_last and total < division.global_batch_size):
+                return
+            last = chunk[-1] if chunk else last
+            if last is None and most:
+                raise TrainingError(
+                    f"This process's part of the data has no sample, and another's has. Give each of the {size} processes one."
+                )
+            places = [(place, place < len(chunk)) for place in range(most)]
+            filled = chunk + [last] * (most - len(chunk))
+            step = division.micro_batch_size
+            made = [
+                _collated(self.collate_fn, filled, micro, (*salt, own + micro[0][0], len(micro)))
+                for micro in (places[at : at + step] for at in range(0, most, step))
+            ]
+            counted = [[max(0, min(step, length - at)) for length in lengths] for at in range(0, most, step)]
+            own, consumed = own + len(chunk), consumed + total
+            known = copy.deepcopy(self.dataset.state_dict()) if self._is_stateful else None
+            # Those of the global batch under way, and of the one before, which a checkpoint may ask for.
+            self._places = dict([*self._places.items()][-1:]) | {(cursor.epoch, consumed): (own, known)}
+            yield GlobalBatch(micro_batches=made, num_samples=total, counted=counted)
+
+    def refuse(self, cursor: Cursor, state: dict[str, Any] | None) -> None:
+        parts = (state or {}).get("parts")
+        if parts is None:
+            raise TrainingError(
+                "The checkpoint's data was not divided over processes, and this is. Give prepare the same shard=."
+            )
+        if len(parts) != self.processes.size:
+            raise TrainingError(
+                f"The checkpoint's data was divided over {len(parts)} processes, and there are {self.processes.size}: which "
+                "samples were seen is known of those parts alone. Start as many, or give prepare no shard=."
+            )
+        own, known = parts[self.processes.rank]
+        if own:
+            super().refuse(cursor, known)
+
+    def state(self, cursor: Cursor) -> dict[str, Any] | None:
+        own: tuple[int, dict[str, Any] | None] = (0, None)
+        if cursor.num_consumed:
+            own = self._places[cursor.epoch, cursor.num_consumed]
+        return {"parts": self.processes.gathered(own)}
+
+    def restore(self, cursor: Cursor, state: dict[str, Any] | None) -> None:
+        assert state is not None  # or it was refused
+        own, known = state["parts"][self.processes.rank]
+        self._from = cursor.epoch, cursor.num_consumed, own, known if self._is_stateful else None
+        self._places = {(cursor.epoch, cursor.num_consumed): (own, self._from[3])}
+
+
+def _begun(dataset: Any, salt: tuple[int, ...], state: dict[str, Any] | None) -> Iterator[Any]:
+    """A pass over a dataset, from a state of its own on, that draws what follows from the seed and the epoch: in all processes
+    the same, of which some divide what they draw."""
+    if callable(getattr(dataset, "set_epoch", None)):
+        dataset.set_epoch(salt[1])
+    if state is not None:
+        dataset.load_state_dict(state)
+    with draws_kept():
+        seed_draws(*salt[:2])
+        return iter(dataset)
+
+
+def _read(samples: Iterator[Any], salt: tuple[int, ...], number: int, count: int, *, keeps: bool = True) -> list[Any]:
+    """Samples that draw what follows from their number; None in the place of each that is not kept."""
+    chunk: list[Any] = []
+    with draws_kept():
+        for at in range(number, number + count):
+            seed_draws(*(salt if at else salt[:2]), at)  # before the first, many draw the order that parts are taken of
+            try:
+                sample = next(samples)
+            except StopIteration:
+                break
+            chunk.append(sample if keeps else None)
+    return chunk
+
+
+def _collated(
+    collate_fn: Callable[[list[Any]], Any], chunk: list[Any], micro: list[tuple[int, bool]], salt: tuple[int, ...]
+) -> Any:
+    """A micro-batch of a chunk's samples, given as (place, whether it counts)."""
+    with draws_kept():
+        seed_draws(*salt)
+        batch = collate_fn([chunk[place] for place, _ in micro])
+    return _without(batch, [counts for _, counts in micro])
 
 
 def _forgets(dataset: Any) -> bool:

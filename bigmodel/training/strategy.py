@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.progress import Report
-from bigmodel.training.config import PRECISIONS, TrainingConfig
+from bigmodel.training.config import DTYPES, PRECISIONS, TrainingConfig
+from bigmodel.training.float8 import use_float8
 from bigmodel.training.gradients import LossScale, norm_and_sums, scale
 from bigmodel.training.pieces import Pieces
 from bigmodel.training.processes import Processes
@@ -55,6 +56,7 @@ class Engine(ABC):
         num_averaged: processes over whose gradients the library takes the mean.
         num_copies: processes that hold each part.
         loss_scale: of float16; None for other precisions.
+        gathers: whether passes gather weights from other processes, so that all make as many.
     """
 
     model: nn.Module
@@ -63,6 +65,7 @@ class Engine(ABC):
     num_averaged: int
     num_copies: int
     loss_scale: LossScale | None = None
+    gathers: bool = False
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Name -> what an optimizer is made of."""
@@ -229,7 +232,7 @@ class Sharded(Engine):
             self.loss_scale = LossScale(config.loss_scale)
         policy = MixedPrecisionPolicy(
             param_dtype=None if dtype == torch.float32 else dtype,
-            reduce_dtype=PRECISIONS[config.reduce_dtype or "fp32"],
+            reduce_dtype=DTYPES[config.reduce_dtype or "fp32"],
         )
         options: dict[str, Any] = {
             "mesh": mesh if replicas > 1 or processes.size == 1 else mesh["shard"],
@@ -240,7 +243,8 @@ class Sharded(Engine):
             refuse_scalars(origin.module, "FSDP2", 'strategy="ddp" with precision="fp32", or "zero3"')
         scalars = {each for each in origin.module.parameters() if not each.ndim}
         options["ignored_params"] = scalars
-        groups: list[Any] = origin.groups()
+        groups: list[Any] = origin.groups(config.engine_options.get("units"))
+        in_float8 = use_float8(origin.module, groups) if config.precision == "fp8" else []
         for module in groups:
             fully_shard(module, **options)
         fully_shard(origin.module, **options)
@@ -258,8 +262,11 @@ class Sharded(Engine):
             "reshard_after_forward": options["reshard_after_forward"],
             "prefetch": "one unit, as FSDP2 does by itself" if self._prefetch is None else self._prefetch,
         }
+        if in_float8:
+            self._arguments["float8"] = in_float8
         origin.fill(processes.device, progress)
         self.num_averaged, self.num_copies = processes.size, replicas
+        self.gathers = processes.size > replicas
         self._num_groups, self._precision, self._num_parts = (
             len(groups) + 1,
             config.precision,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,16 +88,46 @@ class Origin:
             path=Path(checkpoint.path),
         )
 
-    def groups(self) -> list[nn.Module]:
-        """The modules whose weights are gathered together; what encloses others, or is shared, goes with the root."""
+    def groups(self, policy: Sequence[str] | Callable[[str, nn.Module], bool] | None = None) -> list[nn.Module]:
+        """The modules whose weights are gathered together, in the model's order; the rest goes with the root.
+
+        Args:
+            policy: names of classes, or what tells whether a module is one, of its name and itself. The cost model's units if
+                None; of those, what encloses others, or is shared, goes with the root.
+
+        Raises:
+            InvalidArgumentError: no module is one, one is inside another, or one shares a weight with what is outside.
+        """
         owners, found = owners_of(self.module), []
-        for unit in find_units(self.module, no_split=self.no_split):
-            if len(unit.sites) > 1 or not unit.sites[0] or unit.encloses:
-                continue
-            module = self.module.get_submodule(unit.sites[0])
+
+        def is_closed(module: nn.Module) -> bool:
             inside = set(module.modules())
-            if all(owner in inside for each in module.parameters() for owner, _ in owners[id(each)]):
+            return all(owner in inside for each in module.parameters() for owner, _ in owners[id(each)])
+
+        if policy is None:
+            for unit in find_units(self.module, no_split=self.no_split):
+                if len(unit.sites) == 1 and unit.sites[0] and not unit.encloses:
+                    module = self.module.get_submodule(unit.sites[0])
+                    found += [module] if is_closed(module) else []
+            return found
+        for name, module in self.module.named_modules():
+            if name and (policy(name, module) if callable(policy) else type(module).__name__ in policy):
+                if any(module in set(other.modules()) for other in found):
+                    raise InvalidArgumentError(
+                        f"units has {name}, which is inside another of them. Give the outer ones."
+                    )
+                if not is_closed(module):
+                    raise InvalidArgumentError(
+                        f"units has {name}, which shares a weight with a module outside of it. Leave it out: what is shared is "
+                        "gathered with the root."
+                    )
                 found.append(module)
+        if not found:
+            wanted = "what the function tells" if callable(policy) else ", ".join(policy)
+            raise InvalidArgumentError(
+                f"units is {wanted}, and the {type(self.module).__name__} has no such module. Its repeated ones are: "
+                f"{', '.join(sorted(self.no_split)) or 'not named'}."
+            )
         return found
 
     def fill(self, device: torch.device, progress: Report | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,12 +23,13 @@ from bigmodel.errors import InvalidArgumentError, TrainingError, join_some
 from bigmodel.models import owners_of
 from bigmodel.progress import Report
 from bigmodel.training.config import PRECISIONS, TrainingConfig
+from bigmodel.training.gradients import LossScale
 from bigmodel.training.pieces import Pieces
 from bigmodel.training.processes import Processes
 from bigmodel.training.strategy import Engine, Stored, refuse_narrow, refuse_scalars
 from bigmodel.training.weights import Origin, put, with_masters
 
-__all__ = ["ZeRO"]
+__all__ = ["ZeRO", "refuse_float16"]
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -67,6 +69,7 @@ class ZeRO(Engine):
         if self._stage < 3:
             refuse_scalars(origin.module, "DeepSpeed", 'strategy="zero3"')
         self.num_averaged, self.num_copies = processes.size, 1
+        self.gathers = self._stage == 3
         self._given: dict[str, torch.Tensor] = {}  # values of a module in memory
         self._places: dict[str, _Place] = {}
         self._flats: list[torch.Tensor] = []
@@ -111,6 +114,8 @@ class ZeRO(Engine):
             raise InvalidArgumentError(
                 f"DeepSpeed replaces {type(optimizer).__name__} by one of its own. Give another optimizer."
             )
+        if self._dtype == torch.float16:
+            self.loss_scale = _DeepSpeedScale(self._zero.loss_scaler)
         self._find(optimizer)
         self._fill_masters()
 
@@ -232,6 +237,14 @@ class ZeRO(Engine):
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": config.reduce_dtype or "fp32",
         }
+        if self._dtype == torch.float16:
+            settings["fp16"] = {
+                "enabled": True,
+                "loss_scale": 0 if config.loss_scale == "dynamic" else config.loss_scale,
+                "initial_scale_power": round(math.log2(LossScale.FIRST)),
+                "loss_scale_window": LossScale.INTERVAL,
+                "hysteresis": 1,  # halved after each overflow
+            }
         options = dict(config.engine_options)
         zero = {"stage": self._stage, **options.pop("zero_optimization", {})}
         return {**settings, **options, "zero_optimization": zero}
@@ -322,6 +335,41 @@ class ZeRO(Engine):
 
     def _pieces(self, name: str, flat: torch.Tensor) -> Pieces:
         return Pieces(self._places[name].shape, self._places[name].start, self._range(name, flat))
+
+
+class _DeepSpeedScale(LossScale):
+    """DeepSpeed's own, which its backward and step use."""
+
+    def __init__(self, scaler: Any) -> None:
+        self._scaler = scaler
+
+    @property
+    def value(self) -> float:  # type: ignore[override]
+        return float(self._scaler.cur_scale)
+
+    def state_dict(self) -> dict[str, float]:
+        scaler = self._scaler
+        num_good = scaler.cur_iter - scaler.last_overflow_iter - 1 if scaler.dynamic else 0
+        return {"value": self.value, "num_good": num_good}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        scaler = self._scaler
+        if scaler.dynamic:
+            scaler.cur_scale = state["value"]
+            scaler.last_overflow_iter = scaler.cur_iter - 1 - int(state["num_good"])
+
+
+def refuse_float16(processes: Processes) -> None:
+    """InvalidArgumentError where DeepSpeed does not compute in float16."""
+    _import(processes)
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if not accelerator.is_fp16_supported():
+        raise InvalidArgumentError(
+            f'precision is "fp16", which DeepSpeed refuses on this {accelerator.device_name()}. Give strategy="fsdp", or '
+            'precision="bf16".'
+        )
 
 
 def _import(processes: Processes) -> None:

@@ -119,6 +119,107 @@ class Flow(IterableDataset):
             yield Numbers()[number]
 
 
+class Part(IterableDataset):
+    """Every so many-th of them, in an order that is drawn first and is the same for all parts."""
+
+    def __init__(self, read: list[int], begin: int, step: int) -> None:
+        self._read, self._begin, self._step = read, begin, step
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number in torch.randperm(37).tolist()[self._begin :: self._step]:
+            self._read.append(number)
+            yield Numbers()[number]
+
+
+def divided(folder: str, *, ends: int, resumes: bool = False, **options: Any) -> dict[str, Any]:
+    """Two epochs of parts, with a checkpoint after so many global batches; or from that checkpoint on."""
+    read: list[int] = []
+    run = TrainingRun(TrainingConfig(global_batch_size=9, micro_batch_size=2, precision="fp32", seed=3, **options))
+    _, _, loader = run.prepare(
+        model=torch.nn.Linear(2, 2),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        data=Flow(),
+        shard=lambda dataset, rank, size: Part(read, rank, size),
+    )
+    if resumes:
+        run.load(folder)
+    found: list[list[int]] = [[]]
+    metrics: list[list[int]] = []
+    while loader.cursor.epoch < 2:
+        for batch in loader:
+            counts = (batch["labels"] != -100).any(1)
+            found[-1] += batch["number"][counts].tolist()
+            metrics.append(run.gather_for_metrics(batch["number"]).tolist())
+            run.step()
+            if loader.is_last:
+                found.append([])
+                if not resumes and len(found) - 1 == ends:
+                    run.save(folder)
+    return {"found": found[:-1], "metrics": metrics, "read": read}
+
+
+def hugging(
+    folder: str | None = None, *, kind: str, skip: int = 0, shard: str | None = None, shuffles: bool = False
+) -> list[list[int]]:
+    """As `numbers`, of Hugging Face's datasets."""
+    import datasets
+
+    if kind == "listed":
+        data = datasets.Dataset.from_dict({"number": list(range(37))}).with_format("torch")
+    else:
+        data = datasets.IterableDataset.from_generator(
+            lambda shards: ({"number": each} for begin in shards for each in range(begin, 37, 4)),
+            gen_kwargs={"shards": [0, 1, 2, 3]},
+        )
+        data = data.shuffle(seed=5, buffer_size=6) if shuffles else data
+    run = TrainingRun(TrainingConfig(global_batch_size=8, micro_batch_size=2, precision="fp32", seed=3))
+
+    def collated(samples: list[Any]) -> dict[str, torch.Tensor]:
+        values = torch.tensor([int(each["number"]) for each in samples])
+        return {"number": values, "labels": values[:, None]}
+
+    _, _, loader = run.prepare(
+        model=torch.nn.Linear(2, 2),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        data=data,
+        collate_fn=collated,
+        shard=shard,
+    )
+    if folder is not None and skip < 0:
+        run.load(folder)
+    found: list[list[int]] = [[]]
+    while loader.cursor.epoch < 2:
+        for batch in loader:
+            found[-1] += [
+                number
+                for number, label in zip(*(batch[k].flatten().tolist() for k in batch), strict=True)
+                if label != -100
+            ]
+            run.step()
+            if loader.is_last:
+                found.append([])
+                if folder is not None and len(found) - 1 == skip:
+                    run.save(folder)
+                    return found[:-1]
+    return found[:-1]
+
+
+def generated(path: str, *, strategy: str, precision: str = "fp32") -> list[list[int]]:
+    """What a model says before and after two steps; each process asks for another number of tokens."""
+    run = TrainingRun(TrainingConfig(strategy=strategy, precision=precision, global_batch_size=8, micro_batch_size=2))
+    model, _, _ = run.prepare(
+        model=path, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2), data=Sentences(), progress=False
+    )
+    prompt = torch.tensor([[5, 6, 7 + run.processes.rank]])
+    found = []
+    for _ in range(2):
+        found.append(run.generate(prompt, max_new_tokens=4 + 3 * run.processes.rank, do_sample=False)[0].tolist())
+        assert model.training
+        for _ in range(2):
+            run.train_step()
+    return found
+
+
 def numbers(
     skip: int = 0,
     epochs: int = 2,
@@ -544,3 +645,36 @@ def saved_beside(path: str, folder: str, *, strategy: str) -> dict[str, Any]:
         "names": sorted(each.name for each in Path(folder).iterdir()),
         "losses": [run.train_step().loss for _ in range(3)] == losses,
     }
+
+
+def in_float16(path: str, folder: str, *, strategy: str) -> dict[str, Any]:
+    """ZeRO in float16 where DeepSpeed says that the processor does not compute in it, which torch does."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+    accelerator.supported_dtypes = lambda: [torch.float32, torch.bfloat16, torch.float16]
+    assert deepspeed is not None
+    try:
+        trained = train(path, 20, strategy=strategy, precision="fp16", checkpoint=f"{folder}/20")
+        found = overflown(path, strategy=strategy, precision="fp16")
+        run = TrainingRun(TrainingConfig(strategy=strategy, precision="fp16", global_batch_size=8, micro_batch_size=1))
+        run.prepare(
+            model=path,
+            optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
+            data=Sentences(),
+            scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, 10),
+            progress=False,
+        )
+        run.load(f"{folder}/20")
+        after = masters(run)
+        scale = run._prepared().loss_scale
+        return {
+            "losses": trained["losses"],
+            **found,
+            "are_read": all(torch.equal(after[name], each) for name, each in trained["parameters"].items()),
+            "scale": (scale.value, scale.state_dict()["num_good"]),
+        }
+    finally:
+        del accelerator.is_fp16_supported, accelerator.supported_dtypes

@@ -259,3 +259,34 @@ class Unsavable:
 
     def load_state_dict(self, state):
         """Nothing."""
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_hooks_write_files_that_are_there_whenever_the_checkpoint_is(tmp_path, wait):
+    def prepared(**hooks):
+        run = TrainingRun(TrainingConfig(precision="fp32"))
+        run.prepare(model=torch.nn.Linear(2, 2), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+        run.register_checkpoint_hooks(**hooks)
+        return run
+
+    def write(folder):
+        (folder / "mine").mkdir()
+        (folder / "mine" / f"rank-{run.processes.rank}.txt").write_text("of this process")
+
+    run = prepared(on_save=write)
+    run.save(tmp_path / "1", wait=wait)
+    run.wait_for_saving()
+    read = []
+    run = prepared(on_load=lambda folder: read.append((folder / "mine" / "rank-0.txt").read_text()))
+    run.load(tmp_path / "1")
+    assert read == ["of this process"]
+
+    def fails(folder):
+        raise ValueError("no room")
+
+    run = prepared(on_save=fails)
+    with pytest.raises(ValueError, match="no room"):
+        run.save(tmp_path / "2")
+    assert not (tmp_path / "2").exists()
+    with pytest.raises(InvalidArgumentError, match="on_load is a str"):
+        prepared(on_load="folder")

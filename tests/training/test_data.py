@@ -7,7 +7,7 @@ import torch
 
 from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.training import TrainingConfig, TrainingRun
-from training.loops import Numbers, numbers
+from training.loops import Flow, Numbers, hugging, numbers
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,9 @@ def test_an_interruption_repeats_nothing_and_misses_nothing(two, alone, tmp_path
 def test_samples_that_fill_no_global_batch_are_counted():
     from bigmodel.training.data import GlobalLoader, data_of
     from bigmodel.training.place import Cursor, Division
-    from training.loops import Numbers
+    from bigmodel.training.processes import Processes
 
-    loaded = data_of(Numbers(), None, 0)
+    loaded = data_of(Numbers(), None, 0, processes=Processes.join())
     for size, micro, ranks in ((8, 2, 1), (8, 3, 2), (5, 1, 4), (37, 4, 3), (40, 7, 2)):
         lengths = set()
         for rank in range(ranks):
@@ -170,8 +170,6 @@ def test_a_dataset_that_knows_its_place_is_not_gone_through_again(tmp_path):
 
 
 def test_what_was_only_looked_at_comes_again(tmp_path):
-    from training.loops import Flow
-
     def prepared():
         run = TrainingRun(TrainingConfig(precision="fp32", global_batch_size=4, micro_batch_size=4))
         return run, run.prepare(model=torch.nn.Linear(2, 2), data=Flow(stateful=True))[1]
@@ -194,8 +192,6 @@ def test_data_that_cannot_be_gone_through_twice_is_refused():
 
     with pytest.raises(InvalidArgumentError, match="generator, which cannot be gone through more than once"):
         prepared(data=(each for each in range(3)))
-    from training.loops import Flow
-
     with pytest.raises(InvalidArgumentError, match="num_workers is 2, and the data is iterable"):
         prepared(data=Flow(), num_workers=2)
     with pytest.raises(TypeError, match="not known before its end"):
@@ -214,8 +210,6 @@ def test_an_order_that_is_drawn_as_it_goes_is_the_same_after_an_interruption_and
 
 
 def test_a_place_that_was_loaded_and_saved_again_is_the_same(tmp_path):
-    from training.loops import Flow
-
     def prepared():
         run = TrainingRun(TrainingConfig(precision="fp32", global_batch_size=4, micro_batch_size=4))
         return run, run.prepare(model=torch.nn.Linear(2, 2), data=Flow(stateful=True))[1]
@@ -233,3 +227,90 @@ def test_a_place_that_was_loaded_and_saved_again_is_the_same(tmp_path):
     run, loader = prepared()
     run.load(tmp_path / "2")
     assert next(iter(loader))["number"].tolist() == list(range(place, place + 4))
+
+
+def test_parts_are_read_each_by_its_own_process_and_gone_on_with(two, tmp_path):
+    folder = str(tmp_path / "3")
+    found = two.run("training.loops:divided", folder=folder, ends=3)
+    assert [len(each["read"]) for each in found] == [2 * 19, 2 * 18]  # two epochs, of a part of its own each
+    assert sorted(found[0]["read"][:19] + found[1]["read"][:18]) == list(range(37))
+    whole = together([each["found"] for each in found])
+    flat = [number for batch in whole for number in batch]
+    assert sorted(flat[:37]) == sorted(flat[37:]) == list(range(37))
+    assert [len(batch) for batch in whole] == [9, 9, 9, 8, 2] * 2  # one part ends before the other
+    assert found[0]["metrics"] == found[1]["metrics"]
+    assert sorted(number for each in found[0]["metrics"] for number in each) == sorted(flat)
+    rest = two.run("training.loops:divided", folder=folder, ends=3, resumes=True)
+    assert together([each["found"] for each in rest]) == whole[3:]
+    with pytest.raises(AssertionError, match="which skip_samples=False refuses"):
+        two.run("training.loops:divided", folder=folder, ends=3, resumes=True, skip_samples=False)
+
+
+def test_parts_of_two_processes_are_not_gone_on_with_by_one(two, tmp_path):
+    folder = str(tmp_path / "3")
+    two.run("training.loops:divided", folder=folder, ends=3)
+    for shard, words in (
+        (None, "divided over 2 processes, each of which"),
+        (lambda data, rank, size: data, r"divided over 2 processes, and there are 1"),
+    ):
+        run = TrainingRun(TrainingConfig(global_batch_size=9, micro_batch_size=2, precision="fp32", seed=3))
+        run.prepare(
+            model=torch.nn.Linear(2, 2),
+            optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+            data=Flow(),
+            shard=shard,
+        )
+        with pytest.raises(TrainingError, match=words):
+            run.load(folder)
+
+
+def test_skipping_can_be_refused(tmp_path):
+    numbers(skip=3, folder=str(tmp_path / "3"), iterable=True)
+    run = TrainingRun(TrainingConfig(global_batch_size=8, precision="fp32", seed=3, skip_samples=False))
+    run.prepare(model=torch.nn.Linear(2, 2), optimizer=lambda params: torch.optim.SGD(params, lr=0.1), data=Flow())
+    with pytest.raises(
+        TrainingError, match="24 samples from the beginning of epoch 0, and a Flow comes there by reading"
+    ):
+        run.load(tmp_path / "3")
+
+
+def test_a_shard_of_what_cannot_be_divided_is_refused():
+    for data, shard, words in (
+        (Numbers(), "node", "the data is map-style"),
+        (Flow(), "node", "the data is a Flow"),
+        (Flow(), "file", "shard is 'file'"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=words):
+            TrainingRun(TrainingConfig(precision="fp32")).prepare(model=torch.nn.Linear(2, 2), data=data, shard=shard)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shuffles", "shard"),
+    [("listed", True, None), ("iterable", False, None), ("iterable", True, None), ("iterable", True, "node")],
+)
+def test_hugging_faces_datasets_go_on_where_they_were(two, tmp_path, kind, shuffles, shard):
+    def take(**asked):
+        return together(two.run("training.loops:hugging", kind=kind, shuffles=shuffles, shard=shard, **asked))
+
+    whole = take()
+    flat = [number for batch in whole for number in batch]
+    assert sorted(flat[:37]) == sorted(flat[37:]) == list(range(37))
+    if shard is None:
+        assert [sorted(each) for each in hugging(kind=kind, shuffles=shuffles)] == whole
+    first = take(skip=3, folder=str(tmp_path / "3"))
+    assert first + take(skip=-1, folder=str(tmp_path / "3")) == whole
+
+
+def test_a_second_loader_is_for_evaluation():
+    from torch.utils.data import DataLoader
+
+    run = TrainingRun(TrainingConfig(precision="fp32", global_batch_size=4))
+    _, trained, evaluated = run.prepare(
+        torch.nn.Linear(2, 2), DataLoader(Numbers(), batch_size=2, shuffle=True), DataLoader(Numbers(), batch_size=3)
+    )
+    assert len(next(iter(trained))["number"]) == 2
+    before = trained.cursor
+    seen = [run.gather_for_metrics(batch["number"]).tolist() for batch in evaluated]
+    assert seen[0] == [0, 1, 2]
+    assert [number for batch in seen for number in batch] == list(range(37))
+    assert trained.cursor == before

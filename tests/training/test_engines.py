@@ -119,5 +119,5 @@ def test_what_float16_cannot_do_is_refused():
         TrainingConfig(loss_scale=8)
     with pytest.raises(InvalidArgumentError, match="loss_scale is -1"):
         TrainingConfig(precision="fp16", loss_scale=-1)
-    with pytest.raises(InvalidArgumentError, match="which it refuses on a CPU"):
+    with pytest.raises(InvalidArgumentError, match="which DeepSpeed refuses on this cpu"):
         TrainingRun(TrainingConfig(strategy="zero2", precision="fp16"))

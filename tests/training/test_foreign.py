@@ -162,3 +162,27 @@ def test_options_of_an_engine(two):
         assert found["arguments"]["prefetch"] == 2
         assert found["arguments"]["groups"][0] == "0"
         assert found["same"]
+
+
+def test_layers_that_accelerate_names_are_the_units():
+    import yaml
+
+    settings = yaml.safe_load(FSDP)
+    settings["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] = "LlamaDecoderLayer, LlamaMLP"
+    config = TrainingConfig.read(settings, global_batch_size=2)
+    assert config.engine_options == {"units": ["LlamaDecoderLayer", "LlamaMLP"]}
+
+
+def test_settings_of_a_precision_are_refused_or_told(caplog):
+    for section, words in (
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads"),
+        ({"fp16": {"enabled": True, "auto_cast": True}}, r"fp16\.auto_cast"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=words):
+            TrainingConfig.read(section)
+    with caplog.at_level(logging.INFO, "bigmodel.training"):
+        TrainingConfig.read(ZERO2)
+    assert (
+        "left out, because TrainingConfig's precision and loss_scale say what is done: fp16.loss_scale_window"
+        in caplog.text
+    )

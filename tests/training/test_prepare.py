@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LinearLR
@@ -220,3 +221,52 @@ def test_modules_that_were_in_eval_mode_stay_so_after_an_evaluation(folder):
     run.evaluate(run.prepare_eval(Sentences()))
     assert not model.model.layers[0].training
     assert model.model.layers[1].training
+
+
+def test_units_are_those_that_the_user_names(folder):
+    def groups(units):
+        run = run_of(strategy="fsdp", engine_options={"units": units})
+        run.prepare(str(folder), optimizer=lambda params: SGD(params, lr=0.1), progress=False)
+        return run.engine_arguments()["groups"]
+
+    layers = ["model.layers.0", "model.layers.1", ""]
+    assert groups(["LlamaDecoderLayer"]) == layers
+    assert groups(lambda name, module: name.endswith("mlp")) == ["model.layers.0.mlp", "model.layers.1.mlp", ""]
+    for units, words in (
+        (["GPT2Block"], "has no such module. Its repeated ones are: LlamaDecoderLayer"),
+        (["LlamaDecoderLayer", "LlamaMLP"], "inside another"),
+        (["Embedding"], "shares a weight with a module outside"),
+        (3, "Give names of classes"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=words):
+            groups(units)
+
+
+def test_float8_is_refused_where_the_device_does_not_multiply_it():
+    with pytest.raises(InvalidArgumentError, match="a cpu does not multiply float8"):
+        run_of(strategy="fsdp", precision="fp8")
+    with pytest.raises(InvalidArgumentError, match='which is for strategy="fsdp"'):
+        run_of(strategy="ddp", precision="fp8")
+
+
+def test_float8_rounds_products_and_leaves_parameters_as_they_are(folder, tmp_path, monkeypatch):
+    import functools
+
+    from bigmodel.training import choice, float8, strategy
+
+    def trained(precision):
+        run = run_of(strategy="fsdp", precision=precision, global_batch_size=8, micro_batch_size=4)
+        run.prepare(str(folder), optimizer=lambda params: AdamW(params, lr=1e-3), data=Sentences(), progress=False)
+        return run, [run.train_step().loss for _ in range(4)]
+
+    _, expected = trained("bf16")
+    # No device here multiplies float8: the seam that refuses is opened, and torchao rounds to it.
+    monkeypatch.setattr(choice, "refuse_float8", lambda device: None)
+    monkeypatch.setattr(strategy, "use_float8", functools.partial(float8.use_float8, emulates=True))
+    run, losses = trained("fp8")
+    assert losses != expected
+    assert losses == pytest.approx(expected, abs=5e-3)
+    assert "model.layers.0.mlp.up_proj" in run.engine_arguments()["float8"]
+    assert all(parameter.dtype == torch.float32 for parameter in run.unwrap().parameters())
+    run.export(tmp_path / "out")
+    assert {each.dtype for each in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}

@@ -10,7 +10,7 @@ import torch
 
 from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.training import TrainingConfig, TrainingRun
-from training.loops import Sentences, masters, train
+from training.loops import Sentences, generated, masters, train
 from training.test_engines import largest_difference
 
 
@@ -172,3 +172,18 @@ def test_a_scheduler_that_the_loop_steps_once_an_epoch_is_stepped_so():
         rates.append(scheduler.get_last_lr()[0])
     assert rates == [0.5, 0.25, 0.125]
     assert run.last_step.step == 12
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_text_is_generated_between_steps_the_same_in_every_engine(two, folder, strategy):
+    found = two.run("training.loops:generated", path=str(folder), strategy=strategy)
+    expected = generated(str(folder), strategy="single")  # with the first process's prompt
+    assert found[0] == expected
+    assert [len(each) for each in found[1]] == [10, 10]  # the other goes on for longer
+    assert expected[0] != expected[1]
+
+
+def test_what_has_no_generate_is_refused():
+    run, _ = small()
+    with pytest.raises(InvalidArgumentError, match="A Linear has no generate"):
+        run.generate(torch.ones(1))

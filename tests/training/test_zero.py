@@ -62,6 +62,18 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out(two, folder, stra
         assert found["is_unchanged"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_float16_with_deepspeeds_own_scale(two, folder, tmp_path, strategy):
+    expected = train(folder, 20, strategy="single", precision="fp32", micro_batch_size=2)
+    for found in two.run("training.loops:in_float16", path=str(folder), folder=str(tmp_path), strategy=strategy):
+        assert max(abs(a - b) for a, b in zip(found["losses"], expected["losses"], strict=True)) <= 2e-3
+        assert found["skipped"] == [False, True, False]
+        assert found["is_unchanged"]
+        assert found["are_read"]
+        assert found["scale"] == (65536.0, 20)
+
+
 @pytest.mark.parametrize("strategy", SOME)
 def test_what_is_frozen_stays_and_is_saved(two, folder, tmp_path, strategy):
     asked = {"path": str(folder), "folder": str(tmp_path / "1"), "strategy": strategy}
