@@ -20,7 +20,7 @@ from bigmodel.bench.harness import Bench
 
 __all__: list[str] = []
 
-PARTS = ("memory", "engines", "collectives", "overhead", "loops", "exits")
+PARTS = ("memory", "exact", "resume", "engines", "collectives", "overhead", "loops", "exits")
 ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {"strategy": "single"}),
     "DDP": (2, {"strategy": "ddp"}),
@@ -50,6 +50,10 @@ def main() -> None:
     with Bench(balloon_bytes=0) as bench:
         if settings.runs("memory"):
             _memory(report, settings)
+        if settings.runs("exact"):
+            _exact(report)
+        if settings.runs("resume"):
+            _resume(report, settings)
         if settings.runs("engines"):
             _engines(report, settings)
         if settings.runs("collectives"):
@@ -129,7 +133,7 @@ def _exits(report: Report, settings: Settings) -> None:
 
 def _loops(report: Report, settings: Settings) -> None:
     """The real model's tokens/s under us, over those of a loop by hand, and of Accelerate's."""
-    made = subprocess.run([sys.executable, ROOT / "examples" / "make_smollm2.py"], stdout=-1, text=True, check=True)
+    path = _real_model()
     for name, strategy, precision, other in LOOPS:
         arguments = {
             "strategy": strategy,
@@ -138,7 +142,7 @@ def _loops(report: Report, settings: Settings) -> None:
             "num_pairs": NUM_PAIRS,
             "block_s": BLOCK_S,
         }
-        found = _run(2, "loops", {"path": made.stdout.strip(), **arguments})[0]
+        found = _run(2, "loops", {"path": path, **arguments})[0]
         low, high = _interval(found["ratios"])
         report.add(
             Figure(
@@ -149,6 +153,50 @@ def _loops(report: Report, settings: Settings) -> None:
             )
         )
         print(f"{name}: {found}", file=sys.stderr, flush=True)
+
+
+def _real_model() -> str:
+    made = subprocess.run([sys.executable, ROOT / "examples" / "make_smollm2.py"], stdout=-1, text=True, check=True)
+    return made.stdout.strip()
+
+
+def _exact(report: Report) -> None:
+    """The real model on real text for 20 steps: every engine against one process in float32. Nothing in it varies."""
+    import torch
+
+    path, limits = _real_model(), {"fp32": (5e-6, 1e-5), "bf16": (2e-3, 1e-2)}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run(size: int, options: dict[str, Any], precision: str, name: str) -> tuple[list[float], Any]:
+            out = str(Path(folder) / name)
+            asked = {"path": path, "out": out, "precision": precision, "micro_batch_size": 1, **options}
+            found = _run(size, "exact", asked)[0]["losses"]
+            return found, torch.load(out, weights_only=True, mmap=True)
+
+        losses, parameters = run(1, {"strategy": "single", "micro_batch_size": 4}, "fp32", "alone")
+        for precision, (of_loss, of_parameter) in limits.items():
+            for name, (size, options) in ENGINES.items():
+                found, trained = run(size, options, precision, "other")
+                differences = [abs(a - b) for a, b in zip(found, losses, strict=True)]
+                largest = max(float((trained[key] - each).abs().max()) for key, each in parameters.items())
+                what = f"{name}, {precision}, 20 steps of the real model on a text"
+                report.add(Figure(name=f"{what}: loss", values=[max(differences)], limit=of_loss, is_promise=True))
+                report.add(Figure(name=f"{what}: parameters", values=[largest], limit=of_parameter, is_promise=True))
+                print(f"{what}: {max(differences):.3g}, {largest:.3g}", file=sys.stderr, flush=True)
+
+
+def _resume(report: Report, settings: Settings) -> None:
+    """To the first batch after a million samples, and after a hundred."""
+    for count in (104, 1_000_000):
+        found = [_run(1, "resume", {"num_consumed": count})[0] for _ in range(settings.num_rounds)]
+        report.add(
+            Figure(
+                name=f"first batch after {count} samples: Accelerate's time over ours",
+                values=[each["accelerates_s"] / each["ours_s"] for each in found],
+                unit="x",
+                note=f"ours {1e3 * statistics.median(each['ours_s'] for each in found):.1f} ms",
+            )
+        )
 
 
 def _interval(values: list[float]) -> tuple[float, float]:

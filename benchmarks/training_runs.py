@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +25,7 @@ import bigmodel.models
 from bigmodel.footprint import PeakFootprint, footprint_bytes
 from bigmodel.training import TrainingConfig, TrainingRun
 
-__all__ = ["collectives", "load", "loops", "overhead", "speed"]
+__all__ = ["collectives", "exact", "load", "loops", "overhead", "resume", "speed"]
 
 NUM_TOKENS = 256
 
@@ -312,6 +314,84 @@ def _hand_batches(vocabulary: int) -> Iterator[dict[str, torch.Tensor]]:
     while True:
         sampler: Any = torch.utils.data.distributed.DistributedSampler(dataset)
         yield from torch.utils.data.DataLoader(dataset, batch_size=1, sampler=sampler)
+
+
+class _Text(Dataset[Any]):
+    """Samples of a text, of each of which another number of tokens is predicted."""
+
+    LENGTH = 48
+
+    def __init__(self, path: str) -> None:
+        from transformers import AutoTokenizer
+
+        text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+        self._ids = torch.tensor(AutoTokenizer.from_pretrained(path)(text)["input_ids"])
+
+    def __len__(self) -> int:
+        return len(self._ids) // self.LENGTH
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        ids = self._ids[number * self.LENGTH : (number + 1) * self.LENGTH]
+        labels = ids.clone()
+        labels[: 7 * number % 40] = -100
+        return {"input_ids": ids, "labels": labels}
+
+
+def exact(path: str, out: str, num_steps: int = 20, **options: Any) -> dict[str, Any]:
+    """Optimizer steps on real text, 4 samples each.
+
+    Args:
+        out: file for the float32 parameters that come of it.
+
+    Returns:
+        ``losses`` of the steps.
+    """
+    run = TrainingRun(TrainingConfig(global_batch_size=4, grad_clip=1.0, **options))
+    run.prepare(
+        model=path, optimizer=lambda params: torch.optim.AdamW(params, lr=2e-5), data=_Text(path), progress=False
+    )
+    losses = [run.train_step().loss for _ in range(num_steps)]
+    engine = run._prepared()
+    engine.rest()
+    parameters = {name: engine.whole(name).float() for name in engine.masters()}
+    if run.is_main_process:
+        torch.save(parameters, out)
+    return {"losses": losses}
+
+
+def resume(num_consumed: int) -> dict[str, Any]:
+    """The time to the first batch of 8 after so many samples of a shuffled map-style dataset, here and with Accelerate.
+
+    Returns:
+        ``ours_s`` and ``accelerates_s``.
+    """
+    from accelerate import Accelerator
+
+    class Numbers(Dataset[Any]):
+        def __len__(self) -> int:
+            return num_consumed + 80
+
+        def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+            return {"number": torch.tensor(number), "labels": torch.ones(2)}
+
+    def prepared() -> tuple[TrainingRun, Any]:
+        run = TrainingRun(TrainingConfig(global_batch_size=8, micro_batch_size=8, precision="fp32"))
+        return run, run.prepare(model=nn.Linear(2, 2), data=Numbers())[1]
+
+    with tempfile.TemporaryDirectory() as folder:
+        run, loader = prepared()
+        loader.cursor = dataclasses.replace(loader.cursor, num_consumed=num_consumed)
+        run.save(f"{folder}/1")
+        run, loader = prepared()
+        run.load(f"{folder}/1")
+    started_s = time.perf_counter()
+    next(iter(loader))
+    ours_s = time.perf_counter() - started_s
+    accelerator = Accelerator(cpu=True)
+    theirs = accelerator.prepare(torch.utils.data.DataLoader(Numbers(), batch_size=8, shuffle=True))
+    started_s = time.perf_counter()
+    next(iter(accelerator.skip_first_batches(theirs, num_consumed // 8)))
+    return {"ours_s": ours_s, "accelerates_s": time.perf_counter() - started_s}
 
 
 def overhead(**options: Any) -> dict[str, Any]:
