@@ -62,7 +62,7 @@ def begin_save(
     engine: Engine,
     optimizer: Optimizer | None,
     manifest: Mapping[str, Any],
-    others: Mapping[str, Any],
+    others: Callable[[], Mapping[str, Any]],
     processes: Processes,
     *,
     hooks: Sequence[Callable[[Path], None]] = (),
@@ -74,7 +74,7 @@ def begin_save(
         folder: replaced whole where it is a checkpoint.
         engine, optimizer: whose logical tensors are written.
         manifest: what JSON can hold.
-        others: what ``torch.load(weights_only=True)`` can.
+        others: called when all processes have come; what ``torch.load(weights_only=True)`` can hold.
         processes: all of them.
         hooks: called in each process with the folder before it is put in its place.
         copies: whether tensors are copied, so that training may go on before they are written.
@@ -101,7 +101,7 @@ def begin_save(
             failed = error
     processes.all_right(failed)
     state = _tensors(engine, optimizer)
-    values = {"groups": _groups(engine, optimizer), **others}
+    values = {"groups": _groups(engine, optimizer), **others()}
     draws = random_states(processes)
     shapes = {name: list(each.shape) for name, each in state["model"].items()}
     manifest = {**manifest, "optimizer": None if optimizer is None else type(optimizer).__name__}
@@ -109,14 +109,20 @@ def begin_save(
         state, values = mapped(state, _copied), copy.deepcopy(values)
 
     def write(processes: Processes) -> None:
+        error: BaseException | None = None
+        try:
+            for hook in hooks:
+                hook(staging)
+            if hooks and processes.is_main:
+                _refuse_taken(staging)
+        except Exception as caught:
+            error = caught
+        processes.all_right(error)
         alone, group = processes.size == 1, processes.host_group
         with _alone_is_right() if alone else contextlib.nullcontext():
             save_tensors(state, storage_writer=FileSystemWriter(staging), process_group=group, no_dist=alone)
-        error: BaseException | None = None
         try:
             torch.save(draws, staging / f"random-{processes.rank}.pt")
-            for hook in hooks:
-                hook(staging)
         except Exception as caught:
             error = caught
         processes.all_right(error)
@@ -288,6 +294,19 @@ def _refuse_groups(folder: Path, own: list[list[str]], saved: list[dict[str, Any
 
 
 # --- Processes and files
+
+
+def _refuse_taken(folder: Path) -> None:
+    """InvalidArgumentError where a hook wrote what a checkpoint has itself."""
+    taken = [
+        each.name
+        for pattern in (MANIFEST, "state.pt", "random-*.pt", "*.distcp", ".metadata")
+        for each in folder.glob(pattern)
+    ]
+    if taken:
+        raise InvalidArgumentError(
+            f"A hook wrote {join_some(sorted(taken))}, which a checkpoint has itself. Give its file another name."
+        )
 
 
 def _write_others(folder: Path, others: Mapping[str, Any]) -> None:

@@ -52,7 +52,7 @@ def engine_of(config: TrainingConfig, processes: Processes) -> Make:
             raise InvalidArgumentError(
                 f'precision is "fp8", which is for strategy="fsdp", and it is "{strategy}". Give that, or precision="bf16".'
             )
-        refuse_float8(processes.device)
+        refuse_float8(processes.device, emulates=bool(config.engine_options.get("emulate_float8")))
     if is_zero:
         if config.precision == "fp16":
             refuse_float16(processes)

@@ -51,7 +51,8 @@ class TrainingConfig:
             in it too; None for "fp32".
         engine_options: of "zero1" to "zero3": settings of a DeepSpeed JSON that no other field says; of "fsdp": `prefetch`, how
             many units are gathered ahead, and `units`, which modules are gathered each by itself: names of classes, or a function
-            of a module's name and itself; otherwise the cost model's units.
+            of a module's name and itself; otherwise the cost model's units; with "fp8" also `emulate_float8`, whether it is only
+            rounded to, slowly, on any device: to try what it does to a loss.
         find_unused_parameters: of "ddp" in float32: whether passes may leave trained parameters out; costs a look at each graph.
     """
 
@@ -88,6 +89,11 @@ class TrainingConfig:
         size = int(os.environ.get("WORLD_SIZE", "1")) if num_processes is None else num_processes
         folder = Path() if isinstance(source, Mapping) else Path(source).parent
         found = fields_of(read_file(source), size, folder, fields)
+        if "engine_options" in found and isinstance(fields.get("engine_options"), Mapping):
+            both = found["engine_options"].keys() & fields["engine_options"].keys()
+            found["engine_options"] = {**fields["engine_options"], **found["engine_options"]}
+            if not both:  # they go together
+                fields["engine_options"] = found["engine_options"]
         for name in found.keys() & fields.keys():
             if found[name] != fields[name]:
                 raise InvalidArgumentError(
@@ -141,10 +147,10 @@ class TrainingConfig:
                     "other fields say. Leave it out."
                 )
         elif self.strategy == "fsdp":
-            strange = sorted(options.keys() - {"prefetch", "units"})
+            strange = sorted(options.keys() - {"prefetch", "units", "emulate_float8"})
             if strange:
                 raise InvalidArgumentError(
-                    f'engine_options has {", ".join(strange)}. Those of "fsdp" are: prefetch, units.'
+                    f'engine_options has {", ".join(strange)}. Those of "fsdp" are: prefetch, units, emulate_float8.'
                 )
             if "prefetch" in options:
                 _whole("prefetch", options["prefetch"], 0)
@@ -152,7 +158,7 @@ class TrainingConfig:
             is_named = (
                 isinstance(units, Sequence) and not isinstance(units, str) and all(isinstance(u, str) for u in units)
             )
-            if not callable(units) and not is_named:
+            if "units" in options and not callable(units) and not (is_named and units):
                 raise InvalidArgumentError(
                     f"units is {shown(units)}. Give names of classes, or a function of a module's name and itself."
                 )

@@ -48,13 +48,7 @@ def data_of(
         dataset, batch_size, collate_fn, num_workers = data.dataset, data.batch_size, data.collate_fn, data.num_workers
     if not _is_listed(dataset):
         _refuse_workers(dataset, num_workers)
-        iterated = Iterated(
-            dataset=dataset,
-            collate_fn=collate_fn or default_collate,
-            shuffles=False,
-            batch_size=batch_size,
-            skips=skips,
-        )
+        iterated = Iterated(dataset, collate_fn or default_collate, batch_size=batch_size, skips=skips)
         return iterated if shard is None else _divided(iterated, shard, processes)
     if shard is not None:
         raise InvalidArgumentError(
@@ -143,8 +137,7 @@ def _divided(whole: Iterated, shard: Shard, processes: Processes) -> Divided:
             f'shard is {shard!r}. Give "node", a function of dataset, rank and number of processes, or None.'
         )
     _refuse_workers(part, 0)
-    fields = {each: getattr(whole, each) for each in ("collate_fn", "shuffles", "batch_size", "skips")}
-    return Divided(dataset=part, processes=processes, **fields)
+    return Divided(part, whole, processes)
 
 
 class GlobalLoader:
@@ -223,9 +216,9 @@ class GlobalLoader:
         if len(prints) > 1:
             logger.warning("the dataset calls its contents by another name than the checkpoint's: are they the same?")
 
-    def state(self) -> dict[str, Any] | None:
-        """Where the dataset itself is, beside `cursor`; None where that says all."""
-        return self._source.state(self.cursor)
+    def state(self, processes: Processes) -> dict[str, Any] | None:
+        """Where the dataset itself is, beside `cursor`; None where that says all. All processes call it."""
+        return self._source.state(self.cursor, processes)
 
     def resume(self, cursor: Cursor, state: dict[str, Any] | None) -> None:
         """Begin the next pass at a place that was saved, with `state` of then."""

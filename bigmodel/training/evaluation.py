@@ -65,7 +65,7 @@ def generated(engine: Engine, inputs: tuple[Any, ...], options: Mapping[str, Any
     waits = {"synced_gpus": True} if engine.processes.size > 1 and engine.gathers else {}
     device = engine.processes.device
     with _evaluating(engine):
-        return engine.module.generate(*moved(inputs, device), **waits, **moved(dict(options), device))  # type: ignore[operator]
+        return engine.module.generate(*moved(inputs, device), **(waits | moved(dict(options), device)))  # type: ignore[operator]
 
 
 def rows_of_all(values: Any, loader: GlobalLoader, run: Collectives) -> Any:

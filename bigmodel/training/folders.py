@@ -15,7 +15,7 @@ from bigmodel.saving import sync
 
 __all__ = ["KIND", "MANIFEST", "VERSION", "complete_ones", "is_complete", "prune", "put", "read_manifest"]
 
-KIND, VERSION = "bigmodel.training", 1
+KIND, VERSION = "bigmodel.training", 2
 MANIFEST = "manifest.json"
 """Written last: what has one is complete."""
 _AT_FDCWD, _EXCHANGE = -100, 2

@@ -131,6 +131,10 @@ def owned_by_deepspeed(options: Mapping[str, Any]) -> list[str]:
 
 
 def _of_deepspeed(settings: Mapping[str, Any], num_processes: int) -> dict[str, Any]:
+    if "bfloat16" in settings:  # its older name
+        if "bf16" in settings:
+            raise InvalidArgumentError("bf16 and bfloat16 are both there, and are one section. Leave one out.")
+        settings = {("bf16" if key == "bfloat16" else key): value for key, value in settings.items()}
     zero = dict(_section(settings, "zero_optimization"))
     fields: dict[str, Any] = {}
     stage = _stated(zero, "stage", 0)
@@ -191,11 +195,10 @@ def _refuse_precision(settings: Mapping[str, Any]) -> None:
     half = _section(settings, "bf16")
     narrow = [key for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states") if _stated(half, key, False)]
     narrow += ["fp16_master_weights_and_grads"] if _stated(settings, "fp16_master_weights_and_grads", False) else []
-    narrow += [
-        f"fp16.{key}"
-        for key in ("fp16_master_weights_and_grads", "auto_cast")
-        if _stated(_section(settings, "fp16"), key, False)
-    ]
+    float16 = _section(settings, "fp16")
+    if _stated(float16, "enabled", False) is not False:
+        asked = ("fp16_master_weights_and_grads", "auto_cast")
+        narrow += [f"fp16.{key}" for key in asked if _stated(float16, key, False)]
     if narrow:
         raise InvalidArgumentError(
             f"{', '.join(narrow)}: masters and optimizer states are float32 here, and inputs are the caller's. Set it to false."
@@ -296,7 +299,7 @@ def _of_accelerate(settings: Mapping[str, Any], num_processes: int, folder: Path
                 reshards = value if isinstance(value, bool) else _meaning(_SHARDING, key, str(value).upper())
                 fields["reshard_after_forward"] = reshards
         classes = fsdp.pop("fsdp_transformer_layer_cls_to_wrap", None)
-        if classes:
+        if classes and "SIZE" not in str(fsdp.get("fsdp_auto_wrap_policy", "")).upper():
             units = [each.strip() for each in classes.split(",")] if isinstance(classes, str) else list(classes)
             fields["engine_options"] = {"units": units}
         left = sorted(key for key, value in fsdp.items() if key not in _ANYWAY.split() and value not in (None, False))

@@ -70,7 +70,7 @@ class LossScale:
         self._num_good = self._num_good + 1 if is_finite else 0
         if not is_finite:
             self.value *= self.BACKOFF
-        elif self._num_good == self.INTERVAL:
+        elif self._num_good >= self.INTERVAL:
             self.value, self._num_good = self.value * self.GROWTH, 0
 
     def state_dict(self) -> dict[str, float]:

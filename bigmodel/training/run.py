@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from bigmodel.training.place import Cursor, Division
 from bigmodel.training.prepared import PreparedOptimizer, PreparedScheduler
 from bigmodel.training.processes import Processes
 from bigmodel.training.saves import Hook, Saves
+from bigmodel.training.sources import Source
 from bigmodel.training.strategy import Engine
 from bigmodel.training.weighing import Weighing, loss_of, moved
 from bigmodel.training.weights import Origin
@@ -159,10 +161,10 @@ class TrainingRun(Collectives):
             raise InvalidArgumentError("prepare was called before. Make another TrainingRun for another model.")
         named = {"model": model, "optimizer": optimizer, "loader": data, "scheduler": scheduler}
         order = [kind_of(each) for each in objects]
-        evaluated: dict[str, Any] = {}  # further DataLoaders
+        evaluated: dict[str, Any] = {}  # DataLoaders after the first
         for place, each in enumerate(objects):
             kind = order[place]
-            if kind == "loader" and named[kind] is not None and isinstance(each, DataLoader):
+            if isinstance(each, DataLoader) and "loader" in order[:place]:
                 order[place] = kind = f"evaluated {place}"
                 evaluated[kind] = each
                 continue
@@ -174,13 +176,21 @@ class TrainingRun(Collectives):
         order += [kind for kind in named if named[kind] is not None and kind not in order]
         if named["model"] is None:
             raise InvalidArgumentError("There is no model to train. Give a folder, a Hub repo id or a module.")
-        loaded = None
+        loaded, skips = None, self.config.skip_samples
         if named["loader"] is not None:
-            skips = self.config.skip_samples
             loaded = data_of(
                 named["loader"], collate_fn, num_workers, processes=self.processes, shard=shard, skips=skips
             )
+        elif shard is not None:
+            raise InvalidArgumentError("shard was given, and no data that it divides. Give both.")
+        sources = {kind: data_of(each, None, 0, processes=self.processes) for kind, each in evaluated.items()}
         micro = self._micro_batch_size(None if loaded is None else loaded.batch_size)
+        together = self.config.global_batch_size or micro * self.processes.size
+        if shard is not None and together < self.processes.size:
+            raise InvalidArgumentError(
+                f"global_batch_size is {together}, and each of {self.processes.size} processes reads a part of its own: some "
+                "would never be read. Give at least as many samples as processes."
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)  # weights that no checkpoint has are the same everywhere
             origin = Origin.of(named["model"], trust_remote_code=trust_remote_code)
@@ -197,7 +207,7 @@ class TrainingRun(Collectives):
         engine.model.register_forward_pre_hook(self._look, with_kwargs=True)
         engine.model.register_forward_hook(lambda module, args, outputs: self._weighed.saw(outputs))
         made: dict[str, Any] = {"model": engine.model}
-        made |= {kind: self.prepare_eval(each) for kind, each in evaluated.items()}
+        made |= {kind: self._evaluated(each) for kind, each in sources.items()}
         self._scheduler = scheduler_of(named["scheduler"], own)
         if own is not None:
             own.register_step_pre_hook(self._refuse_own_step)
@@ -207,7 +217,7 @@ class TrainingRun(Collectives):
         self._weighing = Weighing(engine.module, engine.model, self.processes, count_items)
         if loaded is not None:
             division = Division(
-                global_batch_size=self.config.global_batch_size or micro * self.processes.size,
+                global_batch_size=together,
                 micro_batch_size=micro,
                 rank=self.processes.rank,
                 num_processes=self.processes.size,
@@ -454,14 +464,16 @@ class TrainingRun(Collectives):
         engine, path = self._prepared(), Path(folder)
         if self._loader is not None:
             self._loader.refuse_inside("save a checkpoint")
-        self._saves.finish()
         engine.rest()
         cursor = None if self._loader is None else self._loader.cursor.to_dict()
-        others = {
-            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
-            "data": None if self._loader is None else self._loader.state(),
-            "loss_scale": None if engine.loss_scale is None else engine.loss_scale.state_dict(),
-        }
+
+        def others() -> dict[str, Any]:
+            return {
+                "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+                "data": None if self._loader is None else self._loader.state(self.processes),
+                "loss_scale": None if engine.loss_scale is None else engine.loss_scale.state_dict(),
+            }
+
         manifest = {"step": self._num_steps, "cursor": cursor}
         self._saves.write(path, engine, self._optimizer, manifest, others, keep=keep, wait=wait)
         return path
@@ -515,8 +527,9 @@ class TrainingRun(Collectives):
         """Files of your own in each checkpoint: written before it is put in its place, so they are there whenever it is.
 
         Args:
-            on_save: called in every process with the folder that is being written; after `save(wait=False)`, in its thread. Names
-                that a checkpoint has (see `checkpoint.py`) are taken; write others, one per process or in the main one alone.
+            on_save: called in every process with the folder that is being written, before anything else is; after
+                `save(wait=False)` in its thread, where it must not talk to other processes. Names that a checkpoint has itself
+                are refused: `manifest.json`, `state.pt`, `random-*.pt`, `*.distcp`, `.metadata`.
             on_load: called in every process with the folder of the checkpoint, when all else was read.
         """
         self._saves.add_hooks(on_save, on_load)
@@ -544,17 +557,7 @@ class TrainingRun(Collectives):
         Args:
             data, collate_fn, num_workers: as in `prepare`.
         """
-        loaded = replace(data_of(data, collate_fn, num_workers, processes=self.processes), shuffles=False)
-        micro = loaded.batch_size or self._micro_batch_size(None)
-        division = Division(
-            global_batch_size=micro * self.processes.size,
-            micro_batch_size=micro,
-            rank=self.processes.rank,
-            num_processes=self.processes.size,
-        )
-        loader = GlobalLoader(loaded, division, Cursor(seed=self.config.seed), drop_last=False, begin=self._moved)
-        self._loaders.append(loader)
-        return loader
+        return self._evaluated(data_of(data, collate_fn, num_workers, processes=self.processes))
 
     def evaluate(self, loader: GlobalLoader) -> Evaluation:
         """The mean loss over all predicted labels of all processes; every process calls it.
@@ -606,6 +609,20 @@ class TrainingRun(Collectives):
         if self._engine is None:
             raise TrainingError("Nothing was prepared. Call run.prepare first.")
         return self._engine
+
+    def _evaluated(self, source: Source) -> GlobalLoader:
+        in_order = copy.copy(source)
+        in_order.shuffles = False
+        micro = source.batch_size or self._micro_batch_size(None)
+        division = Division(
+            global_batch_size=micro * self.processes.size,
+            micro_batch_size=micro,
+            rank=self.processes.rank,
+            num_processes=self.processes.size,
+        )
+        loader = GlobalLoader(in_order, division, Cursor(seed=self.config.seed), drop_last=False, begin=self._moved)
+        self._loaders.append(loader)
+        return loader
 
     def _micro_batch_size(self, of_loader: int | None) -> int:
         stated = self.config.micro_batch_size

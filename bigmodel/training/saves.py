@@ -67,12 +67,16 @@ class Saves:
         engine: Engine,
         optimizer: Optimizer | None,
         manifest: Mapping[str, Any],
-        others: Mapping[str, Any],
+        others: Callable[[], Mapping[str, Any]],
         *,
         keep: int | None,
         wait: bool,
     ) -> None:
-        """As `TrainingRun.save`."""
+        """As `TrainingRun.save`.
+
+        Args:
+            others: called when all processes have come.
+        """
         if keep is not None and (not isinstance(keep, int) or keep < 1):
             raise InvalidArgumentError(f"keep is {keep!r}. Give a whole number from 1 on, or None.")
         self.finish()
@@ -81,7 +85,7 @@ class Saves:
             engine,
             optimizer,
             {"run": self.run_id, **manifest},
-            {"registered": [each.state_dict() for each in self._registered], **others},
+            lambda: {"registered": [each.state_dict() for each in self._registered], **others()},
             self._processes,
             hooks=tuple(self._on_save),
             copies=not wait,

@@ -243,8 +243,12 @@ class Sharded(Engine):
             refuse_scalars(origin.module, "FSDP2", 'strategy="ddp" with precision="fp32", or "zero3"')
         scalars = {each for each in origin.module.parameters() if not each.ndim}
         options["ignored_params"] = scalars
-        groups: list[Any] = origin.groups(config.engine_options.get("units"))
-        in_float8 = use_float8(origin.module, groups) if config.precision == "fp8" else []
+        names = {module: name for name, module in origin.module.named_modules()}
+        units = [names[module] for module in origin.groups(config.engine_options.get("units"))]
+        in_float8: list[str] = []
+        if config.precision == "fp8":  # which replaces modules
+            in_float8 = use_float8(origin.module, emulates=bool(config.engine_options.get("emulate_float8")))
+        groups: list[Any] = [origin.module.get_submodule(name) for name in units]
         for module in groups:
             fully_shard(module, **options)
         fully_shard(origin.module, **options)
@@ -253,9 +257,8 @@ class Sharded(Engine):
             for number, module in enumerate(groups):
                 module.set_modules_to_forward_prefetch(groups[number + 1 : number + 1 + self._prefetch])
                 module.set_modules_to_backward_prefetch(groups[max(0, number - self._prefetch) : number][::-1])
-        names = {module: name for name, module in origin.module.named_modules()}
         self._arguments = {
-            "groups": [names[module] for module in groups] + [""],
+            "groups": [*units, ""],
             "mesh": list(options["mesh"].shape),
             "param_dtype": str(policy.param_dtype),
             "reduce_dtype": str(policy.reduce_dtype),

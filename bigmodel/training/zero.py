@@ -349,7 +349,7 @@ class _DeepSpeedScale(LossScale):
 
     def state_dict(self) -> dict[str, float]:
         scaler = self._scaler
-        num_good = scaler.cur_iter - scaler.last_overflow_iter - 1 if scaler.dynamic else 0
+        num_good = (scaler.cur_iter - scaler.last_overflow_iter - 1) % self.INTERVAL if scaler.dynamic else 0
         return {"value": self.value, "num_good": num_good}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:

@@ -131,15 +131,42 @@ class Part(IterableDataset):
             yield Numbers()[number]
 
 
-def divided(folder: str, *, ends: int, resumes: bool = False, **options: Any) -> dict[str, Any]:
-    """Two epochs of parts, with a checkpoint after so many global batches; or from that checkpoint on."""
+class Short(Part):
+    """The first samples of a part, and then an error, or the end."""
+
+    def __init__(self, read: list[int], begin: int, step: int, *, length: int, fails: bool) -> None:
+        super().__init__(read, begin, step)
+        self._length, self._fails = length, fails
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number, sample in enumerate(super().__iter__()):
+            if number == self._length:
+                if self._fails:
+                    raise ValueError("a file that cannot be read")
+                return
+            yield sample
+
+
+def divided(
+    folder: str, *, ends: int, resumes: bool = False, short: int | None = None, fails: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Two epochs of parts, with a checkpoint after so many global batches; or from that checkpoint on.
+
+    With `short`, the second part has only so many samples, or fails then.
+    """
     read: list[int] = []
-    run = TrainingRun(TrainingConfig(global_batch_size=9, micro_batch_size=2, precision="fp32", seed=3, **options))
+
+    def part(dataset: Any, rank: int, size: int) -> Part:
+        is_short = short is not None and rank == 1
+        return Short(read, rank, size, length=short, fails=fails) if is_short else Part(read, rank, size)
+
+    asked = {"global_batch_size": 9, "micro_batch_size": 2, "precision": "fp32", "seed": 3} | options
+    run = TrainingRun(TrainingConfig(**asked))
     _, _, loader = run.prepare(
         model=torch.nn.Linear(2, 2),
         optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
         data=Flow(),
-        shard=lambda dataset, rank, size: Part(read, rank, size),
+        shard=part,
     )
     if resumes:
         run.load(folder)
@@ -172,6 +199,8 @@ def hugging(
             gen_kwargs={"shards": [0, 1, 2, 3]},
         )
         data = data.shuffle(seed=5, buffer_size=6) if shuffles else data
+        if kind == "mixed":  # of two such, one after the other
+            data = datasets.concatenate_datasets([data.take(20), data.skip(20)])
     run = TrainingRun(TrainingConfig(global_batch_size=8, micro_batch_size=2, precision="fp32", seed=3))
 
     def collated(samples: list[Any]) -> dict[str, torch.Tensor]:
@@ -678,3 +707,17 @@ def in_float16(path: str, folder: str, *, strategy: str) -> dict[str, Any]:
         }
     finally:
         del accelerator.is_fp16_supported, accelerator.supported_dtypes
+
+
+def hooked(folder: str) -> list[str]:
+    """The files that hooks of two processes find."""
+    run = TrainingRun(TrainingConfig(strategy="ddp", precision="fp32"))
+    run.prepare(model=torch.nn.Linear(2, 2), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    found: list[str] = []
+    run.register_checkpoint_hooks(
+        on_save=lambda path: (path / f"rank-{run.processes.rank}.txt").write_text("mine"),
+        on_load=lambda path: found.extend(sorted(each.name for each in path.glob("rank-*.txt"))),
+    )
+    run.save(folder)
+    run.load(folder)
+    return found

@@ -290,3 +290,15 @@ def test_hooks_write_files_that_are_there_whenever_the_checkpoint_is(tmp_path, w
     assert not (tmp_path / "2").exists()
     with pytest.raises(InvalidArgumentError, match="on_load is a str"):
         prepared(on_load="folder")
+    run = prepared(on_save=lambda folder: (folder / "random-0.pt").write_text("mine"))
+    with pytest.raises(InvalidArgumentError, match=r"wrote random-0\.pt, which a checkpoint has itself"):
+        run.save(tmp_path / "2")
+    assert not (tmp_path / "2").exists()
+    run = prepared(on_load=fails)
+    with pytest.raises(ValueError, match="no room"):
+        run.load(tmp_path / "1")
+
+
+def test_hooks_run_in_every_process(two, tmp_path):
+    found = two.run("training.loops:hooked", folder=str(tmp_path / "1"))
+    assert found == [["rank-0.txt", "rank-1.txt"]] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datasets
 import pytest
 import torch
 
@@ -229,9 +230,10 @@ def test_a_place_that_was_loaded_and_saved_again_is_the_same(tmp_path):
     assert next(iter(loader))["number"].tolist() == list(range(place, place + 4))
 
 
-def test_parts_are_read_each_by_its_own_process_and_gone_on_with(two, tmp_path):
-    folder = str(tmp_path / "3")
-    found = two.run("training.loops:divided", folder=folder, ends=3)
+@pytest.mark.parametrize("ends", [3, 4])  # after four of them one part has ended
+def test_parts_are_read_each_by_its_own_process_and_gone_on_with(two, tmp_path, ends):
+    folder = str(tmp_path / "there")
+    found = two.run("training.loops:divided", folder=folder, ends=ends)
     assert [len(each["read"]) for each in found] == [2 * 19, 2 * 18]  # two epochs, of a part of its own each
     assert sorted(found[0]["read"][:19] + found[1]["read"][:18]) == list(range(37))
     whole = together([each["found"] for each in found])
@@ -240,10 +242,28 @@ def test_parts_are_read_each_by_its_own_process_and_gone_on_with(two, tmp_path):
     assert [len(batch) for batch in whole] == [9, 9, 9, 8, 2] * 2  # one part ends before the other
     assert found[0]["metrics"] == found[1]["metrics"]
     assert sorted(number for each in found[0]["metrics"] for number in each) == sorted(flat)
-    rest = two.run("training.loops:divided", folder=folder, ends=3, resumes=True)
-    assert together([each["found"] for each in rest]) == whole[3:]
-    with pytest.raises(AssertionError, match="which skip_samples=False refuses"):
-        two.run("training.loops:divided", folder=folder, ends=3, resumes=True, skip_samples=False)
+    rest = two.run("training.loops:divided", folder=folder, ends=ends, resumes=True)
+    assert together([each["found"] for each in rest]) == whole[ends:]
+    with pytest.raises(AssertionError, match=r"(?s)skip_samples=False refuses.*skip_samples=False refuses"):  # in both
+        two.run("training.loops:divided", folder=folder, ends=ends, resumes=True, skip_samples=False)
+
+
+def test_parts_of_other_lengths_are_gone_through_to_their_ends(two, tmp_path):
+    asked = {"folder": str(tmp_path / "there"), "ends": 99, "short": 2}
+    lengths = [len(batch) for batch in together([each["found"] for each in two.run("training.loops:divided", **asked)])]
+    assert lengths == [7, 5, 5, 4] * 2
+    dropped = two.run("training.loops:divided", drop_last=True, **asked)  # the last one alone, in which all have ended
+    assert [len(batch) for batch in together([each["found"] for each in dropped])] == [7, 5, 5] * 2
+
+
+def test_nobody_waits_for_a_part_that_fails_or_is_empty(two, tmp_path):
+    asked = {"folder": str(tmp_path / "there"), "ends": 99}
+    with pytest.raises(AssertionError, match=r"(?s)In another process the data raised.*a file that cannot be read"):
+        two.run("training.loops:divided", short=6, fails=True, **asked)
+    with pytest.raises(AssertionError, match=r"global_batch_size is 1, and each of 2 processes reads a part"):
+        two.run("training.loops:divided", global_batch_size=1, **asked)
+    empty = together([each["found"] for each in two.run("training.loops:divided", short=0, **asked)])
+    assert [len(batch) for batch in empty] == [5, 5, 5, 4] * 2
 
 
 def test_parts_of_two_processes_are_not_gone_on_with_by_one(two, tmp_path):
@@ -286,7 +306,13 @@ def test_a_shard_of_what_cannot_be_divided_is_refused():
 
 @pytest.mark.parametrize(
     ("kind", "shuffles", "shard"),
-    [("listed", True, None), ("iterable", False, None), ("iterable", True, None), ("iterable", True, "node")],
+    [
+        ("listed", True, None),
+        ("iterable", False, None),
+        ("iterable", True, None),
+        ("mixed", True, None),
+        ("iterable", True, "node"),
+    ],
 )
 def test_hugging_faces_datasets_go_on_where_they_were(two, tmp_path, kind, shuffles, shard):
     def take(**asked):
@@ -299,6 +325,78 @@ def test_hugging_faces_datasets_go_on_where_they_were(two, tmp_path, kind, shuff
         assert [sorted(each) for each in hugging(kind=kind, shuffles=shuffles)] == whole
     first = take(skip=3, folder=str(tmp_path / "3"))
     assert first + take(skip=-1, folder=str(tmp_path / "3")) == whole
+
+
+def test_a_place_at_the_beginning_is_come_to_after_another(tmp_path):
+    def batches(run, loader, count):
+        found = []
+        for batch, _ in zip(loader, range(count), strict=False):
+            found.append(batch["number"].tolist())
+            run.step()
+        return found
+
+    run = TrainingRun(TrainingConfig(precision="fp32", global_batch_size=4, micro_batch_size=4))
+    _, _, loader = run.prepare(
+        model=torch.nn.Linear(2, 2),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        data=datasets.IterableDataset.from_generator(lambda: ({"number": each} for each in range(37))),
+        collate_fn=lambda samples: {
+            "number": torch.tensor([each["number"] for each in samples]),
+            "labels": torch.zeros(len(samples), 1),
+        },
+    )
+    run.save(tmp_path / "0")
+    assert batches(run, loader, 2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    run.save(tmp_path / "2")
+    for folder, first in (("2", 8), ("0", 0), ("2", 8)):
+        run.load(tmp_path / folder)
+        assert batches(run, loader, 1) == [[*range(first, first + 4)]]
+
+
+def test_a_state_is_saved_after_a_look_at_what_comes(tmp_path):
+    read = []
+    config = TrainingConfig(precision="fp32", global_batch_size=4, micro_batch_size=4, skip_samples=False)
+
+    def prepared(read):
+        run = TrainingRun(config)
+        return run, run.prepare(model=torch.nn.Linear(2, 2), data=Flow(stateful=True, read=read))[1]
+
+    run, loader = prepared([])
+    stream = iter(loader)
+    for _ in range(3):
+        next(stream)
+    run.save(tmp_path / "2")  # the third was looked at
+    run, loader = prepared(read)
+    run.load(tmp_path / "2")
+    assert next(iter(loader))["number"].tolist() == [8, 9, 10, 11]
+    assert read == [8, 9, 10, 11]
+
+
+def test_generators_of_the_host_go_on_where_they_were():
+    import random
+
+    import numpy as np
+
+    from bigmodel.draws import draws_kept
+
+    def drawn(inside):
+        np.random.seed(0)
+        random.seed(0)
+        torch.manual_seed(0)
+        first = np.random.randn()  # the second of a pair waits
+        inside()
+        return first, np.random.randn(), np.random.randn(), random.random(), float(torch.rand(()))
+
+    def kept():
+        with draws_kept():
+            np.random.seed(5)
+            np.random.randn()
+            random.seed(5)
+            with draws_kept():
+                np.random.seed(6)
+            torch.rand(3)
+
+    assert drawn(kept) == drawn(lambda: None)
 
 
 def test_a_second_loader_is_for_evaluation():
@@ -314,3 +412,20 @@ def test_a_second_loader_is_for_evaluation():
     assert seen[0] == [0, 1, 2]
     assert [number for batch in seen for number in batch] == list(range(37))
     assert trained.cursor == before
+
+
+def test_a_loader_for_evaluation_is_refused_before_anything_is_made():
+    from torch.utils.data import DataLoader
+
+    run = TrainingRun(TrainingConfig(precision="fp32", global_batch_size=4))
+    model, good = torch.nn.Linear(2, 2), DataLoader(Numbers(), batch_size=2)
+    with pytest.raises(InvalidArgumentError, match="drop_last"):
+        run.prepare(model, good, DataLoader(Numbers(), batch_size=2, drop_last=True))
+    with pytest.raises(InvalidArgumentError, match="Two of one kind"):
+        run.prepare(model, good, data=Numbers())
+    with pytest.raises(InvalidArgumentError, match="shard was given, and no data"):
+        run.prepare(model, shard="node")
+    evaluated, _, same, other = run.prepare(good, torch.optim.SGD(model.parameters()), model, good)
+    assert same is model
+    assert len(evaluated) == 19
+    assert len(other) == 19

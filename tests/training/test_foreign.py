@@ -171,6 +171,12 @@ def test_layers_that_accelerate_names_are_the_units():
     settings["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] = "LlamaDecoderLayer, LlamaMLP"
     config = TrainingConfig.read(settings, global_batch_size=2)
     assert config.engine_options == {"units": ["LlamaDecoderLayer", "LlamaMLP"]}
+    both = TrainingConfig.read(settings, global_batch_size=2, engine_options={"prefetch": 2})
+    assert both.engine_options == {"units": ["LlamaDecoderLayer", "LlamaMLP"], "prefetch": 2}
+    with pytest.raises(InvalidArgumentError, match="engine_options is"):
+        TrainingConfig.read(settings, global_batch_size=2, engine_options={"units": ["LlamaMLP"]})
+    settings["fsdp_config"]["fsdp_auto_wrap_policy"] = "SIZE_BASED_WRAP"
+    assert not TrainingConfig.read(settings, global_batch_size=2).engine_options
 
 
 def test_settings_of_a_precision_are_refused_or_told(caplog):

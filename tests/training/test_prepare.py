@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import bigmodel
 from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.training import TrainingConfig, TrainingRun
-from training.loops import Numbers, Sentences
+from training.loops import Numbers, Sentences, save_llama
 
 FP32 = {"precision": "fp32"}
 
@@ -237,6 +237,7 @@ def test_units_are_those_that_the_user_names(folder):
         (["LlamaDecoderLayer", "LlamaMLP"], "inside another"),
         (["Embedding"], "shares a weight with a module outside"),
         (3, "Give names of classes"),
+        ([], "Give names of classes"),
     ):
         with pytest.raises(InvalidArgumentError, match=words):
             groups(units)
@@ -249,24 +250,28 @@ def test_float8_is_refused_where_the_device_does_not_multiply_it():
         run_of(strategy="ddp", precision="fp8")
 
 
-def test_float8_rounds_products_and_leaves_parameters_as_they_are(folder, tmp_path, monkeypatch):
-    import functools
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_float8_rounds_products_and_leaves_parameters_as_they_are(tmp_path, is_tied):
+    save_llama(tmp_path / "llama", tie_word_embeddings=is_tied, vocab_size=96)
 
-    from bigmodel.training import choice, float8, strategy
-
-    def trained(precision):
-        run = run_of(strategy="fsdp", precision=precision, global_batch_size=8, micro_batch_size=4)
-        run.prepare(str(folder), optimizer=lambda params: AdamW(params, lr=1e-3), data=Sentences(), progress=False)
-        return run, [run.train_step().loss for _ in range(4)]
+    def trained(precision, **options):
+        run = run_of(
+            strategy="fsdp", precision=precision, global_batch_size=3, micro_batch_size=3, engine_options=options
+        )
+        loader = run.prepare(
+            str(tmp_path / "llama"), optimizer=lambda params: AdamW(params, lr=1e-3), data=Sentences(), progress=False
+        )[2]
+        assert len(loader) == 22
+        return run, [run.train_step().loss for _ in range(4)]  # of 36 tokens, which 16 does not divide
 
     _, expected = trained("bf16")
-    # No device here multiplies float8: the seam that refuses is opened, and torchao rounds to it.
-    monkeypatch.setattr(choice, "refuse_float8", lambda device: None)
-    monkeypatch.setattr(strategy, "use_float8", functools.partial(float8.use_float8, emulates=True))
-    run, losses = trained("fp8")
+    run, losses = trained("fp8", emulate_float8=True)  # no device here multiplies float8
     assert losses != expected
     assert losses == pytest.approx(expected, abs=5e-3)
-    assert "model.layers.0.mlp.up_proj" in run.engine_arguments()["float8"]
+    layers = run.engine_arguments()["float8"]
+    assert len(layers) == 14
+    assert "model.layers.0.mlp.up_proj" in layers
+    assert not any("lm_head" in each for each in layers)
     assert all(parameter.dtype == torch.float32 for parameter in run.unwrap().parameters())
     run.export(tmp_path / "out")
     assert {each.dtype for each in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
