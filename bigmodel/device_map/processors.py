@@ -225,24 +225,23 @@ class _BlockPass:
 
 
 def _block_pass(blocks: Sequence[_Block], rows: int, past_tokens: int) -> _BlockPass:
-    """Medians of passes of one block after another, the first one left out; fewer where they take long."""
+    """Medians of passes of one block after another, after one that is only counted; fewer where they take long."""
     dtype = blocks[0].query.weight.dtype
     hidden = torch.full((1, rows, _WIDTH), 0.1, dtype=dtype)
     past = torch.zeros(1, _HEADS, past_tokens, _WIDTH // _HEADS, dtype=dtype)
-    work = tallied(lambda: blocks[0](hidden, past))
-    times: list[tuple[float, float, float]] = []
     started = time.perf_counter()
-    for number in range(1 + len(blocks) * _REPEATS):
+    work = tallied(lambda: blocks[0](hidden, past))  # and the first pass takes longer
+    times: list[tuple[float, float, float]] = []
+    for number in range(1, 1 + len(blocks) * _REPEATS):
         block = blocks[number % len(blocks)]
         block.linear_s = block.attention_s = 0.0
         begin = time.perf_counter()
         block(hidden, past)
         total = time.perf_counter() - begin
         times.append((block.linear_s, block.attention_s, total - block.linear_s - block.attention_s))
-        if number and time.perf_counter() - started > _LONG_S:
+        if time.perf_counter() - started > _LONG_S:
             break
-    steady = times[1:]
-    linear_s, attention_s, rest_s = (max(1e-9, statistics.median(each)) for each in zip(*steady, strict=True))
+    linear_s, attention_s, rest_s = (max(1e-9, statistics.median(each)) for each in zip(*times, strict=True))
     flops, num_bytes = {False: 0.0, True: 0.0}, {False: 0.0, True: 0.0}
     for (kind, _), (each_flops, each_bytes) in work.products.items():
         flops[kind.endswith(ATTENTION)] += each_flops

@@ -225,7 +225,7 @@ def test_no_random_map_and_no_named_map_is_better(num_units, num_accelerators, a
     search = Search(tables, limits)
     chosen = [each.index(choice) for each, choice in zip(choices, choices_in(plan), strict=True)]
     num_tried = 0
-    while num_tried < 2000:
+    while num_tried < 1000:
         maps, slots = [], []
         for number in range(1000):
             # Uniform maps hardly ever fit: how much rests where is drawn first; others are the plan's with a few changes.

@@ -18,7 +18,7 @@ from bigmodel.training.folders import complete_ones
 from training.loops import save_llama, train
 
 TESTS = Path(__file__).resolve().parent.parent
-NUM_KILLS = int(os.environ.get("BIGMODEL_TEST_KILLS", "2"))
+NUM_KILLS = int(os.environ.get("BIGMODEL_TEST_KILLS", "1"))
 
 SCRIPT = """
 import sys
