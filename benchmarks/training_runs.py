@@ -369,7 +369,7 @@ def resume(num_consumed: int) -> dict[str, Any]:
 
     class Numbers(Dataset[Any]):
         def __len__(self) -> int:
-            return num_consumed + 80
+            return 1_000_080
 
         def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
             return {"number": torch.tensor(number), "labels": torch.ones(2)}
@@ -398,7 +398,7 @@ def overhead(**options: Any) -> dict[str, Any]:
     """Our own time for each micro-batch: a loop around a model that does nothing, less the same loop by hand.
 
     Returns:
-        ``seconds`` of a micro-batch.
+        ``seconds`` of a micro-batch, and ``by_hand_s`` of the loop that is taken off.
     """
 
     class Nothing(nn.Module):
@@ -442,7 +442,10 @@ def overhead(**options: Any) -> dict[str, Any]:
             if number == 200:
                 break
         by_hand.append(time.perf_counter() - started_s)
-    return {"seconds": (statistics.median(ours) - statistics.median(by_hand)) / 200}
+    return {
+        "seconds": (statistics.median(ours) - statistics.median(by_hand)) / 200,
+        "by_hand_s": statistics.median(by_hand) / 200,
+    }
 
 
 def _main() -> None:

@@ -11,9 +11,10 @@ import torch
 
 from bigmodel.training.processes import Processes
 
-__all__ = ["mixed", "random_states", "restore_random", "seed_draws"]
+__all__ = ["mixed", "permuted", "random_states", "restore_random", "seed_draws"]
 
 _WORD = (1 << 64) - 1
+_NUM_ROUNDS = 8
 
 
 def mixed(*numbers: int) -> int:
@@ -25,6 +26,39 @@ def mixed(*numbers: int) -> int:
         state = (state ^ state >> 27) * 0x94D049BB133111EB & _WORD
         state ^= state >> 31
     return state >> 1
+
+
+def permuted(places: np.ndarray[Any, Any], length: int, seed: int) -> np.ndarray[Any, Any]:
+    """What stands at some places of a random order of the numbers below `length`; no other place is looked at.
+
+    A Feistel network of eight rounds permutes the numbers of as many bits as `length` has, and is gone through again for what is
+    not below it (cycle walking: Black and Rogaway, 2002): less than 1 us for a place, whatever the length.
+
+    Args:
+        places: ``[places]``, int64, below `length`.
+        length: from 1 on, below 2 ** 62.
+        seed: of the order.
+
+    Returns:
+        ``[places]``, int64.
+    """
+    low_bits = max(1, (length - 1).bit_length() // 2)
+    high_bits = max(1, (length - 1).bit_length() - low_bits)
+    keys = [np.uint64(mixed(seed, number)) for number in range(_NUM_ROUNDS)]
+    found = places.astype(np.uint64)
+    ahead = np.arange(len(found))
+    while len(ahead):
+        values, bits, rest = found[ahead], low_bits, high_bits
+        for key in keys:  # the low part is hashed onto the high one, and they change places
+            low = values & np.uint64((1 << bits) - 1)
+            hashed = (low ^ key) * np.uint64(0xBF58476D1CE4E5B9)
+            hashed = (hashed ^ hashed >> np.uint64(29)) * np.uint64(0x94D049BB133111EB)
+            high = (values >> np.uint64(bits)) ^ (hashed >> np.uint64(64 - rest))
+            values = low << np.uint64(rest) | high
+            bits, rest = rest, bits
+        found[ahead] = values
+        ahead = ahead[values >= length]
+    return found.astype(np.int64)
 
 
 def seed_draws(*numbers: int) -> None:

@@ -429,3 +429,20 @@ def test_a_loader_for_evaluation_is_refused_before_anything_is_made():
     assert same is model
     assert len(evaluated) == 19
     assert len(other) == 19
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 37, 64, 1000, 4097])
+def test_an_order_has_every_number_once_and_any_place_of_it_is_found_alone(length):
+    import numpy as np
+
+    from bigmodel.training.draws import permuted
+
+    orders = [permuted(np.arange(length), length, seed) for seed in range(3)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(length))
+    last = permuted(np.arange(length)[-1:], length, 1)
+    assert last.tolist() == orders[1][-1:].tolist()
+    if length > 30:
+        assert len({tuple(order) for order in orders}) == 3
+        assert sum(int(order[0]) == 0 for order in orders) < 3
+    assert permuted(np.array([3, 1 << 39]), 1 << 40, 0).max() < 1 << 40
