@@ -166,22 +166,24 @@ def _real_model() -> str:
 
 
 def _exact(report: Report) -> None:
-    """The real model on real text for 20 steps: every engine against one process in float32. Nothing in it varies."""
+    """The real model on real text for 20 steps: every engine against one process in the same precision. Nothing in it varies."""
     import torch
 
     path, limits = _real_model(), {"fp32": (5e-6, 1e-5), "bf16": (2e-3, 1e-2)}
     with tempfile.TemporaryDirectory() as folder:
 
-        def run(size: int, options: dict[str, Any], precision: str, name: str) -> tuple[list[float], Any]:
-            out = str(Path(folder) / name)
+        def run(name: str, precision: str, file: str) -> tuple[list[float], Any]:
+            size, options = ENGINES[name]
+            out = str(Path(folder) / file)
             asked = {"path": path, "out": out, "precision": precision, "micro_batch_size": 1, **options}
-            found = _run(size, "exact", asked)[0]["losses"]
-            return found, torch.load(out, weights_only=True, mmap=True)
+            losses = _run(size, "exact", asked)[0]["losses"]
+            return losses, torch.load(out, weights_only=True, mmap=True)
 
-        losses, parameters = run(1, {"strategy": "single", "micro_batch_size": 4}, "fp32", "alone")
         for precision, (of_loss, of_parameter) in limits.items():
-            for name, (size, options) in ENGINES.items():
-                found, trained = run(size, options, precision, "other")
+            alone, *others = ENGINES
+            losses, parameters = run(alone, precision, "alone")
+            for name in others:
+                found, trained = run(name, precision, "other")
                 differences = [abs(a - b) for a, b in zip(found, losses, strict=True)]
                 largest = max(float((trained[key] - each).abs().max()) for key, each in parameters.items())
                 what = f"{name}, {precision}, 20 steps of the real model on a text"

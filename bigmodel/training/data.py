@@ -11,9 +11,10 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
 from bigmodel.errors import InvalidArgumentError, TrainingError
+from bigmodel.training.flows import Divided, Iterated
 from bigmodel.training.place import Cursor, Division
 from bigmodel.training.processes import Processes
-from bigmodel.training.sources import Divided, Iterated, Listed, Source, refuse_without_rows
+from bigmodel.training.sources import Listed, Source, refuse_without_rows
 
 __all__ = ["GlobalLoader", "Shard", "data_of"]
 

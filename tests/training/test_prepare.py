@@ -267,7 +267,7 @@ def test_float8_rounds_products_and_leaves_parameters_as_they_are(tmp_path, is_t
     _, expected = trained("bf16")
     run, losses = trained("fp8", emulate_float8=True)  # no device here multiplies float8
     assert losses != expected
-    assert losses == pytest.approx(expected, abs=5e-3)
+    assert losses == pytest.approx(expected, abs=3e-2)
     layers = run.engine_arguments()["float8"]
     assert len(layers) == 14
     assert "model.layers.0.mlp.up_proj" in layers
