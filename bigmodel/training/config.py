@@ -154,6 +154,12 @@ class TrainingConfig:
                 )
             if "prefetch" in options:
                 _whole("prefetch", options["prefetch"], 0)
+            if options.get("emulate_float8", False) not in (True, False):
+                raise InvalidArgumentError(f"emulate_float8 is {shown(options['emulate_float8'])}. Give True or False.")
+            if options.get("emulate_float8") and self.precision != "fp8":
+                raise InvalidArgumentError(
+                    f'emulate_float8 is for precision="fp8", and it is "{self.precision}". Leave it out.'
+                )
             units = options.get("units", ())
             is_named = (
                 isinstance(units, Sequence) and not isinstance(units, str) and all(isinstance(u, str) for u in units)

@@ -52,7 +52,7 @@ class _Flow(Source):
         self._places: dict[tuple[int, int], _Place] = {}  # (epoch, consumed) -> after the last two global batches
         has_both = all(callable(getattr(dataset, name, None)) for name in ("state_dict", "load_state_dict"))
         self._is_stateful = has_both and not _forgets(dataset)
-        self._first = copy.deepcopy(dataset.state_dict()) if self._is_stateful else None
+        self._first = _state_before(dataset) if self._is_stateful else None
         self._was_moved = False  # whether the dataset was given a state that is not its first
 
     @property
@@ -66,10 +66,14 @@ class _Flow(Source):
             place = self._places[cursor.epoch, cursor.num_consumed]
         if callable(getattr(self.dataset, "set_epoch", None)):
             self.dataset.set_epoch(cursor.epoch)
-        if place.state is not None:
-            self.dataset.load_state_dict(place.state)
-        elif self._was_moved:
-            self.dataset.load_state_dict(copy.deepcopy(self._first))
+        if place.state is not None or self._was_moved:
+            state = self._first if place.state is None else place.state
+            if state is None:
+                raise TrainingError(
+                    f"The {type(self.dataset).__name__} was given a state to go on from, and cannot go back to its beginning: "
+                    "its state_dict raises before the first pass. Prepare a new one."
+                )
+            self.dataset.load_state_dict(copy.deepcopy(state))  # which may keep and change what it is given
         self._was_moved = place.state is not None
         with draws_kept():
             seed_draws(*salt[:2])  # in all processes the same, of which some divide what they draw
@@ -225,6 +229,15 @@ class Divided(_Flow):
         number, known = state["parts"][self._processes.rank]
         known = known if self._is_stateful else None
         self._places = {(cursor.epoch, cursor.num_consumed): _Place(number, known)}
+
+
+def _state_before(dataset: Any) -> dict[str, Any] | None:
+    """A dataset's state before its first pass; None where it has none until then."""
+    try:
+        state: dict[str, Any] = copy.deepcopy(dataset.state_dict())
+    except Exception:  # of the user's code
+        return None
+    return state
 
 
 def _read(samples: Iterator[Any], salt: tuple[int, ...], number: int, count: int, *, keeps: bool = True) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import os
 import signal
@@ -216,15 +215,9 @@ class TrainingRun(Collectives):
             made["scheduler"] = PreparedScheduler(self._scheduler, self._is_scheduling_due)
         self._weighing = Weighing(engine.module, engine.model, self.processes, count_items)
         if loaded is not None:
-            division = Division(
-                global_batch_size=together,
-                micro_batch_size=micro,
-                rank=self.processes.rank,
-                num_processes=self.processes.size,
-            )
             made["loader"] = self._loader = GlobalLoader(
                 loaded,
-                division,
+                self._division(together, micro),
                 Cursor(seed=self.config.seed),
                 drop_last=self.config.drop_last,
                 begin=self._weighing.begin,
@@ -610,17 +603,17 @@ class TrainingRun(Collectives):
             raise TrainingError("Nothing was prepared. Call run.prepare first.")
         return self._engine
 
-    def _evaluated(self, source: Source) -> GlobalLoader:
-        in_order = copy.copy(source)
-        in_order.shuffles = False
-        micro = source.batch_size or self._micro_batch_size(None)
-        division = Division(
-            global_batch_size=micro * self.processes.size,
-            micro_batch_size=micro,
-            rank=self.processes.rank,
-            num_processes=self.processes.size,
+    def _division(self, together: int, micro: int) -> Division:
+        processes = self.processes
+        return Division(
+            global_batch_size=together, micro_batch_size=micro, rank=processes.rank, num_processes=processes.size
         )
-        loader = GlobalLoader(in_order, division, Cursor(seed=self.config.seed), drop_last=False, begin=self._moved)
+
+    def _evaluated(self, source: Source) -> GlobalLoader:
+        source.shuffles = False
+        micro = source.batch_size or self._micro_batch_size(None)
+        division = self._division(micro * self.processes.size, micro)
+        loader = GlobalLoader(source, division, Cursor(seed=self.config.seed), drop_last=False, begin=self._moved)
         self._loaders.append(loader)
         return loader
 

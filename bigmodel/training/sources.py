@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -112,8 +113,10 @@ class Listed(Source):
                 samples = numbers.tolist()
                 yield from (samples[first : first + size] for first in range(0, len(samples), size))
 
+        ahead, asked = itertools.tee(batches())  # workers are asked ahead of what is given
+
         def flat() -> Iterator[list[tuple[int, int, bool]]]:
-            for batch in batches():
+            for batch in ahead:
                 for micro in division.passes(batch):
                     yield [(sample, epoch, counts) for sample, counts in micro]
 
@@ -126,7 +129,7 @@ class Listed(Source):
             **self.options,
         )
         stream = iter(loader)
-        for batch in batches():
+        for batch in asked:
             with draws_kept():
                 made = [next(stream) for _ in division.passes(batch)]
             yield GlobalBatch(micro_batches=made, num_samples=len(batch), counted=division.counted(len(batch)))

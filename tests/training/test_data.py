@@ -372,6 +372,34 @@ def test_a_state_is_saved_after_a_look_at_what_comes(tmp_path):
     assert read == [8, 9, 10, 11]
 
 
+def test_a_dataset_without_a_state_before_its_first_pass_goes_on_but_not_back(tmp_path):
+    class Late(Flow):
+        def state_dict(self):
+            return self._state  # there from the first sample on
+
+        def load_state_dict(self, state):
+            self._start = state["at"]
+
+        def __iter__(self):
+            start, self._start = self._start, 0
+            for number in range(start, 37):
+                self._state = {"at": number + 1}
+                yield Numbers()[number]
+
+    config = TrainingConfig(precision="fp32", global_batch_size=4, micro_batch_size=4, skip_samples=False)
+    run = TrainingRun(config)
+    loader = run.prepare(model=torch.nn.Linear(2, 2), data=Late())[1]
+    run.save(tmp_path / "0")
+    for _, _batch in zip(range(3), loader, strict=False):
+        pass
+    run.save(tmp_path / "2")
+    run.load(tmp_path / "2")
+    assert next(iter(loader))["number"].tolist()[0] in (8, 12)
+    run.load(tmp_path / "0")
+    with pytest.raises(TrainingError, match="cannot go back to its beginning"):
+        next(iter(loader))
+
+
 def test_generators_of_the_host_go_on_where_they_were():
     import random
 

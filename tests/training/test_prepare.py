@@ -248,6 +248,8 @@ def test_float8_is_refused_where_the_device_does_not_multiply_it():
         run_of(strategy="fsdp", precision="fp8")
     with pytest.raises(InvalidArgumentError, match='which is for strategy="fsdp"'):
         run_of(strategy="ddp", precision="fp8")
+    with pytest.raises(InvalidArgumentError, match="emulate_float8 is for precision"):
+        run_of(strategy="fsdp", precision="bf16", engine_options={"emulate_float8": True})
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
