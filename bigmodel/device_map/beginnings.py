@@ -110,7 +110,7 @@ class Beginnings:
             current[u] = next((self._tables.numbers[u][way] for way in ways if way in self._tables.numbers[u]), 0)
         return current
 
-    def _least(self, current: Ints, num_slots: int) -> Ints:
+    def fitted(self, current: Ints, num_slots: int) -> Ints:
         """Single changes that lower what does not fit, while there are any."""
         slots = np.array([num_slots])
         over = float(self._memory.excess(current[None], slots)[0])
@@ -185,7 +185,7 @@ class Beginnings:
         devices = self._tables.devices
         best: tuple[float, Ints] | None = None
         for device in devices[1:] or ["cpu"]:
-            current = self._least(self._away([device] * len(self._units)), 1)
+            current = self.fitted(self._away([device] * len(self._units)), 1)
             over = float(self._memory.excess(current[None], np.array([1]))[0])
             if best is None or over < best[0]:
                 best = over, current

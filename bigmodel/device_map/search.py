@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +25,10 @@ _CHUNK_ELEMENTS = 100_000
 _FROM_BEST = 4
 _SWAPS = 1_024
 _MOST_FAILURES = 3
+# The best that descents end in are shaken: a few units drawn anew, for so much work each. In vain so often in a row, once for
+# every three units at most: the maps near a small one have been looked at.
+_SHAKEN, _MOST_DRAWN, _MOST_SHAKES = 2, 8, 12
+_SHAKING_UNIT_PASSES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,7 @@ class Search:
         for each in ranked:
             best_of.setdefault((each.what, each.num_slots), each)
         improved = [self._improve(each) for each in list(best_of.values())[:_FROM_BEST]]
+        improved += [self._shaken(each) for each in self._sorted(improved)[:_SHAKEN]]
         every = {(each.choices, each.num_slots): each for each in [*improved, *best_of.values()]}
         return self._sorted(list(every.values()))
 
@@ -212,6 +217,24 @@ class Search:
                 break
             failures = failures + 1 if better is found else 0
             found = better
+        return found
+
+    def _shaken(self, found: Found) -> Found:
+        """Where descents lead from maps near this one: a few units drawn anew, what then does not fit made to fit."""
+        random = np.random.default_rng(0)
+        failures, most = 0, min(self._most, self._spent + _SHAKING_UNIT_PASSES)
+        most_failures = min(_MOST_SHAKES, len(found.choices) // 3)
+        while self._spent < most and failures < most_failures:
+            failures += 1
+            current = np.array(found.choices, np.int64)
+            count = int(random.integers(2, _MOST_DRAWN, endpoint=True))
+            for u in random.choice(len(current), min(len(current), count), replace=False):
+                current[u] = random.integers(len(self._tables.choices[u]))
+            current = self._beginnings.fitted(current, found.num_slots)
+            for _, seconds in self._fitting(current[None], np.array([found.num_slots])):
+                other = self._improve(replace(found, choices=tuple(int(c) for c in current), seconds=seconds))
+                if other.seconds < found.seconds * (1 - 1e-9):
+                    found, failures = other, 0
         return found
 
     def _best_of(self, found: Found, maps: Ints, slots: Ints) -> tuple[Found, dict[int, float]]:

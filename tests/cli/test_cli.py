@@ -487,6 +487,9 @@ def test_peak_footprint_sees_what_is_gone_again() -> None:
         held.write(b"x" * (64 * MIB))
         time.sleep(0.1)
     assert memory.peak_bytes - before >= 48 * MIB
+    until = time.monotonic() + 10  # not every kernel counts what is unmapped as gone at once
+    while footprint_bytes() - before >= 48 * MIB and time.monotonic() < until:
+        time.sleep(0.05)
     assert footprint_bytes() - before < 48 * MIB
 
 
