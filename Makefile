@@ -77,7 +77,7 @@ test-tools:
 	echo "bigmodel: the tests that need" $$missing "will be skipped: it could not be installed" >&2
 
 test: $(INSTALLED) test-tools
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+	@$(BIN)/python -m pytest -n 2 --dist worksteal --durations 30 -m "not gpu"
 
 test-fast: $(INSTALLED) test-tools
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow"

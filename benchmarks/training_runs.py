@@ -337,11 +337,12 @@ class _Text(Dataset[Any]):
         return {"input_ids": ids, "labels": labels}
 
 
-def exact(path: str, out: str, num_steps: int = 20, **options: Any) -> dict[str, Any]:
+def exact(path: str, out: str, num_steps: int = 20, nudged: bool = False, **options: Any) -> dict[str, Any]:
     """Optimizer steps on real text, 4 samples each.
 
     Args:
         out: file for the float32 parameters that come of it.
+        nudged: begin with every parameter at the next larger float32: what any other order of sums may change as well.
 
     Returns:
         ``losses`` of the steps.
@@ -350,8 +351,12 @@ def exact(path: str, out: str, num_steps: int = 20, **options: Any) -> dict[str,
     run.prepare(
         model=path, optimizer=lambda params: torch.optim.AdamW(params, lr=2e-5), data=_Text(path), progress=False
     )
-    losses = [run.train_step().loss for _ in range(num_steps)]
     engine = run._prepared()
+    if nudged:
+        with torch.no_grad():
+            for each in engine.masters().values():
+                each.copy_(each.nextafter(torch.tensor(math.inf)))
+    losses = [run.train_step().loss for _ in range(num_steps)]
     engine.rest()
     parameters = {name: engine.whole(name).float() for name in engine.masters()}
     if run.is_main_process:

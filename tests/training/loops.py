@@ -201,6 +201,9 @@ def hugging(
         data = data.shuffle(seed=5, buffer_size=6) if shuffles else data
         if kind == "mixed":  # of two such, one after the other
             data = datasets.concatenate_datasets([data.take(20), data.skip(20)])
+        if kind == "interleaved":  # of two such, one sample each in turn, to the end of both
+            parts = [data.filter(lambda each, left=left: each["number"] % 3 == left) for left in (0, 1, 2)]
+            data = datasets.interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement")
     run = TrainingRun(TrainingConfig(global_batch_size=8, micro_batch_size=2, precision="fp32", seed=3))
 
     def collated(samples: list[Any]) -> dict[str, torch.Tensor]:

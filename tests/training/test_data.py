@@ -311,6 +311,7 @@ def test_a_shard_of_what_cannot_be_divided_is_refused():
         ("iterable", False, None),
         ("iterable", True, None),
         ("mixed", True, None),
+        ("interleaved", True, None),
         ("iterable", True, "node"),
     ],
 )

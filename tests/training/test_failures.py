@@ -56,9 +56,19 @@ from datetime import timedelta
 import torch
 from bigmodel.training import TrainingConfig, TrainingRun, checkpoint
 
+class Flow(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from torch.ones(8, 2)
+
 checkpoint.CALL_TIMEOUT = timedelta(seconds=4)
-run = TrainingRun(TrainingConfig(strategy="ddp", precision="fp32"))
-run.prepare(model=torch.nn.Linear(2, 1), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+run = TrainingRun(TrainingConfig(strategy="ddp", precision="fp32", global_batch_size=2))
+_, _, loader = run.prepare(
+    model=torch.nn.Linear(2, 1),
+    optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+    data=Flow(),
+    shard=lambda data, rank, size: data,  # what each has read is told to all in a save
+)
+next(iter(loader))
 if run.is_main_process:
     run.save(sys.argv[1])
 """
