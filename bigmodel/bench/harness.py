@@ -324,4 +324,9 @@ def _summary(outcome: Outcome) -> str:
         return f"{outcome.name}: FAILED: {outcome.error}"
     seconds = outcome.result.get("seconds") if isinstance(outcome.result, dict) else None
     times = [] if seconds is None else seconds if isinstance(seconds, list) else [seconds]
-    return f"{outcome.name}: {' '.join(f'{time:.3f}' for time in times)} s, {outcome.peak_rise_bytes / 1e6:.0f} MB"
+    told = f"{' '.join(f'{time:.3f}' for time in times)} s, " if times else ""
+    if (
+        not times and isinstance(outcome.result, dict) and "load_s" in outcome.result
+    ):  # first tokens, and no step after it
+        told = f"loaded in {outcome.result['load_s']:.3f} s, "
+    return f"{outcome.name}: {told}{outcome.peak_rise_bytes / 1e6:.0f} MB"

@@ -93,7 +93,7 @@ def measure(settings: Settings) -> Result:
             run.once("libraries", f"{_SUBJECT}:import_libraries", {}, in_group=True)
         machine = settings.machine
         if machine is None:
-            settings.tell("measuring this machine's rates")
+            settings.tell("measuring this machine's rates: half a minute where it is idle, minutes where it is not")
             machine = run.once("rates", f"{_SUBJECT}:measure_rates", {"folder": str(settings.folder)})
         looked = run.look()
         cases = []
@@ -261,6 +261,7 @@ class _Run:
             prepared = self.once(title, f"{_PEER}:prepare_peer", {**place, "num_positions": len(prompt) + num_tokens})
         except BenchmarkError as error:
             left_out[title] = str(error).removeprefix(f"{title}: ").rstrip(".")
+            settings.tell(f"{title} is left out: {left_out[title]}")
             return None
         trial = Trial(
             name=title,
@@ -278,6 +279,7 @@ class _Run:
         rehearsal = self._rehearsed(trial, {"num_tokens": 2})
         if rehearsal.error is not None:
             left_out[title] = rehearsal.error
+            settings.tell(f"{title} is left out: {rehearsal.error}")
             return None
         return dataclasses.replace(trial, modules=rehearsal.modules)
 

@@ -303,7 +303,8 @@ bigmodel bench ./model --max-memory cpu=8GiB --prompt-tokens 512,4096 --batch-si
 
 bigmodel bench ./model --prompt-file article.txt --lookup --new-tokens 64
 
-It takes minutes: everything runs in processes of its own, in turn, several times. Let the machine be idle meanwhile."""
+It takes minutes: everything runs in processes of its own, in turn, in five rounds; --rounds 1 is a first look. Let the machine
+be idle meanwhile."""
 )
 def bench(
     path: PathArgument,

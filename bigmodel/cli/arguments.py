@@ -120,11 +120,15 @@ def parse_device_map(text: str) -> str | dict[str, Any] | Plan:
 
 
 def write_page(file: str, text: str | None) -> None:
-    """Writes what --html asked for; None only tries whether that is possible, and leaves what is there."""
+    """Writes what --html asked for; None only tries whether that is possible, and leaves what is there, or is not."""
+    place = Path(file)
     try:
         if text is None:
-            Path(file).open("a").close()
+            was_there = place.exists()
+            place.open("a").close()
+            if not was_there:
+                place.unlink()
         else:
-            Path(file).write_text(text, encoding="utf-8")
+            place.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InvalidArgumentError(f"--html {file} cannot be written: {error}.") from error

@@ -10,6 +10,7 @@ from typing import Any
 from bigmodel.bench.measurement import Settings, measure
 from bigmodel.bench.peers import PEERS
 from bigmodel.bench.result import Case, Result
+from bigmodel.checkpoint.checkpoint import open_checkpoint
 from bigmodel.checkpoint.resolve import locate, read_config
 from bigmodel.cli.arguments import parse_batch_size
 from bigmodel.cli.environment import describe_environment
@@ -63,7 +64,9 @@ def measured(asked: Asked, tell: Callable[[str], None]) -> Result:
     if asked.draft is not None:
         locate(asked.draft)
     ram_bytes = None if asked.ram is None else parse_bytes(asked.ram)
-    place = locate(asked.path, **{name: asked.load[name] for name in ("revision", "subfolder", "variant")})
+    options = {name: asked.load[name] for name in ("revision", "subfolder", "variant")}
+    place = locate(asked.path, **options)
+    open_checkpoint(asked.path, **options)  # what cannot be read is told before minutes of measuring
     prompt = None
     if asked.prompt is not None:
         options = {"subfolder": asked.load["subfolder"], "trust_remote_code": asked.load["trust_remote_code"]}

@@ -20,6 +20,10 @@ def norm_and_sums(
 ) -> tuple[float, list[float]]:
     """The 2-norm of all gradients, the same in every process, and the sums over processes of other numbers.
 
+    Squares are summed in float64, where the device has it: the norm, and what is clipped by it, is then the same however
+    gradients are divided. In float32 the last bit of half a percent of SmolLM2's weights depended on it after one step, and in
+    bfloat16 the loss of the third step differed by 6e-3.
+
     Args:
         parameters: what is trained; those without a gradient count as zero.
         sums: this process's.
@@ -28,7 +32,8 @@ def norm_and_sums(
     """
     local = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     held = [each for each in local if each.numel()]
-    norms = torch._foreach_norm(held, dtype=torch.float32) if held else ()
+    wide = torch.float32 if processes.device.type == "mps" else torch.float64
+    norms = torch._foreach_norm(held, dtype=wide) if held else ()
     squares = float(torch.stack(norms).to("cpu", torch.float64).square().sum()) if norms else 0.0
     values = torch.tensor([squares / num_copies, *sums], dtype=torch.float64)
     square, *rest = processes.summed(values).tolist()

@@ -59,6 +59,16 @@ def test_a_checkpoint_that_is_not_there_is_named() -> None:
     assert "/nowhere/model" in done.stderr
 
 
+def test_a_file_that_is_no_checkpoint_is_told_before_anything_is_measured_and_no_page_is_left(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"hello")
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["bench", str(tmp_path / "model.safetensors"), "--html", str(page)])
+    assert done.exit_code == 1
+    assert "model.safetensors" in done.stderr
+    assert "measuring" not in done.stderr
+    assert not page.exists()
+
+
 def test_a_run_tells_times_bytes_and_the_plan(tiny_llama: Path) -> None:
     found = run_model(str(tiny_llama), LOAD, {"prompt_tokens": 8, "new_tokens": 5}, 5, None)
     assert len(found["tokens"]) == 5

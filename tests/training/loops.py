@@ -247,6 +247,8 @@ def generated(path: str, *, strategy: str, precision: str = "fp32") -> list[list
     for _ in range(2):
         found.append(run.generate(prompt, max_new_tokens=4 + 3 * run.processes.rank, do_sample=False)[0].tolist())
         assert model.training
+        if strategy == "fsdp":  # the whole, that was gathered, is gone again
+            assert all(isinstance(each, DTensor) for each in model.parameters())
         for _ in range(2):
             run.train_step()
     return found

@@ -9,7 +9,8 @@ import torch
 
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.training import TrainingConfig, TrainingRun
-from bigmodel.training.gradients import LossScale
+from bigmodel.training.gradients import LossScale, norm_and_sums
+from bigmodel.training.processes import Processes
 from training.loops import Sentences, train
 
 TORCHS = ({"strategy": "ddp"}, {"strategy": "fsdp"}, {"strategy": "fsdp", "replicas": 2})
@@ -121,3 +122,17 @@ def test_what_float16_cannot_do_is_refused():
         TrainingConfig(precision="fp16", loss_scale=-1)
     with pytest.raises(InvalidArgumentError, match="which DeepSpeed refuses on this cpu"):
         TrainingRun(TrainingConfig(strategy="zero2", precision="fp16"))
+
+
+def test_the_norm_is_the_same_however_gradients_are_divided():
+    gradient = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
+
+    def norm(pieces):
+        parameters = [torch.nn.Parameter(torch.zeros_like(each)) for each in pieces]
+        for parameter, each in zip(parameters, pieces, strict=True):
+            parameter.grad = each.clone()
+        return norm_and_sums(parameters, [], Processes.join(), num_copies=1)[0]
+
+    whole = norm([gradient])
+    assert norm(gradient.split(350_000)) == pytest.approx(whole, rel=1e-13)  # in float32, 1e-7
+    assert norm(gradient.split(77)) == pytest.approx(whole, rel=1e-13)
