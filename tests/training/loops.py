@@ -236,9 +236,9 @@ def hugging(
     return found[:-1]
 
 
-def generated(path: str, *, strategy: str, precision: str = "fp32") -> list[list[int]]:
+def generated(path: str, *, precision: str = "fp32", **options: Any) -> list[list[int]]:
     """What a model says before and after two steps; each process asks for another number of tokens."""
-    run = TrainingRun(TrainingConfig(strategy=strategy, precision=precision, global_batch_size=8, micro_batch_size=2))
+    run = TrainingRun(TrainingConfig(precision=precision, global_batch_size=8, micro_batch_size=2, **options))
     model, _, _ = run.prepare(
         model=path, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2), data=Sentences(), progress=False
     )
@@ -247,7 +247,7 @@ def generated(path: str, *, strategy: str, precision: str = "fp32") -> list[list
     for _ in range(2):
         found.append(run.generate(prompt, max_new_tokens=4 + 3 * run.processes.rank, do_sample=False)[0].tolist())
         assert model.training
-        if strategy == "fsdp":  # the whole, that was gathered, is gone again
+        if options["strategy"] == "fsdp":  # the whole, that was gathered, is gone again
             assert all(isinstance(each, DTensor) for each in model.parameters())
         for _ in range(2):
             run.train_step()

@@ -174,9 +174,18 @@ def test_a_scheduler_that_the_loop_steps_once_an_epoch_is_stepped_so():
     assert run.last_step.step == 12
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_text_is_generated_between_steps_the_same_in_every_engine(two, folder, strategy):
-    found = two.run("training.loops:generated", path=str(folder), strategy=strategy)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strategy": "ddp"},
+        {"strategy": "fsdp"},
+        {"strategy": "fsdp", "reshard_after_forward": False},
+        pytest.param({"strategy": "zero3"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_text_is_generated_between_steps_the_same_in_every_engine(two, folder, options):
+    found = two.run("training.loops:generated", path=str(folder), **options)
     expected = generated(str(folder), strategy="single")  # with the first process's prompt
     assert found[0] == expected
     assert [len(each) for each in found[1]] == [10, 10]  # the other goes on for longer
