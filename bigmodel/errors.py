@@ -51,6 +51,7 @@ __all__ = [
     "UnsupportedCheckpointError",
     "WeightNotResidentError",
     "join_some",
+    "reason",
     "shown",
 ]
 
@@ -164,6 +165,11 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # an int of thousands of digits, or lists in lists in lists
         return f"a huge {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, as a clause inside an error that names the file itself: "No such file or directory"."""
+    return (isinstance(error, OSError) and error.strerror) or str(error).rstrip(".")
 
 
 def _rebuild(message: str, tier: str, needed_bytes: int, available_bytes: int) -> DoesNotFitError:

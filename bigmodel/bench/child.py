@@ -14,7 +14,7 @@ import sys
 import traceback
 from typing import Any
 
-__all__ = ["MARK", "die_with_parent"]
+__all__ = ["MARK", "die_with_parent", "tell"]
 
 MARK = "@benchmark "
 _PR_SET_PDEATHSIG = 1
@@ -23,6 +23,11 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent() -> None:
     """Have the kernel end this process when its parent ends, however that happens."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def tell(text: str) -> None:
+    """Have the parent show a line to whoever waits."""
+    _say({"told": text})
 
 
 def main() -> None:

@@ -8,7 +8,7 @@
       drop or fill the page cache <-- "ready"; its memory now is the baseline
       release the balloon
       go ---------------------------> run, and time itself
-      sample its memory
+      sample its memory             <-- "told", for whoever waits
       read the result <-------------- result
 """
 
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from bigmodel.bench.balloon import Balloon, available_bytes
 from bigmodel.bench.cgroup import CgroupNotAllowed, MemoryCgroup
 from bigmodel.bench.child import MARK
 from bigmodel.bench.page_cache import cached_bytes, drop_from_cache, read_into_cache
+from bigmodel.device_map.explanation import format_seconds
 from bigmodel.footprint import PeakFootprint, footprint_bytes
 
 __all__ = ["Bench", "Outcome", "Trial"]
@@ -140,6 +142,7 @@ class Bench:
             that are whole; in the first round it is raised.
         """
         outcomes: dict[str, list[Outcome]] = {trial.name: [] for trial in trials}
+        began_s = time.monotonic()
         for number in range(num_rounds):
             try:
                 self._round(trials, outcomes, f"round {number + 1}/{num_rounds}")
@@ -149,6 +152,9 @@ class Bench:
                 self.was_interrupted = True
                 self.note(f"interrupted: {number} of {num_rounds} rounds")
                 return {name: past[:number] for name, past in outcomes.items()}
+            left_s = (time.monotonic() - began_s) / (number + 1) * (num_rounds - number - 1)
+            if left_s >= _WORTH_TELLING_S:
+                self.tell(f"{num_rounds - number - 1} more rounds: about {format_seconds(left_s)}")
         return outcomes
 
     def _round(self, trials: Sequence[Trial], outcomes: Mapping[str, list[Outcome]], title: str) -> None:
@@ -203,7 +209,7 @@ class Bench:
                 "names_modules": trial.names_modules,
             }
             _tell(process, json.dumps(setup))
-            words, baseline_bytes, peak_bytes, still_cached, not_cached = _hear(process), 0, 0, 0, 0
+            words, baseline_bytes, peak_bytes, still_cached, not_cached = _hear(process, self.tell), 0, 0, 0, 0
             if words is not None and "ready" in words:
                 if trial.is_cold:
                     still_cached = drop_from_cache(trial.files)
@@ -216,7 +222,7 @@ class Bench:
                 self._balloon.release()
                 with PeakFootprint(process.pid) as sampler:
                     _tell(process, "go")
-                    words = _hear(process)
+                    words = _hear(process, self.tell)
                 peak_bytes = sampler.peak_bytes
             process.wait()
             failure = _failure(words, process.returncode, cgroup, errors)
@@ -239,6 +245,7 @@ class Bench:
         )
 
 
+_WORTH_TELLING_S = 30.0
 # Of memory, beside the files and the balloon, while both are held.
 _SPARE_BYTES = 2 << 30
 
@@ -297,13 +304,15 @@ def _tell(process: subprocess.Popen[str], line: str) -> None:
         process.stdin.flush()
 
 
-def _hear(process: subprocess.Popen[str]) -> dict[str, Any] | None:
-    """The next marked line; None when the process has ended without one."""
+def _hear(process: subprocess.Popen[str], tell: Callable[[str], None]) -> dict[str, Any] | None:
+    """The next marked line but those that are for whoever waits; None when the process has ended without one."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(MARK):
             words: dict[str, Any] = json.loads(line[len(MARK) :])
-            return words
+            if "told" not in words:
+                return words
+            tell(words["told"])
     return None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from bigmodel.bench.harness import Bench, Outcome, Trial
 from bigmodel.bench.peers import PEERS
 from bigmodel.bench.result import Case, Measured, Result
-from bigmodel.errors import BenchmarkError, BigModelError, DoesNotFitError, InvalidArgumentError
+from bigmodel.errors import BenchmarkError, BigModelError, DoesNotFitError, InvalidArgumentError, reason
 from bigmodel.units import format_bytes
 
 __all__ = ["Settings", "measure"]
@@ -90,7 +90,7 @@ def measure(settings: Settings) -> Result:
     ):
         run = _Run(settings, bench, scratch)
         if settings.ram_bytes is not None:  # told before a minute of measuring
-            run.once("libraries", f"{_SUBJECT}:import_libraries", {}, in_group=True)
+            run.once("Python's libraries", f"{_SUBJECT}:import_libraries", {}, in_group=True)
         machine = settings.machine
         if machine is None:
             settings.tell("measuring this machine's rates: half a minute where it is idle, minutes where it is not")
@@ -123,8 +123,12 @@ class _Run:
         outcome = self._bench.run(Trial(name=name, call=call, arguments=arguments, limit_bytes=limit, balloon_bytes=0))
         if outcome.error is None:
             return outcome.result
-        advice = " Python and its libraries alone take about 400 MiB: give more with --ram." if limit else ""
-        raise BenchmarkError(f"{name}: {outcome.error}.{advice}")
+        if limit:
+            raise BenchmarkError(
+                f"In {format_bytes(limit)} {name} could not be had: {outcome.error}. Python and its libraries alone take about "
+                "400 MiB: give more with --ram."
+            )
+        raise BenchmarkError(f"{name}: {outcome.error}.")
 
     def look(self) -> list[dict[str, Any]]:
         """What is planned for each case, or why it is not; from then on the limits are stated."""
@@ -135,7 +139,7 @@ class _Run:
             "cases": [dataclasses.asdict(case.workload) for case in settings.cases],
             "ram_bytes": settings.ram_bytes,
         }
-        found = self.once("plans", f"{_SUBJECT}:look", arguments, in_group=True)
+        found = self.once("a plan", f"{_SUBJECT}:look", arguments, in_group=True)
         self._limits = found["limits"]
         cases: list[dict[str, Any]] = found["cases"]
         return cases
@@ -342,7 +346,7 @@ def _scratch(settings: Settings, num_bytes: int) -> Iterator[Path]:
         free_bytes = shutil.disk_usage(place).free
     except OSError as error:
         raise InvalidArgumentError(
-            f"{place} cannot be written: {error}. Give another folder with --scratch."
+            f"{place} cannot be written: {reason(error)}. Give another folder with --scratch."
         ) from error
     if settings.peers and not os.access(place, os.W_OK):
         raise InvalidArgumentError(

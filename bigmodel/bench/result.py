@@ -20,6 +20,12 @@ from bigmodel.units import format_bytes
 __all__ = ["Case", "Figure", "Measured", "Result"]
 
 _VERSION = 1
+_MEANINGS = (
+    "bound: the least time, or the most tokens/s, that the named resource of this machine allows, at the rate measured in this "
+    "run; of a peak, the limit. reached: the fraction of it.",
+    "A cold load is bound by the disk, read straight into place; a warm one by memory, each byte being read from the page cache "
+    "and written. Both clocks hold the planning, and so do their predictions, but not their bounds.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +74,9 @@ class Figure:
 
     @property
     def fractions(self) -> list[float]:
-        """Of the bound that each round reached: 1 is all that the machine allows."""
+        """Of the bound that each round reached: 1 is all that the machine allows; empty for bytes, whose limit is no aim."""
+        if self.unit == "bytes":
+            return []
         is_rate = self.unit == "tokens/s"
         pairs = zip(self.measured, self.bound, strict=False)
         return [(value / bound if is_rate else bound / value) for value, bound in pairs if value and bound]
@@ -155,7 +163,7 @@ class Result:
         if is_first:
             loads = [self._load_bound_s(number, run) for number, run in good]
             yield Figure(
-                name="load, page cache cold",
+                name="load and planning, page cache cold",
                 unit="s",
                 measured=tuple(run["load_s"] for _, run in good),
                 predicted=_sum(estimate["load_s"], measured.case.planning_s),
@@ -166,7 +174,7 @@ class Result:
             copied = self._copy_bound_s(good[0][1])
             yield Figure(
                 # Another process fills the page cache, which no control group of this one's would have to hold.
-                name="load, page cache warm" + (", files outside the limit" if self.ram_bytes else ""),
+                name="load and planning, page cache warm" + (", files outside the limit" if self.ram_bytes else ""),
                 unit="s",
                 measured=warm,
                 predicted=_sum(copied, measured.case.planning_s),
@@ -225,7 +233,7 @@ class Result:
             ("copied_bytes", "copied to devices", ("disk", "cpu")),
         ):
             counts = tuple(run[name] for _, run in good)
-            if any(counts):
+            if any(counts) or what == "read" or plan["run_devices"] != ["cpu"]:
                 streamed = sum(plan["streamed_bytes"]["decode"][tier] for tier in tiers)
                 yield Figure(name=f"{what} per step of {title}", unit="bytes", measured=counts, predicted=streamed)
         stalls = tuple(run["stall_s"] for _, run in good)
@@ -299,22 +307,25 @@ class Result:
                 told[title] = f"failed in {len(errors)} of {len(each)} rounds: {errors[-1]}"
         return told
 
+    def _conditions(self) -> Iterator[str]:
+        """Under which all of it was measured, a sentence each."""
+        num_rounds = max((len(measured.runs) for measured in self.cases), default=0)
+        yield f"{num_rounds} round{'s' if num_rounds != 1 else ''} of everything in turn, a new process for each run"
+        if self.ram_bytes is not None:
+            yield f"each run in a control group of {format_bytes(self.ram_bytes)}, page cache included"
+        if self.limits:
+            yield "max_memory: " + ", ".join(f"{tier} {format_bytes(size)}" for tier, size in self.limits.items())
+        rates = {count: statistics.median(each) for count, each in self.disk.items() if each}
+        if rates:
+            best = max(rates, key=lambda count: rates[count])
+            yield f"plain direct reads, by {best} at once: {format_bytes(rates[best])}/s"
+
     def table(self) -> str:
         """What a person reads."""
-        rates = {count: statistics.median(each) for count, each in self.disk.items() if each}
-        best = max(rates, key=lambda count: rates[count]) if rates else 0
-        lines = [f"{self.path}: {format_bytes(self.num_bytes)} of weights"]
-        if self.ram_bytes is not None:
-            lines.append(f"each run in a control group of {format_bytes(self.ram_bytes)}, page cache included")
-        if self.limits:
-            lines.append(
-                "max_memory: " + ", ".join(f"{tier} {format_bytes(size)}" for tier, size in self.limits.items())
-            )
-        if best:
-            lines.append(f"plain direct reads, by {best} at once: {format_bytes(rates[best])}/s")
+        lines = [f"{self.path}: {format_bytes(self.num_bytes)} of weights", *self._conditions()]
         heads = ["", "min", "median", "max", "predicted", "bound", "reached", "binds"]
         rows = [_cells(figure) for figure in self.figures]
-        lines += ["", *_aligned([heads, *rows])]
+        lines += ["", *_aligned([heads, *rows]), "", *_MEANINGS]
         for measured in self.cases:
             good = measured.good
             if good and good[-1].get("causes"):
@@ -360,7 +371,8 @@ class Result:
                 )
         measured, predicted = ([Step(**step) for step in self.recorded[kind]] for kind in ("measured", "predicted"))
         plan = Plan.from_json(json.dumps(self.recorded["plan"]))
-        return draw_measured(plan, predicted, measured, rows, title=self.path)
+        told = [*self._conditions(), *_MEANINGS, *(f"note: {note}" for note in self.notes)]
+        return draw_measured(plan, predicted, measured, rows, title=self.path, told=told)
 
     def to_json(self) -> str:
         """All of it, every sample."""
@@ -400,8 +412,7 @@ def _cells(figure: Figure) -> list[str]:
     spread = [_shown(pick(figure.measured), figure.unit) for pick in (min, statistics.median, max)]
     predicted = "" if figure.predicted is None else _shown(figure.predicted, figure.unit)
     bound = _shown(statistics.median(figure.bound), figure.unit) if figure.bound else ""
-    is_time = figure.unit != "bytes"
-    reached = f"{statistics.median(figure.fractions):.0%}" if figure.fractions and is_time else ""
+    reached = f"{statistics.median(figure.fractions):.0%}" if figure.fractions else ""
     return [figure.name, *spread, predicted, bound, reached, figure.binds]
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import bigmodel
+from bigmodel.bench.child import tell
 from bigmodel.bench.clock import Clock, criteria, first_difference, greedy_options, stated
 from bigmodel.bench.raw_read import Range, widened
 from bigmodel.checkpoint.resolve import locate
@@ -26,12 +27,22 @@ from bigmodel.loading.assembled import assembled
 from bigmodel.loading.lifecycle import record
 from bigmodel.loading.planning import make_plan_and_timeline
 
-__all__ = ["import_libraries", "look", "measure_rates", "prompt_ids", "run_guesses", "run_model", "run_recorded"]
+__all__ = [
+    "import_libraries",
+    "look",
+    "measure_rates",
+    "prompt_ids",
+    "run_guesses",
+    "run_model",
+    "run_recorded",
+    "stall_s",
+]
 
 OUTSIDE_BYTES = 128 << 20
 """Of a control group, for what the kernel keeps for a process: page tables, pages of libraries, page cache on its way."""
 
 Load = Mapping[str, Any]
+_TOLD_EVERY_S = 10.0
 _PLACE = ("revision", "subfolder", "variant")
 
 
@@ -41,7 +52,15 @@ def measure_rates(folder: str) -> dict[str, Any]:
     Returns:
         The machine, as a machine file has it.
     """
-    described: dict[str, Any] = json.loads(bigmodel.Machine.calibrate(folder, progress=False).to_json())
+    due_s = time.monotonic() + _TOLD_EVERY_S
+
+    def report(phase: str, done: int, total: int, /) -> None:
+        nonlocal due_s
+        if time.monotonic() >= due_s and done < total:
+            due_s = time.monotonic() + _TOLD_EVERY_S
+            tell(f"{phase}: {done / total:.0%}")
+
+    described: dict[str, Any] = json.loads(bigmodel.Machine.calibrate(folder, progress=report).to_json())
     return described
 
 
@@ -92,18 +111,20 @@ def look(path: str, load: Load, cases: Sequence[Mapping[str, Any]], ram_bytes: i
         else:
             planning_s = time.perf_counter() - started_s
             described = json.loads(plan.to_json())
-            planned.append({"plan": described, "planning_s": planning_s, "stall_s": _stall_s(plan, timeline())})
+            planned.append({"plan": described, "planning_s": planning_s, "stall_s": stall_s(plan, timeline())})
     return {"cases": planned, "limits": dict(load["max_memory"] or {})}
 
 
-def _stall_s(plan: bigmodel.Plan, timeline: Sequence[Step]) -> float | None:
-    """Of a predicted step, what no unit computes in; None where an accelerator waits by itself."""
-    number = max((step.number for step in timeline), default=0)
-    before, last = ([step.run for step in timeline if step.number == each] for each in (number - 1, number))
-    if plan.run_devices != {"cpu"} or not before:
+def stall_s(plan: bigmodel.Plan, timeline: Sequence[Step]) -> float | None:
+    """Of a predicted step, how long units that are fetched keep it waiting; None where an accelerator waits by itself."""
+    if plan.run_devices != {"cpu"}:
         return None
-    took_s = max(end for _, end in last) - max(end for _, end in before)
-    return max(0.0, took_s - sum(end - begin for begin, end in last))
+    number, waited_s, free_s = max((step.number for step in timeline), default=0), 0.0, 0.0
+    for step in timeline:
+        if step.number == number and (step.read or step.copy):
+            waited_s += max(0.0, step.run[0] - free_s)
+        free_s = step.run[1]
+    return waited_s
 
 
 def run_model(
@@ -314,6 +335,7 @@ def _described(plan: bigmodel.Plan) -> dict[str, Any]:
         phase: {tier: plan.streamed_bytes_from(tier, in_prefill=phase == "prefill") for tier in ("disk", "cpu")}
         for phase in ("prefill", "decode")
     }
+    described["run_devices"] = sorted(plan.run_devices)
     return described
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigmodel.checks import parse_json
-from bigmodel.errors import InvalidArgumentError, shown
+from bigmodel.errors import InvalidArgumentError, reason, shown
 from bigmodel.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     try:
         text = sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"--prompt-file {prompt_file} cannot be read: {error}.") from error
+        raise InvalidArgumentError(f"--prompt-file {prompt_file} cannot be read: {reason(error)}.") from error
     return text.removesuffix("\n")
 
 
@@ -104,7 +104,7 @@ def parse_device_map(text: str) -> str | dict[str, Any] | Plan:
         try:
             text = Path(text).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InvalidArgumentError(f"--device-map {text} cannot be read: {error}.") from error
+            raise InvalidArgumentError(f"--device-map {text} cannot be read: {reason(error)}.") from error
     elif not text.lstrip().startswith("{"):
         return text
     value = parse_json(text, "--device-map")
@@ -131,4 +131,4 @@ def write_page(file: str, text: str | None) -> None:
         else:
             place.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise InvalidArgumentError(f"--html {file} cannot be written: {error}.") from error
+        raise InvalidArgumentError(f"--html {file} cannot be written: {reason(error)}.") from error

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from bigmodel.errors import InvalidArgumentError, shown
+from bigmodel.errors import InvalidArgumentError, reason, shown
 
 __all__ = ["Answers", "read_prompts"]
 
@@ -31,7 +31,7 @@ def read_prompts(file: str, other: str | None = None) -> list[dict[str, Any]]:
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"--prompts {file} cannot be read: {error}.") from error
+        raise InvalidArgumentError(f"--prompts {file} cannot be read: {reason(error)}.") from error
     found = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -81,7 +81,7 @@ class Answers:
             self._file.seek(0)
             written = self._file.read()
         except OSError as error:
-            raise InvalidArgumentError(f"--output {file} cannot be written: {error}.") from error
+            raise InvalidArgumentError(f"--output {file} cannot be written: {reason(error)}.") from error
         try:
             whole = written[: written.rfind(b"\n") + 1]
             for line in whole.splitlines():

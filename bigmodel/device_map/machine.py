@@ -20,7 +20,7 @@ from bigmodel.device_map.control_groups import ControlGroups
 from bigmodel.device_map.machine_fields import check_machine
 from bigmodel.device_map.measuring import measure
 from bigmodel.device_map.rates import Rates
-from bigmodel.errors import InvalidArgumentError, shown
+from bigmodel.errors import InvalidArgumentError, reason, shown
 from bigmodel.progress import Report, progress_bar
 from bigmodel.units import GIB, parse_bytes
 
@@ -214,9 +214,8 @@ class Machine:
                 rates_from=described.get("rates_from", place.name),
             )
         except (OSError, ValueError, TypeError) as error:
-            told = (isinstance(error, OSError) and error.strerror) or str(error).rstrip(".")
             raise InvalidArgumentError(
-                f"{_cut(os.fspath(file))}: {told}. A machine file needs at least "
+                f"{_cut(os.fspath(file))}: {reason(error)}. A machine file needs at least "
                 f'{{"host": {{"memory": "64GiB"}}}}; machines that come with bigmodel are {_names()}.'
             ) from error
 

@@ -64,6 +64,7 @@ def draw_measured(
     measured_steps: Sequence[Step],
     figures: Sequence[tuple[str, str, str, str]],
     title: str,
+    told: Sequence[str] = (),
 ) -> str:
     """The page's HTML of what really happened above what was predicted, on one scale of time.
 
@@ -72,6 +73,7 @@ def draw_measured(
         predicted_steps, measured_steps: timelines of its first pass and what follows.
         figures: of each its name, and as text what was measured, what was predicted, and what bounds it.
         title: what was run.
+        told: what a reader of the figures must know, a paragraph each.
     """
     measured, predicted = _first_events(measured_steps), _first_events(predicted_steps)
     both = [*measured, *predicted]
@@ -79,7 +81,8 @@ def draw_measured(
     return page_of(
         title,
         _subtitle(plan),
-        table_of(("", "measured", "predicted", "bound"), figures),
+        table_of(("", "measured", "predicted", "bound"), figures)
+        + "".join(f'\n<p class="soft">{html.escape(line)}</p>' for line in told),
         {
             f"{_PASSES_DRAWN}, as measured": _timeline(
                 plan, measured, rows, end_s, _comparing(plan, "measured", "predicted", predicted)

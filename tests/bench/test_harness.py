@@ -21,6 +21,12 @@ import time
 def tell(**given):
     return given
 
+def tell_on_the_way():
+    from bigmodel.bench.child import tell
+    print("a library's own words")
+    tell("halfway")
+    return 1
+
 def hold(num_bytes):
     held = bytearray(num_bytes)
     held[::4096] = b"1" * len(held[::4096])
@@ -59,6 +65,13 @@ def test_a_run_gets_its_arguments_and_its_result_comes_back(runs: str) -> None:
     outcome = run(f"{runs}:tell", number=3, names=["a", "b"])
     assert outcome.error is None
     assert outcome.result == {"number": 3, "names": ["a", "b"]}
+
+
+def test_a_run_tells_who_waits_how_far_it_is(runs: str) -> None:
+    told: list[str] = []
+    with Bench(balloon_bytes=0, tell=told.append) as bench:
+        outcome = bench.run(Trial(name="it", call=f"{runs}:tell_on_the_way", arguments={}))
+    assert (outcome.result, told) == (1, ["halfway"])
 
 
 def test_the_peak_is_what_the_run_holds(runs: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from planning import blocks, plan_for
 
 from bigmodel.bench.harness import Outcome
 from bigmodel.bench.result import Case, Measured, Result
@@ -40,6 +42,7 @@ def run_of(step_s: float, *, mapped: int = 0, **more: Any) -> dict[str, Any]:
             "limits": {"cpu": 200},
             "estimate": estimate,
             "resident_bytes": 1 * GB,
+            "run_devices": ["cpu"],
             "streamed_bytes": {"prefill": {"disk": 2 * GB, "cpu": 0}, "decode": {"disk": 2 * GB, "cpu": 0}},
         },
         "read_bytes": 2 * GB,
@@ -85,10 +88,10 @@ def test_a_step_is_held_against_the_disk_of_its_own_round() -> None:
 
 def test_what_is_mapped_is_read_by_the_first_pass_and_not_by_the_load() -> None:
     result = result_of([outcome(run_of(1.0)), outcome(run_of(1.0))])
-    assert figure(result, "load, page cache cold").bound == (0.5, 0.25)
+    assert figure(result, "load and planning, page cache cold").bound == (0.5, 0.25)
     assert figure(result, "first token").bound == (1.5, 1.5)  # arithmetic: 2 GB take 1.0 and 0.5 s
     mapped = result_of([outcome(run_of(1.0, mapped=1 * GB)), outcome(run_of(1.0, mapped=1 * GB))])
-    assert figure(mapped, "load, page cache cold").bound == ()
+    assert figure(mapped, "load and planning, page cache cold").bound == ()
     assert figure(mapped, "first token").bound == (1.5, 1.5)
     much = result_of([outcome(run_of(1.0, mapped=4 * GB))])
     assert figure(much, "first token").bound == (3.0,)
@@ -98,6 +101,33 @@ def test_what_is_mapped_is_read_by_the_first_pass_and_not_by_the_load() -> None:
 def test_peaks_count_mapped_weights_and_have_the_limit_beside_them() -> None:
     peak = figure(result_of([outcome(run_of(1.0, mapped=30))]), "peak of host memory")
     assert (peak.measured, peak.predicted, peak.bound) == ((130,), 150, (200,))
+    assert peak.fractions == []  # a limit is no aim
+
+
+def test_bytes_that_are_read_have_a_row_where_there_are_none_and_copies_where_there_is_a_device() -> None:
+    resident = run_of(1.0, read_bytes=0)
+    resident["plan"]["streamed_bytes"]["decode"]["disk"] = 0
+    assert figure(result_of([outcome(resident)]), "read per step").measured == (0,)
+    assert not any(each.name.startswith("copied") for each in result_of([outcome(resident)]).figures)
+    resident["plan"]["run_devices"] = ["cpu", "cuda:0"]
+    assert figure(result_of([outcome(resident)]), "copied to devices per step").measured == (0,)
+
+
+def test_table_and_page_say_under_which_conditions_and_what_a_bound_is() -> None:
+    result = result_of([outcome(run_of(1.0)), outcome(run_of(1.0))])
+    plan = plan_for(blocks(3, 1000), GB)
+    recorded = {"plan": json.loads(plan.to_json()), "measured": [], "predicted": []}
+    result = replace(result, ram_bytes=2 << 30, recorded=recorded, notes=("odd & so",))
+    for words in (
+        "2 rounds of everything",
+        "control group of 2.00 GiB",
+        "max_memory: cpu 200 B",
+        "by 2 at once: ",
+        "bound: the least",
+    ):
+        assert words in result.table()
+        assert words in result.page()
+    assert '<p class="soft">note: odd &amp; so</p>' in result.page()
 
 
 def test_a_round_that_failed_is_left_out_and_told() -> None:

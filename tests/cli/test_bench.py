@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from planning import blocks, plan_for
 from typer.testing import CliRunner
 
 from bigmodel.bench.clock import Clock, first_difference, stated
-from bigmodel.bench.subject import look, prompt_ids, run_guesses, run_model, run_recorded
+from bigmodel.bench.subject import look, prompt_ids, run_guesses, run_model, run_recorded, stall_s
 from bigmodel.cli import app
 from bigmodel.device_map.plan import Plan, Workload
-from bigmodel.units import MIB
+from bigmodel.device_map.simulation import Step
+from bigmodel.units import GIB, MIB
 
 LOAD: dict[str, Any] = {
     "device_map": {"": "disk"},
@@ -107,6 +109,24 @@ def test_plans_are_made_before_and_what_does_not_fit_says_what_it_needs(tiny_lla
     assert large["needed_bytes"] > large["available_bytes"]
 
 
+def test_a_step_waits_for_units_that_are_fetched_and_not_for_what_is_done_between_them() -> None:
+    def run(unit: int, number: int, begin: float, end: float, read: tuple[float, float] | None = None) -> Step:
+        return Step(unit, number, "cpu", read, None, (begin, end))
+
+    first = [run(0, 0, 0.0, 1.0), run(1, 0, 3.0, 4.0, (0.0, 3.0))]
+    last = [
+        run(0, 1, 4.5, 5.0),
+        run(1, 1, 7.0, 8.0, (4.0, 7.0)),
+    ]  # half a second of the first's is what comes between passes
+    assert stall_s(plan_for(blocks(2), GIB), [*first, *last]) == 2.0
+
+
+def test_a_step_that_fetches_nothing_is_not_said_to_wait(tiny_llama: Path) -> None:
+    load = {**LOAD, "max_memory": None, "device_map": "cpu"}
+    (found,) = look(str(tiny_llama), load, [{"prompt_tokens": 8, "new_tokens": 4}], None)["cases"]
+    assert found["stall_s"] == 0
+
+
 def test_a_group_leaves_the_model_what_the_interpreter_does_not_hold(tiny_llama: Path) -> None:
     load = {**LOAD, "max_memory": None}
     found = look(str(tiny_llama), load, [{"prompt_tokens": 8, "new_tokens": 4}], 4096 * MIB)
@@ -178,14 +198,16 @@ def test_bench_measures_everything_and_a_peer_beside_it(tiny_llama: Path, tmp_pa
     result = json.loads(done.stdout)
     names = [figure["name"] for figure in result["figures"]]
     for name in (
-        "load, page cache cold",
-        "load, page cache warm, files outside the limit",
+        "load and planning, page cache cold",
+        "load and planning, page cache warm, files outside the limit",
         "first token, 1 x 8 tokens",
         "step of 1 sequence",
+        "read per step of 1 sequence",
         "throughput of 2 sequences",
         "peak of host memory, 1 x 8 tokens",
     ):
         assert name in names
+    assert "measuring the machine: " in done.stderr
     assert all(len(figure["measured"]) == 1 for figure in result["figures"])
     # Equal weights, float32, greedy: every peer gives the same tokens.
     compared = {row["title"]: row for row in result["compared"]}
@@ -206,6 +228,6 @@ def test_a_group_that_is_too_small_says_so_and_leaves_nothing(tiny_llama: Path, 
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1
-    assert "killed at the memory limit of 100 MiB" in done.stderr
+    assert "In 100 MiB Python's libraries could not be had: killed at the memory limit of 100 MiB" in done.stderr
     assert "--ram" in done.stderr
     assert not list(tiny_llama.parent.glob(".bigmodel-bench-*"))
