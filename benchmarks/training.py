@@ -45,7 +45,8 @@ MIB = 1 << 20
 
 def main() -> None:
     settings = parse_settings(__doc__ or "", PARTS)
-    configuration = settings.configuration | {"processes": "over gloo, one thread each; 4 samples of 256 tokens a step"}
+    how = "over gloo, one thread each; 4 samples of 256 tokens a step, of 64 for engines"
+    configuration = settings.configuration | {"processes": how}
     report = Report("-".join(["training", settings.shape, *sorted(settings.only)]), configuration)
     with Bench(balloon_bytes=0) as bench:
         if settings.runs("memory"):
@@ -227,18 +228,20 @@ def _paths(settings: Settings) -> dict[str, Any]:
 
 
 def _engines(report: Report, settings: Settings) -> None:
+    """The real model in all engines, in turn."""
+    paths = _paths(settings) | {"path": _real_model()}
     runs: dict[tuple[str, str], list[list[dict[str, Any]]]] = {}
     for _ in range(settings.num_rounds):
         for precision in ("fp32", "bf16"):
             for name, (size, options) in ENGINES.items():
-                found = _run(size, "speed", _paths(settings) | options | {"precision": precision})
+                found = _run(size, "speed", paths | options | {"precision": precision})
                 runs.setdefault((name, precision), []).append(found)
                 print(f"{name}, {precision}: {found}", file=sys.stderr, flush=True)
     for (name, precision), rounds in runs.items():
         peaks = [max(each["rise_bytes"] for each in found) / MIB for found in rounds]
         report.add(
             Figure(
-                name=f"{name}, {precision}: tokens/s",
+                name=f"{name}, {precision}, the real model: tokens/s",
                 values=[found[0]["tokens_per_s"] for found in rounds],
                 note=f"peak of a process {max(peaks):.0f} MiB",
             )

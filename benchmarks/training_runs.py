@@ -27,18 +27,19 @@ from bigmodel.training import TrainingConfig, TrainingRun
 
 __all__ = ["collectives", "exact", "load", "loops", "overhead", "resume", "speed"]
 
-NUM_TOKENS = 256
+# Of a sample; the fewer where many engines take their turns.
+NUM_TOKENS, SHORT = 256, 64
 
 
 class _Tokens(Dataset[Any]):
-    def __init__(self, vocabulary: int) -> None:
-        self._vocabulary = vocabulary
+    def __init__(self, vocabulary: int, num_tokens: int = NUM_TOKENS) -> None:
+        self._vocabulary, self._num_tokens = vocabulary, num_tokens
 
     def __len__(self) -> int:
         return 4096
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        ids = torch.randint(self._vocabulary, (NUM_TOKENS,), generator=torch.Generator().manual_seed(number))
+        ids = torch.randint(self._vocabulary, (self._num_tokens,), generator=torch.Generator().manual_seed(number))
         return {"input_ids": ids, "labels": ids}
 
 
@@ -47,13 +48,13 @@ def _warm(tiny: str, **options: Any) -> None:
     _steps(tiny, 2, **options)
 
 
-def _prepared(path: str, **options: Any) -> tuple[TrainingRun, Any, Any]:
+def _prepared(path: str, num_tokens: int = NUM_TOKENS, **options: Any) -> tuple[TrainingRun, Any, Any]:
     run = TrainingRun(TrainingConfig(**options))
     config = json.loads((Path(path) / "config.json").read_text())
     model, _, loader = run.prepare(
         model=path,
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-5),
-        data=_Tokens(config["vocab_size"]),
+        data=_Tokens(config["vocab_size"], num_tokens),
         progress=False,
     )
     return run, model, loader
@@ -164,7 +165,7 @@ def collectives(path: str, tiny: str, *, accumulation: int, **options: Any) -> d
 
 
 def speed(path: str, tiny: str, **options: Any) -> dict[str, Any]:
-    """Optimizer steps of 4 samples of 256 tokens.
+    """Optimizer steps of 4 samples of 64 tokens.
 
     Returns:
         ``tokens_per_s`` of all processes, ``rise_bytes`` at the peak of load and steps.
@@ -172,9 +173,9 @@ def speed(path: str, tiny: str, **options: Any) -> dict[str, Any]:
     _warm(tiny, **options)
     before = footprint_bytes()
     with PeakFootprint() as memory:
-        _, times = _steps(path, 4, **options)
+        _, times = _steps(path, 3, num_tokens=SHORT, **options)
     return {
-        "tokens_per_s": 4 * NUM_TOKENS / statistics.median(times[1:]),
+        "tokens_per_s": 4 * SHORT / statistics.median(times[1:]),
         "rise_bytes": memory.peak_bytes - before,
     }
 

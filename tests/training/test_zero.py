@@ -153,8 +153,8 @@ def test_states_that_flat_tensors_cannot_hold_are_refused_before_anything_is_cha
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [3, 4])
-def test_more_processes_and_another_number_of_them(folder, two, tmp_path, size):
+@pytest.mark.parametrize(("size", "strategies"), [(3, ("zero3", "zero2")), (4, ("zero3", "fsdp"))])
+def test_more_processes_and_another_number_of_them(folder, two, tmp_path, size, strategies):
     asked = {"precision": "fp32", "micro_batch_size": 1, "groups": True}
     whole = train(folder, 8, strategy="single", **asked)
     two.run(
@@ -167,7 +167,7 @@ def test_more_processes_and_another_number_of_them(folder, two, tmp_path, size):
         **asked,
     )
     with started(size) as more:
-        for strategy in ("zero3", "zero2", "fsdp"):
+        for strategy in strategies:
             found = more.run(
                 "training.loops:resumed",
                 path=str(folder),
