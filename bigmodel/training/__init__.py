@@ -1,6 +1,9 @@
 """Training: one facade over torch's engines. See README.md."""
 
+from bigmodel.footprint import use_huge_pages
 from bigmodel.training.config import TrainingConfig
 from bigmodel.training.run import Evaluation, StepRecord, TrainingRun
 
 __all__ = ["Evaluation", "StepRecord", "TrainingConfig", "TrainingRun"]
+
+use_huge_pages()  # before there is a tensor

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from bigmodel.errors import InvalidArgumentError, TrainingError
+from bigmodel.footprint import bound_heap
 from bigmodel.progress import progress_bar
 from bigmodel.training.choice import engine_of
 from bigmodel.training.collectives import Collectives
@@ -92,6 +93,8 @@ class TrainingRun(Collectives):
             raise InvalidArgumentError(f"config is a {type(config).__name__}. Give a bigmodel.training.TrainingConfig.")
         self.config = config or TrainingConfig()
         self.processes = Processes.join()
+        if self.processes.device.type == "cpu":
+            bound_heap()
         self._make_engine = engine_of(self.config, self.processes)
         self.last_step: StepRecord | None = None
         self._engine: Engine | None = None

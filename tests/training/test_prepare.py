@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -277,3 +282,55 @@ def test_float8_rounds_products_and_leaves_parameters_as_they_are(tmp_path, is_t
     assert all(parameter.dtype == torch.float32 for parameter in run.unwrap().parameters())
     run.export(tmp_path / "out")
     assert {each.dtype for each in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+HEAP = """
+import sys
+import torch
+from bigmodel.footprint import footprint_bytes
+from bigmodel.training import TrainingConfig, TrainingRun
+
+if sys.argv[1] == "bounded":
+    TrainingRun(TrainingConfig(strategy="single"))
+torch.ones(30 << 18)  # 30 MiB, freed: from now on glibc itself would serve what is smaller from its heap
+held = [torch.ones(6 << 18) for _ in range(40)]
+before = footprint_bytes()
+del held[::2]
+print((before - footprint_bytes()) >> 20)
+"""
+
+
+@pytest.mark.parametrize(
+    ("bound", "settings", "least", "most"),
+    [
+        ("bounded", {}, 110, 130),
+        ("bounded", {"MALLOC_MMAP_THRESHOLD_": "67108864"}, -10, 30),  # as the user wishes
+        ("unbounded", {}, -10, 30),
+    ],
+)
+def test_what_lies_between_other_tensors_goes_back_when_it_is_freed(bound, settings, least, most):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | settings
+    done = subprocess.run(
+        [sys.executable, "-c", HEAP, bound], capture_output=True, text=True, env=environment, check=True
+    )
+    assert least <= int(done.stdout) <= most
+
+
+HUGE = """
+import bigmodel.training
+import torch
+
+held = torch.ones(64 << 18)
+with open("/proc/self/smaps_rollup") as file:
+    print(next(int(line.split()[1]) >> 10 for line in file if line.startswith("AnonHugePages")))
+"""
+
+
+@pytest.mark.parametrize(("setting", "least", "most"), [(None, 48, 80), ("0", 0, 16)])
+def test_large_tensors_of_a_training_lie_in_huge_pages_unless_the_user_says_no(setting, least, most):
+    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        pytest.skip("this kernel gives no huge pages")
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    environment |= {} if setting is None else {"THP_MEM_ALLOC_ENABLE": setting}
+    done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, env=environment, check=True)
+    assert least <= int(done.stdout) <= most
