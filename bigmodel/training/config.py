@@ -47,6 +47,8 @@ class TrainingConfig:
         reshard_after_forward: of "fsdp": whether gathered weights are freed between forward and backward (as in ZeRO-3), or
             kept (as in ZeRO-2).
         replicas: of "fsdp": groups of processes that hold the same parts; 1 divides each unit over all processes.
+        activation_checkpointing: "on": between forward and backward each unit keeps its inputs alone, and computes the rest
+            again, for about a third more time; "off"; "auto" is "off".
         reduce_dtype: in which gradients are summed over processes: "fp32", or "bf16" or "fp16", which sums micro-batches
             in it too; None for "fp32".
         engine_options: of "zero1" to "zero3": settings of a DeepSpeed JSON that no other field says; of "fsdp": `prefetch`, how
@@ -67,6 +69,7 @@ class TrainingConfig:
     skip_samples: bool = True
     reshard_after_forward: bool = True
     replicas: int = 1
+    activation_checkpointing: str = "auto"
     reduce_dtype: str | None = None
     find_unused_parameters: bool = False
     engine_options: Mapping[str, Any] = field(default_factory=dict)
@@ -105,6 +108,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, STRATEGIES)
         _one_of("precision", self.precision, tuple(PRECISIONS))
+        _one_of("activation_checkpointing", self.activation_checkpointing, ("auto", "on", "off"))
         if self.reduce_dtype is not None:
             _one_of("reduce_dtype", self.reduce_dtype, tuple(DTYPES))
         scale = self.loss_scale

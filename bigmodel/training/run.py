@@ -33,6 +33,7 @@ from bigmodel.training.losses import CountItems
 from bigmodel.training.place import Cursor, Division
 from bigmodel.training.prepared import PreparedOptimizer, PreparedScheduler
 from bigmodel.training.processes import Processes
+from bigmodel.training.recompute import recompute
 from bigmodel.training.saves import Hook, Saves
 from bigmodel.training.sources import Source
 from bigmodel.training.strategy import Engine
@@ -196,6 +197,8 @@ class TrainingRun(Collectives):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)  # weights that no checkpoint has are the same everywhere
             origin = Origin.of(named["model"], trust_remote_code=trust_remote_code)
+        if self.config.activation_checkpointing == "on":
+            recompute(origin.module, origin.groups())
         before = dict(origin.module.named_parameters())
         with progress_bar(progress if self.is_main_process else False) as report:
             engine = self._make_engine(origin, self.config, self.processes, report)
