@@ -11,6 +11,7 @@ import contextlib
 import copy
 import inspect
 import itertools
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["build_skeleton", "build_without_weights", "import_libraries", "load_generation_config", "revert_of"]
+
+
+class _Noise(logging.Filter):
+    """Leaves out what is of no use to who loads a model: transformers imports torchao, whose kernels for other machines do not
+    load on this one."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = str(record.msg)
+        is_noise = text.startswith("Failed to load") or "register_constant() on Enum" in text
+        return not is_noise or torch.cuda.is_available()
+
+
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).addFilter(_Noise())
 
 
 def import_libraries() -> None:

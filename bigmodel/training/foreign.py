@@ -289,10 +289,7 @@ def _of_accelerate(settings: Mapping[str, Any], num_processes: int, folder: Path
                 "fsdp_offload_params is true, and training does not offload yet. Set it to false."
             )
         if fsdp.pop("fsdp_activation_checkpointing", False) not in (False, "false", "False"):
-            raise InvalidArgumentError(
-                "fsdp_activation_checkpointing is true. Set it to false, and call model.gradient_checkpointing_enable() before "
-                "prepare."
-            )
+            fields["activation_checkpointing"] = "on"
         for key in ("fsdp_sharding_strategy", "fsdp_reshard_after_forward"):
             value = fsdp.pop(key, None)
             if value is not None:

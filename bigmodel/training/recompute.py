@@ -31,7 +31,7 @@ def recompute(module: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module]:
     """
     chosen = [unit for unit in units if any(True for _ in unit.children())]
     for unit in chosen:
-        unit.forward = _recomputed(unit, unit.forward)  # type: ignore[method-assign]
+        unit.forward = _recomputed(unit, unit.forward)
     if chosen and "use_cache" in inspect.signature(module.forward).parameters:
         module.register_forward_pre_hook(_without_cache, with_kwargs=True)
     return chosen

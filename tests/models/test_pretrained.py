@@ -6,6 +6,8 @@ import functools
 import json
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -903,3 +905,11 @@ def test_example_inputs_run_the_model_under_fake_tensors(family: str) -> None:
 
 def test_no_inputs_are_guessed_for_a_plain_module() -> None:
     assert example_inputs(nn.Linear(2, 2), 1, 1) is None
+
+
+def test_what_transformers_imports_tells_nothing_of_other_machines(tiny_llama: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("kernels that do not load are of use here")
+    code = f"import bigmodel; bigmodel.load_sharded({str(tiny_llama)!r}, progress=False); import transformers.modeling_utils"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

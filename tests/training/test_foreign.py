@@ -192,3 +192,9 @@ def test_settings_of_a_precision_are_refused_or_told(caplog):
         "left out, because TrainingConfig's precision and loss_scale say what is done: fp16.loss_scale_window"
         in caplog.text
     )
+
+
+def test_activation_checkpointing_of_accelerate_is_ours():
+    for stated, expected in ((True, "on"), ("true", "on"), (False, "auto")):
+        settings = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_activation_checkpointing": stated}}
+        assert TrainingConfig.read(settings, num_processes=2).activation_checkpointing == expected
