@@ -15,14 +15,15 @@ BUDGET ?= 192MiB
 export PROMPT BUDGET
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test-tools demo test test-fast test-gpu check format
+.PHONY: help setup test-tools demo test test-fast test-long test-gpu check format
 .ONESHELL:
 .SHELLFLAGS := -euc
 
 help:
 	@echo "make demo       set up, make a real checkpoint, and run it with less memory than it needs"
-	@echo "make test       set up, and run every test that needs no accelerator (what CI runs)"
+	@echo "make test       set up, and run the tests that need no accelerator (what CI runs)"
 	@echo "make test-fast  the same without the slow tests"
+	@echo "make test-long  costlier cases of what make test looks at: before a release"
 	@echo "make test-gpu   the tests that need an accelerator"
 	@echo "make check      ruff (lint and format) and mypy"
 	@echo "make format     put the code into the format that make check asks for"
@@ -77,10 +78,13 @@ test-tools:
 	echo "bigmodel: the tests that need" $$missing "will be skipped: it could not be installed" >&2
 
 test: $(INSTALLED) test-tools
-	@$(BIN)/python -m pytest -n 2 --dist worksteal --durations 30 -m "not gpu"
+	@$(BIN)/python -m pytest -n 2 --dist worksteal --durations 30 -m "not gpu and not long"
 
 test-fast: $(INSTALLED) test-tools
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow"
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow and not long"
+
+test-long: $(INSTALLED) test-tools
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "long and not gpu"
 
 test-gpu: $(INSTALLED)
 	@$(BIN)/python -m pytest -m gpu

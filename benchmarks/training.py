@@ -20,7 +20,7 @@ from bigmodel.bench.harness import Bench
 
 __all__: list[str] = []
 
-PARTS = ("memory", "exact", "resume", "engines", "collectives", "overhead", "loops", "exits")
+PARTS = ("memory", "exact", "resume", "engines", "engines-fp32", "collectives", "overhead", "loops", "exits")
 ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {"strategy": "single"}),
     "DDP": (2, {"strategy": "ddp"}),
@@ -45,7 +45,7 @@ MIB = 1 << 20
 
 def main() -> None:
     settings = parse_settings(__doc__ or "", PARTS)
-    how = "over gloo, one thread each; 4 samples of 256 tokens a step, of 64 for engines"
+    how = "over gloo, one thread each; 4 samples of 256 tokens a step, of 64 for engines and loops"
     configuration = settings.configuration | {"processes": how}
     report = Report("-".join(["training", settings.shape, *sorted(settings.only)]), configuration)
     with Bench(balloon_bytes=0) as bench:
@@ -55,8 +55,9 @@ def main() -> None:
             _exact(report)
         if settings.runs("resume"):
             _resume(report, settings)
-        if settings.runs("engines"):
-            _engines(report, settings)
+        for part, precision in (("engines", "bf16"), ("engines-fp32", "fp32")):
+            if settings.runs(part):
+                _engines(report, settings, precision)
         if settings.runs("collectives"):
             _collectives(report, settings)
         if settings.runs("overhead"):
@@ -227,17 +228,16 @@ def _paths(settings: Settings) -> dict[str, Any]:
     return {"path": str(settings.path), "tiny": str(settings.tiny)}
 
 
-def _engines(report: Report, settings: Settings) -> None:
+def _engines(report: Report, settings: Settings, precision: str) -> None:
     """The real model in all engines, in turn."""
     paths = _paths(settings) | {"path": _real_model()}
-    runs: dict[tuple[str, str], list[list[dict[str, Any]]]] = {}
+    runs: dict[str, list[list[dict[str, Any]]]] = {}
     for _ in range(settings.num_rounds):
-        for precision in ("fp32", "bf16"):
-            for name, (size, options) in ENGINES.items():
-                found = _run(size, "speed", paths | options | {"precision": precision})
-                runs.setdefault((name, precision), []).append(found)
-                print(f"{name}, {precision}: {found}", file=sys.stderr, flush=True)
-    for (name, precision), rounds in runs.items():
+        for name, (size, options) in ENGINES.items():
+            found = _run(size, "speed", paths | options | {"precision": precision})
+            runs.setdefault(name, []).append(found)
+            print(f"{name}, {precision}: {found}", file=sys.stderr, flush=True)
+    for name, rounds in runs.items():
         peaks = [max(each["rise_bytes"] for each in found) / MIB for found in rounds]
         report.add(
             Figure(

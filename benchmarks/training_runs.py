@@ -220,7 +220,7 @@ def _block(loop: Iterator[None], steps: int) -> float:
 
 def _our_steps(path: str, strategy: str, precision: str) -> Iterator[None]:
     run, model, loader = _prepared(
-        path, strategy=strategy, precision=precision, global_batch_size=4, micro_batch_size=1, grad_clip=1.0
+        path, SHORT, strategy=strategy, precision=precision, global_batch_size=4, micro_batch_size=1, grad_clip=1.0
     )
     yield
     while True:
@@ -295,7 +295,7 @@ def _accelerate_steps(path: str, strategy: str, precision: str) -> Iterator[None
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     module: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
-    data = torch.utils.data.DataLoader(_Tokens(module.config.vocab_size), batch_size=1, shuffle=True)
+    data = torch.utils.data.DataLoader(_Tokens(module.config.vocab_size, SHORT), batch_size=1, shuffle=True)
     model, optimizer, loader = accelerator.prepare(module, torch.optim.AdamW(module.parameters(), lr=1e-5), data)
     yield
     while True:
@@ -311,7 +311,7 @@ def _accelerate_steps(path: str, strategy: str, precision: str) -> Iterator[None
 
 
 def _hand_batches(vocabulary: int) -> Iterator[dict[str, torch.Tensor]]:
-    dataset = _Tokens(vocabulary)
+    dataset = _Tokens(vocabulary, SHORT)
     while True:
         sampler: Any = torch.utils.data.distributed.DistributedSampler(dataset)
         yield from torch.utils.data.DataLoader(dataset, batch_size=1, sampler=sampler)

@@ -20,9 +20,10 @@ def norm_and_sums(
 ) -> tuple[float, list[float]]:
     """The 2-norm of all gradients, the same in every process, and the sums over processes of other numbers.
 
-    Squares are summed in float64, where the device has it: the norm, and what is clipped by it, is then the same however
-    gradients are divided. In float32 the last bit of half a percent of SmolLM2's weights depended on it after one step, and in
-    bfloat16 the loss of the third step differed by 6e-3.
+    Rows are normed in float32, and their squares summed in float64, where the device has it. Engines divide between rows: the
+    norm, and what is clipped by it, is then the same however they do. All in float32, the last bit of half a percent of
+    SmolLM2's weights depended on it after one step, and in bfloat16 the loss of the third step differed by 6e-3; all in float64,
+    copies of the gradients took eight times as long and 216 MiB.
 
     Args:
         parameters: what is trained; those without a gradient count as zero.
@@ -33,8 +34,7 @@ def norm_and_sums(
     local = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     held = [each for each in local if each.numel()]
     wide = torch.float32 if processes.device.type == "mps" else torch.float64
-    norms = torch._foreach_norm(held, dtype=wide) if held else ()
-    squares = float(torch.stack(norms).to("cpu", torch.float64).square().sum()) if norms else 0.0
+    squares = float(torch.cat([_row_norms(each) for each in held]).to(wide).square().sum()) if held else 0.0
     values = torch.tensor([squares / num_copies, *sums], dtype=torch.float64)
     square, *rest = processes.summed(values).tolist()
     return math.sqrt(square), rest
@@ -86,6 +86,14 @@ class LossScale:
         """Go on with it, where the scale is dynamic."""
         if self._is_dynamic:
             self.value, self._num_good = state["value"], int(state["num_good"])
+
+
+def _row_norms(gradient: torch.Tensor) -> torch.Tensor:
+    """[rows], float32; of one dimension each value is a row."""
+    if gradient.ndim < 2:
+        return gradient.float().abs().reshape(-1)
+    norms: torch.Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float32)
+    return norms
 
 
 def _local(gradient: Any) -> torch.Tensor:

@@ -13,7 +13,10 @@ import pytest
 from planning import blocks, plan_for
 from typer.testing import CliRunner
 
+import bigmodel
 from bigmodel.bench.clock import Clock, first_difference, stated
+from bigmodel.bench.measurement import Settings, measure
+from bigmodel.bench.result import Case
 from bigmodel.bench.subject import look, prompt_ids, run_guesses, run_model, run_recorded, stall_s
 from bigmodel.cli import app
 from bigmodel.device_map.plan import Plan, Workload
@@ -185,6 +188,34 @@ def test_tokens_are_compared_and_limits_survive_json() -> None:
 
 
 @pytest.mark.slow
+def test_a_model_and_a_peer_are_measured_in_rounds(tiny_llama: Path, tmp_path: Path) -> None:
+    case = Case(workload=Workload(prompt_tokens=8, new_tokens=4), num_tokens=4)
+    told: list[str] = []
+    settings = Settings(
+        path=str(tiny_llama),
+        folder=tiny_llama,
+        files=tuple(tiny_llama.glob("*.safetensors")),
+        load=LOAD | {"max_memory": None},
+        cases=(case,),
+        tell=told.append,
+        num_rounds=1,
+        peers=("accelerate",),
+        scratch=tmp_path,
+        machine=json.loads(bigmodel.Machine.probe().to_json()),
+    )
+    result = json.loads(measure(settings).to_json())
+    names = [figure["name"] for figure in result["figures"]]
+    assert {"load and planning, page cache cold", "first token, 1 x 8 tokens", "step of 1 sequence"} <= set(names)
+    assert all(len(figure["measured"]) == 1 for figure in result["figures"])
+    (row,) = result["compared"]
+    assert row["title"] == "accelerate, disk_offload", result["left_out"]
+    assert row["differs_at"] is None
+    assert len(row["ratio"]) == 1
+    assert any("accelerate" in each for each in told)
+
+
+@pytest.mark.slow
+@pytest.mark.long
 def test_bench_measures_everything_and_a_peer_beside_it(tiny_llama: Path, tmp_path: Path) -> None:
     page, scratch = tmp_path / "bench.html", tmp_path / "scratch"
     command = [sys.executable, "-m", "bigmodel", "bench", str(tiny_llama), "--rounds", "1", "--json"]

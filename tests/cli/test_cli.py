@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 import bigmodel
 from bigmodel.cli import app
 from bigmodel.cli.arguments import parse_device_map, parse_limits
+from bigmodel.device_map import measuring
 from bigmodel.errors import CheckpointError, InvalidArgumentError
 from bigmodel.footprint import PeakFootprint, footprint_bytes
 from bigmodel.generation.text import TextStream, encode_prompt, load_tokenizer
@@ -207,6 +208,8 @@ def test_a_plan_for_another_machine_is_followed_there(tiny_llama: Path, tmp_path
 @pytest.mark.slow
 def test_calibrate_measures_once_and_plans_use_it(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(measuring, "DTYPES", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(measuring, "_TURNS", 1)
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     weights = checkpoint / "weights.bin"

@@ -45,7 +45,7 @@ def on_terminal(command, *, stdout=None, env=ENVIRONMENT):
     return shown.decode().replace("\r\n", "\n"), status, b"".join(other).decode()
 
 
-@pytest.mark.parametrize("is_piped", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("is_piped", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_the_line_never_stands_in_the_text(tiny_llama, is_piped):
     arguments = ["run", str(tiny_llama), "--prompt", "the quick brown", "-n", "150", "--device-map", "disk"]
     expected = CliRunner().invoke(app, arguments).stdout

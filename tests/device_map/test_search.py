@@ -158,6 +158,7 @@ def test_as_good_as_every_map_there_is(seed):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_as_good_as_every_map_there_is_60_times():
     for seed in range(1000, 1060):
         check_against_brute_force(seed)
@@ -198,7 +199,7 @@ def local_search(search, current, num_slots, draw):
         (12, 1, True),
         pytest.param(40, 2, False, marks=pytest.mark.slow),
         pytest.param(30, 2, True, marks=pytest.mark.slow),
-        pytest.param(80, 4, False, marks=pytest.mark.slow),
+        pytest.param(80, 4, False, marks=[pytest.mark.slow, pytest.mark.long]),
         (60, 0, False),
     ],
 )
@@ -246,7 +247,10 @@ def test_no_random_map_and_no_named_map_is_better(num_units, num_accelerators, a
         assert found <= local_search(search, current, num_slots, draw) * 1.05
 
 
-@pytest.mark.parametrize(("seed", "num_units"), [*((seed, 3 + seed % 3) for seed in range(8)), (8, 24), (9, 40)])
+@pytest.mark.parametrize(
+    ("seed", "num_units"),
+    [*((seed, 3 + seed % 3) for seed in range(8)), pytest.param(8, 24, marks=pytest.mark.long), (9, 40)],
+)
 def test_more_memory_never_predicts_slower(seed, num_units):
     draw = random.Random(seed)
     machine = random_machine(draw)

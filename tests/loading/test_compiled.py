@@ -101,7 +101,16 @@ def test_machine_code_gives_the_bits_of_the_whole_model_with_the_same_block_comp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("backend", "place"),
+    [
+        ("eager", "accelerator"),
+        ("aot_eager", "host"),
+        pytest.param("eager", "host", marks=pytest.mark.long),
+        pytest.param("aot_eager", "accelerator", marks=pytest.mark.long),
+    ],
+    indirect=["place"],
+)
 @torch.no_grad()
 def test_a_model_compiled_whole_is_compiled_in_pieces_and_right(backend, place, tmp_path):
     folder = make_checkpoint("llama", tmp_path)

@@ -136,3 +136,7 @@ def test_the_norm_is_the_same_however_gradients_are_divided():
     whole = norm([gradient])
     assert norm(gradient.split(350_000)) == pytest.approx(whole, rel=1e-13)  # in float32, 1e-7
     assert norm(gradient.split(77)) == pytest.approx(whole, rel=1e-13)
+    rows = gradient[:1_000_000].view(2500, 20, 20)
+    whole = norm([rows])
+    assert whole == pytest.approx(float(rows.double().norm()), rel=1e-9)
+    assert norm(rows.split(700)) == pytest.approx(whole, rel=1e-13)

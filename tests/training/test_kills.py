@@ -47,7 +47,9 @@ while step < 400:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "size"), [("single", 1), ("fsdp", 2), ("zero3", 2)])
+@pytest.mark.parametrize(
+    ("strategy", "size"), [("single", 1), ("fsdp", 2), pytest.param("zero3", 2, marks=pytest.mark.long)]
+)
 def test_a_killed_run_goes_on_from_its_last_complete_checkpoint(tmp_path, strategy, size):
     save_llama(tmp_path / "llama")
     checkpoints = tmp_path / "checkpoints"

@@ -153,7 +153,9 @@ def test_states_that_flat_tensors_cannot_hold_are_refused_before_anything_is_cha
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "strategies"), [(3, ("zero3", "zero2")), (4, ("zero3", "fsdp"))])
+@pytest.mark.parametrize(
+    ("size", "strategies"), [(3, ("zero3", "zero2")), pytest.param(4, ("zero3", "fsdp"), marks=pytest.mark.long)]
+)
 def test_more_processes_and_another_number_of_them(folder, two, tmp_path, size, strategies):
     asked = {"precision": "fp32", "micro_batch_size": 1, "groups": True}
     whole = train(folder, 8, strategy="single", **asked)
