@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import statistics
@@ -149,7 +150,10 @@ def _loops(report: Report, settings: Settings) -> None:
             "num_pairs": NUM_PAIRS,
             "block_s": BLOCK_S,
         }
-        found = _run(2, "loops", {"path": path, **arguments})[0]
+        try:
+            found = _run(2, "loops", {"path": path, **arguments})[0]
+        except KeyboardInterrupt:  # those before are kept
+            return
         low, high = _interval(found["ratios"])
         report.add(
             Figure(
@@ -232,18 +236,21 @@ def _engines(report: Report, settings: Settings, precision: str) -> None:
     """The real model in all engines, in turn."""
     paths = _paths(settings) | {"path": _real_model()}
     runs: dict[str, list[list[dict[str, Any]]]] = {}
-    for _ in range(settings.num_rounds):
-        for name, (size, options) in ENGINES.items():
-            found = _run(size, "speed", paths | options | {"precision": precision})
-            runs.setdefault(name, []).append(found)
-            print(f"{name}, {precision}: {found}", file=sys.stderr, flush=True)
-    for name, rounds in runs.items():
+    num_whole = 0
+    with contextlib.suppress(KeyboardInterrupt):  # whole rounds are kept
+        for _ in range(settings.num_rounds):
+            for name, (size, options) in ENGINES.items():
+                found = _run(size, "speed", paths | options | {"precision": precision})
+                runs.setdefault(name, []).append(found)
+                print(f"{name}, {precision}: {found}", file=sys.stderr, flush=True)
+            num_whole += 1
+    for name, rounds in ((name, rounds[:num_whole]) for name, rounds in runs.items()):
         peaks = [max(each["rise_bytes"] for each in found) / MIB for found in rounds]
         report.add(
             Figure(
                 name=f"{name}, {precision}, the real model: tokens/s",
                 values=[found[0]["tokens_per_s"] for found in rounds],
-                note=f"peak of a process {max(peaks):.0f} MiB",
+                note=f"peak of a process {max(peaks, default=0):.0f} MiB",
             )
         )
 
