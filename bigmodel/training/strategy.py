@@ -251,7 +251,8 @@ class Sharded(Engine):
         groups: list[Any] = [origin.module.get_submodule(name) for name in units]
         for module in groups:
             fully_shard(module, **options)
-        fully_shard(origin.module, **options)
+        # Backward begins with the root's weights: they would be gathered again at once.
+        fully_shard(origin.module, **{**options, "reshard_after_forward": False})
         self._prefetch = config.engine_options.get("prefetch")
         if self._prefetch is not None:
             for number, module in enumerate(groups):
