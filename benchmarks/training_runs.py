@@ -130,38 +130,48 @@ def _held(parameter: Any) -> int:
 
 
 def collectives(path: str, tiny: str, *, accumulation: int, **options: Any) -> dict[str, Any]:
-    """What torch.distributed was asked to send for the third optimizer step, as its own profiler records it.
+    """What torch.distributed was asked to send for the fifth optimizer step, as its own profiler records it.
 
     Returns:
-        ``calls``: kind -> ``count``, ``bytes`` of this process's tensors; ``model_bytes`` in float32.
+        ``calls``: kind -> ``count``, ``bytes`` of this process's tensors; ``by_hand``: the same of a loop by hand of the same
+        engine with the same groups, which also weighs by tokens and knows the loss of all; ``model_bytes`` in float32.
     """
-    from torch.profiler import ProfilerActivity, profile
+    calls = _sent(_our_steps(tiny, accumulation=accumulation, **options))
+    hand = _hand_steps(
+        tiny,
+        options["strategy"],
+        options["precision"],
+        accumulation=accumulation,
+        reshard=options.get("reshard_after_forward", True),
+        weighs=True,
+        blocks_only=False,
+    )
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    size = int(os.environ["WORLD_SIZE"])
-    run, model, loader = _prepared(tiny, global_batch_size=accumulation * size, micro_batch_size=1, **options)
-    calls: dict[str, dict[str, float]] = {}
-    steps, recorder = 0, profile(activities=[ProfilerActivity.CPU], record_shapes=True)
-    for batch in loader:
-        if steps == 2 and loader.number == 0:
-            recorder.start()
-        with run.accumulate():
-            run.backward(run.loss(model(**batch), batch))
-            run.step()
-        if loader.is_last:
-            steps += 1
-            if steps == 3:
-                recorder.stop()
-                break
-    for event in recorder.events() or ():
-        if event.name.startswith("gloo:"):
-            kind = event.name.removeprefix("gloo:")
-            found = calls.setdefault(kind, {"count": 0, "bytes": 0})
-            found["count"] += 1
-            found["bytes"] += sum(4 * math.prod(shape) for shape in event.input_shapes if shape)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny))
     return {
         "calls": calls,
-        "model_bytes": 4 * sum(math.prod(each.shape) for each in run._prepared().masters().values()),
+        "by_hand": _sent(hand),
+        "model_bytes": 4 * sum(each.numel() for each in empty.parameters()),
     }
+
+
+def _sent(loop: Iterator[None]) -> dict[str, dict[str, float]]:
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(5):  # made ready, and four steps: DeepSpeed compares what it gathers in the first
+        next(loop)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorder:
+        next(loop)
+    loop.close()
+    calls: dict[str, dict[str, float]] = {}
+    for event in recorder.events() or ():
+        if event.name.startswith("gloo:"):
+            found = calls.setdefault(event.name.removeprefix("gloo:"), {"count": 0, "bytes": 0})
+            found["count"] += 1
+            found["bytes"] += sum(4 * math.prod(shape) for shape in event.input_shapes if shape)
+    return calls
 
 
 def speed(path: str, tiny: str, **options: Any) -> dict[str, Any]:
@@ -191,9 +201,13 @@ def loops(path: str, other: str, strategy: str, precision: str, num_pairs: int, 
     Returns:
         ``ratios`` of tokens/s, ours over the other's, of each A B B A; ``steps`` of a block.
     """
-    first = _our_steps(path, strategy, precision)
-    second = {"hand": _hand_steps, "accelerate": _accelerate_steps, "ours": _our_steps}[other](
-        path, strategy, precision
+    first, second = (
+        _our_steps(path, strategy, precision),
+        {
+            "hand": _hand_steps,
+            "accelerate": _accelerate_steps,
+            "ours": _our_steps,
+        }[other](path, strategy, precision),
     )
     for each in (first, second):
         next(each)
@@ -218,10 +232,13 @@ def _block(loop: Iterator[None], steps: int) -> float:
     return time.perf_counter() - started_s
 
 
-def _our_steps(path: str, strategy: str, precision: str) -> Iterator[None]:
-    run, model, loader = _prepared(
-        path, SHORT, strategy=strategy, precision=precision, global_batch_size=4, micro_batch_size=1, grad_clip=1.0
-    )
+def _our_steps(path: str, strategy: str, precision: str, *, accumulation: int = 2, **options: Any) -> Iterator[None]:
+    options |= {
+        "strategy": strategy,
+        "precision": precision,
+        "global_batch_size": accumulation * int(os.environ["WORLD_SIZE"]),
+    }
+    run, model, loader = _prepared(path, SHORT, micro_batch_size=1, grad_clip=1.0, **options)
     yield
     while True:
         for batch in loader:
@@ -232,37 +249,56 @@ def _our_steps(path: str, strategy: str, precision: str) -> Iterator[None]:
                 yield
 
 
-def _hand_steps(path: str, strategy: str, precision: str) -> Iterator[None]:
-    """As the libraries' own documentation has it; one mean of a micro-batch as good as the other."""
+def _hand_steps(
+    path: str,
+    strategy: str,
+    precision: str,
+    *,
+    accumulation: int = 2,
+    reshard: bool = True,
+    blocks_only: bool = True,
+    weighs: bool = False,
+) -> Iterator[None]:
+    """As the libraries' own documentation has it.
+
+    Args:
+        blocks_only: FSDP2's embedding and head go with the root, as in torch's tutorial; else they are groups of their own,
+            the head's left gathered, as in torchtitan.
+        weighs: by tokens, whose count is summed over the processes, as the loss is, to be told; otherwise one mean of a
+            micro-batch is as good as the other, and the loss is each process's own.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.nn.parallel import DistributedDataParallel
     from transformers import AutoModelForCausalLM
 
     module: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
-    batches = _hand_batches(module.config.vocab_size)
+    batches, size = _hand_batches(module.config.vocab_size), int(os.environ["WORLD_SIZE"])
     engine: Any = None
     if strategy == "ddp":
         model: Any = DistributedDataParallel(module)
     elif strategy == "fsdp":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for layer in module.model.layers:
-            fully_shard(layer, mp_policy=policy)
-        fully_shard(module, mp_policy=policy)
+        dtype = torch.bfloat16 if precision == "bf16" else None
+        options: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
+        ends = [] if blocks_only else [module.model.embed_tokens, module.lm_head]
+        for part in [*ends[:1], *module.model.layers, *ends[1:]]:
+            fully_shard(part, reshard_after_forward=reshard and part is not module.lm_head, **options)
+        fully_shard(module, reshard_after_forward=False, **options)
         model = module
     else:
         import deepspeed
 
-        settings = {
+        settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 2,
+            "gradient_accumulation_steps": accumulation,
             "gradient_clipping": 1.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": True, "check_grad_overflow": True},
-            "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
             "zero_optimization": {"stage": int(strategy[-1])},
         }
+        if precision == "bf16":
+            settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
         engine = model = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
@@ -271,21 +307,33 @@ def _hand_steps(path: str, strategy: str, precision: str) -> Iterator[None]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     yield
     while True:
-        for number in range(2):
-            batch = next(batches)
+        taken: list[Any] = [next(batches) for _ in range(accumulation)]
+        given: dict[str, Any] = {}
+        if weighs:
+            count = torch.tensor([(each["labels"][..., 1:] != -100).sum() for each in taken]).sum()
+            dist.all_reduce(count)
+            given = {"num_items_in_batch": count / (size * (1 if engine is None else accumulation))}
+        lost = torch.zeros(())
+        for number, batch in enumerate(taken):
             if engine is not None:
-                engine.backward(model(**batch).loss)
+                loss = model(**batch, **given).loss
+                engine.backward(loss)
                 engine.step()
+                lost += loss.detach() if weighs else 0
                 continue
-            is_last = number == 1
+            is_last = number == accumulation - 1
             if strategy == "fsdp":
                 module.set_requires_gradient_sync(is_last)
             with contextlib.nullcontext() if is_last or strategy == "fsdp" else model.no_sync():
-                (model(**batch).loss / 2).backward()
+                loss = model(**batch, **given).loss
+                (loss if weighs else loss / accumulation).backward()
+                lost += loss.detach() if weighs else 0
         if engine is None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+        if weighs:
+            dist.all_reduce(lost)
         yield
 
 

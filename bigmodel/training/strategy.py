@@ -249,10 +249,12 @@ class Sharded(Engine):
         if config.precision == "fp8":  # which replaces modules
             in_float8 = use_float8(origin.module, emulates=bool(config.engine_options.get("emulate_float8")))
         groups: list[Any] = [origin.module.get_submodule(name) for name in units]
-        for module in groups:
-            fully_shard(module, **options)
-        # Backward begins with the root's weights: they would be gathered again at once.
-        fully_shard(origin.module, **{**options, "reshard_after_forward": False})
+        # Backward begins with what comes after the last block, such as the head: freed, it would be gathered again at once.
+        blocks = [number for number, module in enumerate(groups) if any(True for _ in module.children())]
+        num_freed = max(blocks, default=len(groups) - 1) + 1
+        for number, module in enumerate([*groups, origin.module]):
+            kept = options if number < num_freed else {**options, "reshard_after_forward": False}
+            fully_shard(module, **kept)
         self._prefetch = config.engine_options.get("prefetch")
         if self._prefetch is not None:
             for number, module in enumerate(groups):
@@ -264,6 +266,7 @@ class Sharded(Engine):
             "param_dtype": str(policy.param_dtype),
             "reduce_dtype": str(policy.reduce_dtype),
             "reshard_after_forward": options["reshard_after_forward"],
+            "stay_gathered": [*units[num_freed:], ""] if options["reshard_after_forward"] else [*units, ""],
             "prefetch": "one unit, as FSDP2 does by itself" if self._prefetch is None else self._prefetch,
         }
         if in_float8:

@@ -93,7 +93,8 @@ class Origin:
 
         Args:
             policy: names of classes, or what tells whether a module is one, of its name and itself. The cost model's units if
-                None; of those, what encloses others, or is shared, goes with the root.
+                None; of those, what encloses others, or is shared, goes with the root, and so does a single layer of less
+                than a hundredth of the largest one's bytes, such as a norm: sending it alone costs a round trip.
 
         Raises:
             InvalidArgumentError: no module is one, one is inside another, or one shares a weight with what is outside.
@@ -109,7 +110,12 @@ class Origin:
                 if len(unit.sites) == 1 and unit.sites[0] and not unit.encloses:
                     module = self.module.get_submodule(unit.sites[0])
                     found += [module] if is_closed(module) else []
-            return found
+            sizes = [sum(each.nbytes for each in module.parameters()) for module in found]
+            return [
+                module
+                for module, size in zip(found, sizes, strict=True)
+                if any(True for _ in module.children()) or 100 * size >= max(sizes)
+            ]
         for name, module in self.module.named_modules():
             if name and (policy(name, module) if callable(policy) else type(module).__name__ in policy):
                 if any(module in set(other.modules()) for other in found):

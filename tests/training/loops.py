@@ -660,6 +660,25 @@ def prefetched() -> dict[str, Any]:
     return {"arguments": arguments, "same": all(torch.equal(found[0][name], each) for name, each in found[1].items())}
 
 
+def gathers(path: str) -> dict[str, Any]:
+    """How FSDP2 divides a model, and how often it gathers weights for one micro-batch."""
+    run = TrainingRun(
+        TrainingConfig(strategy="fsdp", precision="fp32", global_batch_size=2, engine_options={"prefetch": 0})
+    )
+    model, _, loader = run.prepare(
+        model=path, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), data=Sentences(), progress=False
+    )
+    recorder = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    for number, batch in enumerate(loader):  # the first also finds out how the model divides its loss
+        with recorder if number == 1 else contextlib.nullcontext(), run.accumulate():
+            run.backward(run.loss(model(**batch), batch))
+            run.step()
+        if number == 1:
+            break
+    count = sum(event.name == "gloo:all_gather" for event in recorder.events())
+    return {"arguments": run.engine_arguments(), "count": count}
+
+
 def saved_beside(path: str, folder: str, *, strategy: str) -> dict[str, Any]:
     """Save while the training goes on, then load: is it what there was at that moment?"""
     run = TrainingRun(TrainingConfig(strategy=strategy, precision="fp32", global_batch_size=4, micro_batch_size=2))

@@ -11,7 +11,7 @@ from bigmodel.errors import InvalidArgumentError
 from bigmodel.training import TrainingConfig, TrainingRun
 from bigmodel.training.gradients import LossScale, norm_and_sums
 from bigmodel.training.processes import Processes
-from training.loops import Sentences, train
+from training.loops import Sentences, save_llama, train
 
 TORCHS = ({"strategy": "ddp"}, {"strategy": "fsdp"}, {"strategy": "fsdp", "replicas": 2})
 ZERO = ("zero1", "zero2", "zero3")
@@ -140,3 +140,13 @@ def test_the_norm_is_the_same_however_gradients_are_divided():
     whole = norm([rows])
     assert whole == pytest.approx(float(rows.double().norm()), rel=1e-9)
     assert norm(rows.split(700)) == pytest.approx(whole, rel=1e-13)
+
+
+def test_what_backward_begins_with_stays_gathered_and_small_layers_go_with_the_root(two, tmp_path):
+    save_llama(tmp_path, tie_word_embeddings=False)
+    for found in two.run("training.loops:gathers", path=str(tmp_path)):
+        told = found["arguments"]
+        # The norm before the head, whose few values would be sent alone, is the root's.
+        assert told["groups"] == ["model.embed_tokens", "model.layers.0", "model.layers.1", "lm_head", ""]
+        assert told["stay_gathered"] == ["lm_head", ""]
+        assert found["count"] == 2 * 3 + 2
