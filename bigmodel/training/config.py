@@ -45,7 +45,7 @@ class TrainingConfig:
         skip_samples: whether a place in iterable data without a state of its own is come to by reading and skipping what was
             seen; otherwise `load` raises.
         reshard_after_forward: of "fsdp": whether gathered weights of units are freed between forward and backward (as in
-            ZeRO-3), or kept (as in ZeRO-2); what is in no unit is kept.
+            ZeRO-3), or kept (as in ZeRO-2); what is in no unit, or comes after the last block, is kept.
         replicas: of "fsdp": groups of processes that hold the same parts; 1 divides each unit over all processes.
         activation_checkpointing: "on": between forward and backward each unit keeps its inputs alone, and computes the rest
             again, for about a third more time; "off"; "auto" is "off".

@@ -20,7 +20,7 @@ from bigmodel.errors import InvalidArgumentError
 from bigmodel.progress import Report
 from bigmodel.training.config import DTYPES, PRECISIONS, TrainingConfig
 from bigmodel.training.float8 import use_float8
-from bigmodel.training.gradients import LossScale, norm_and_sums, scale
+from bigmodel.training.gradients import LossScale, gradients_of, norm_and_sums, scale
 from bigmodel.training.pieces import Pieces
 from bigmodel.training.processes import Processes
 from bigmodel.training.weights import Origin, with_masters
@@ -93,15 +93,15 @@ class Engine(ABC):
         Returns:
             The norm before clipping, the sums, and whether it stepped: the same in all processes.
         """
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm, sums = norm_and_sums(parameters, sums, self.processes, self.num_copies)
+        gradients = gradients_of(parameter for group in optimizer.param_groups for parameter in group["params"])
+        norm, sums = norm_and_sums(gradients, sums, self.processes, self.num_copies)
         factor = 1.0 if self.loss_scale is None else 1.0 / self.loss_scale.value
         norm *= factor
         is_finite = math.isfinite(norm)
         if is_finite:
             if most is not None and norm > most:
                 factor *= most / (norm + 1e-6)
-            scale(parameters, factor)
+            scale(gradients, factor)
             optimizer.step()
         if self.loss_scale is not None:
             self.loss_scale.update(is_finite)
@@ -110,12 +110,12 @@ class Engine(ABC):
 
     def clip(self, optimizer: Optimizer, most: float) -> float | None:
         """Clip gradients now; their norm before, or None where the library clips in its step."""
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm, _ = norm_and_sums(parameters, [], self.processes, self.num_copies)
+        gradients = gradients_of(parameter for group in optimizer.param_groups for parameter in group["params"])
+        norm, _ = norm_and_sums(gradients, [], self.processes, self.num_copies)
         loss_scale = 1.0 if self.loss_scale is None else self.loss_scale.value
         norm /= loss_scale
         if math.isfinite(norm) and norm > most:
-            scale(parameters, most / (norm + 1e-6))
+            scale(gradients, most / (norm + 1e-6))
         return norm
 
     def rest(self) -> None:  # noqa: B027  # most have nothing to do

@@ -23,7 +23,7 @@ from bigmodel.errors import InvalidArgumentError, TrainingError, join_some
 from bigmodel.models import owners_of
 from bigmodel.progress import Report
 from bigmodel.training.config import PRECISIONS, TrainingConfig
-from bigmodel.training.gradients import LossScale
+from bigmodel.training.gradients import LossScale, norm_and_sums, scale
 from bigmodel.training.pieces import Pieces
 from bigmodel.training.processes import Processes
 from bigmodel.training.strategy import Engine, Stored, refuse_narrow, refuse_scalars
@@ -128,10 +128,25 @@ class ZeRO(Engine):
         self.model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
 
     def step(self, optimizer: Optimizer, most: float | None, sums: list[float]) -> tuple[float, list[float], bool]:
-        self._zero.clip_grad = most or 0.0  # what it clips by itself
-        total = self.processes.summed(torch.tensor(sums, dtype=torch.float64)).tolist()
+        if self.loss_scale is not None:
+            self._zero.clip_grad = most or 0.0
+            total = self.processes.summed(torch.tensor(sums, dtype=torch.float64)).tolist()
+            self.model.step()  # type: ignore[operator]
+            return float(self._zero._global_grad_norm), total, not self._zero.overflow
+        # DeepSpeed's own factor is rounded to float32 three times, and a bfloat16 run shows each last bit.
+        gradients, num_copies = self._gradients()
+        norm, total = norm_and_sums(gradients, sums, self.processes, num_copies)
+        if most is not None and math.isfinite(norm) and norm > most:
+            scale(gradients, most / (norm + 1e-6))
+        self._zero.clip_grad = 0.0
         self.model.step()  # type: ignore[operator]
-        return float(self._zero._global_grad_norm), total, not self._zero.overflow
+        return norm, total, not self._zero.overflow
+
+    def _gradients(self) -> tuple[list[torch.Tensor], int]:
+        """What this process holds of them, reduced, and how many processes hold the same."""
+        if hasattr(self._zero, "get_grads_for_norm"):  # ZeRO-1 in bfloat16
+            return self._zero.get_grads_for_norm(for_clipping=True), self.processes.size
+        return [each for group in self._zero.averaged_gradients.values() for each in group], 1
 
     def clip(self, optimizer: Optimizer, most: float) -> float | None:
         return None
