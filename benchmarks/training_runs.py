@@ -201,13 +201,9 @@ def loops(path: str, other: str, strategy: str, precision: str, num_pairs: int, 
     Returns:
         ``ratios`` of tokens/s, ours over the other's, of each A B B A; ``steps`` of a block.
     """
-    first, second = (
-        _our_steps(path, strategy, precision),
-        {
-            "hand": _hand_steps,
-            "accelerate": _accelerate_steps,
-            "ours": _our_steps,
-        }[other](path, strategy, precision),
+    first = _our_steps(path, strategy, precision)
+    second = {"hand": _hand_steps, "accelerate": _accelerate_steps, "ours": _our_steps}[other](
+        path, strategy, precision
     )
     for each in (first, second):
         next(each)

@@ -234,6 +234,11 @@ class GlobalLoader:
                 f"To {what} the global batch that was begun must be stepped: call run.step after each of its micro-batches."
             )
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether micro-batches were given of a global batch that was not stepped."""
+        return self._given > 0
+
     def stepped(self) -> None:
         """The global batch that was given is consumed."""
         self.cursor = replace(self.cursor, num_consumed=self.cursor.num_consumed + self._given)

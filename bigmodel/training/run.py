@@ -295,7 +295,15 @@ class TrainingRun(Collectives):
         """After the last micro-batch of a global batch: clip, step and schedule; before it, nothing.
 
         Where a gradient is not finite the step is left out, and `last_step` says so.
+
+        Raises:
+            TrainingError: the global batch that the loader gave last is stepped already, or it gave none.
         """
+        if self._loader is not None and not self._loader.is_under_way and not self._is_fresh:
+            raise TrainingError(
+                "There is nothing to step: the loader gave no global batch since the last step. Call run.step() once per "
+                "micro-batch, after run.backward(loss)."
+            )
         self._step(schedules=True)
 
     def _step(self, *, schedules: bool) -> None:

@@ -111,10 +111,11 @@ class Origin:
                     module = self.module.get_submodule(unit.sites[0])
                     found += [module] if is_closed(module) else []
             sizes = [sum(each.nbytes for each in module.parameters()) for module in found]
+            most = max(sizes, default=0)
             return [
                 module
                 for module, size in zip(found, sizes, strict=True)
-                if any(True for _ in module.children()) or 100 * size >= max(sizes)
+                if any(True for _ in module.children()) or 100 * size >= most
             ]
         for name, module in self.module.named_modules():
             if name and (policy(name, module) if callable(policy) else type(module).__name__ in policy):

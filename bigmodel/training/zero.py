@@ -128,13 +128,13 @@ class ZeRO(Engine):
         self.model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
 
     def step(self, optimizer: Optimizer, most: float | None, sums: list[float]) -> tuple[float, list[float], bool]:
+        gradients, num_copies = self._gradients()
         if self.loss_scale is not None:
             self._zero.clip_grad = most or 0.0
             total = self.processes.summed(torch.tensor(sums, dtype=torch.float64)).tolist()
             self.model.step()  # type: ignore[operator]
             return float(self._zero._global_grad_norm), total, not self._zero.overflow
         # DeepSpeed's own factor is rounded to float32 three times, and a bfloat16 run shows each last bit.
-        gradients, num_copies = self._gradients()
         norm, total = norm_and_sums(gradients, sums, self.processes, num_copies)
         if most is not None and math.isfinite(norm) and norm > most:
             scale(gradients, most / (norm + 1e-6))
@@ -145,8 +145,12 @@ class ZeRO(Engine):
     def _gradients(self) -> tuple[list[torch.Tensor], int]:
         """What this process holds of them, reduced, and how many processes hold the same."""
         if hasattr(self._zero, "get_grads_for_norm"):  # ZeRO-1 in bfloat16
-            return self._zero.get_grads_for_norm(for_clipping=True), self.processes.size
-        return [each for group in self._zero.averaged_gradients.values() for each in group], 1
+            found, num_copies = [self._zero.get_grads_for_norm(for_clipping=True)], self.processes.size
+        else:  # a group's is None until a backward
+            found, num_copies = [each for each in self._zero.averaged_gradients.values() if each is not None], 1
+        if not any(found):
+            raise TrainingError("There is no gradient to step with. Call run.backward(loss) before run.step().")
+        return [each for group in found for each in group], num_copies
 
     def clip(self, optimizer: Optimizer, most: float) -> float | None:
         return None

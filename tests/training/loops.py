@@ -13,6 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, IterableDataset
 
+from bigmodel.errors import TrainingError
 from bigmodel.training import TrainingConfig, TrainingRun
 
 
@@ -439,6 +440,32 @@ def overflown(path: str, **options: Any) -> dict[str, Any]:
         "lrs": [each.lr for each in records],
         "is_unchanged": is_unchanged,
     }
+
+
+def stepped_too_often(path: str, **options: Any) -> dict[str, Any]:
+    """What a step before the first micro-batch, after the last and without a backward raise, and what is done between."""
+    run = TrainingRun(TrainingConfig(global_batch_size=4, micro_batch_size=2, **options))
+    model, _, loader = run.prepare(
+        model=path, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), data=Sentences(12), progress=False
+    )
+    raised, steps = [], []
+
+    def step() -> None:
+        try:
+            run.step()
+        except TrainingError as error:
+            raised.append(str(error))
+
+    step()
+    for number, batch in enumerate(loader):
+        with run.accumulate():
+            if number == 1:
+                step()
+            run.backward(run.loss(model(**batch), batch))
+            run.step()
+        step()
+        steps.append((run.last_step.step, loader.cursor.num_consumed))
+    return {"raised": raised, "steps": steps}
 
 
 def frozen(path: str, folder: str, *, strategy: str, loads: bool = False) -> dict[str, bool]:

@@ -76,6 +76,17 @@ def test_one_process_in_bfloat16(folder, alone):
     assert largest_difference(found["parameters"], alone["parameters"]) <= 1e-2
 
 
+@pytest.mark.parametrize("strategy", ["ddp", *(pytest.param(each, marks=pytest.mark.slow) for each in ZERO)])
+def test_a_step_of_nothing_is_refused_and_nothing_is_lost(two, folder, strategy):
+    is_zero = strategy.startswith("zero")
+    for found in two.run("training.loops:stepped_too_often", path=str(folder), strategy=strategy, precision="fp32"):
+        steps, consumed = zip(*found["steps"], strict=True)
+        assert steps == ((1, 2, 3) if is_zero else (1, 3, 4))  # torch's own steps without gradients, and does nothing
+        assert consumed == (4, 8, 12)
+        assert sum("gave no global batch since" in each for each in found["raised"]) == 4
+        assert sum("There is no gradient" in each for each in found["raised"]) == is_zero
+
+
 def test_without_a_loader_of_ours_gradients_are_the_mean_over_processes(two):
     found = two.run("training.loops:own_loader")
     assert found == [1.5, 1.5]
