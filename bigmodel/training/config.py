@@ -14,9 +14,10 @@ import torch
 from bigmodel.errors import InvalidArgumentError, shown
 from bigmodel.training.foreign import fields_of, owned_by_deepspeed, read_file, refused_by_us
 
-__all__ = ["DTYPES", "PRECISIONS", "STRATEGIES", "TrainingConfig"]
+__all__ = ["DTYPES", "OFFLOADS", "PRECISIONS", "STRATEGIES", "TrainingConfig"]
 
 STRATEGIES = ("auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3")
+OFFLOADS = ("none", "cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = {**DTYPES, "fp8": torch.bfloat16}
 """The dtype that passes compute in, of which "fp8" rounds the products' factors further; masters of what is trained are
@@ -49,6 +50,10 @@ class TrainingConfig:
         replicas: of "fsdp": groups of processes that hold the same parts; 1 divides each unit over all processes.
         activation_checkpointing: "on": between forward and backward each unit keeps its inputs alone, and computes the rest
             again, for about a third more time; "off"; "auto" is "off".
+        offload_optimizer: where the optimizer's state lies, with the masters that it steps: "none", where the model computes, or
+            "cpu", in host memory, and the step is computed there. "fsdp" has it with `offload_params`, "zero1" to "zero3" by
+            itself.
+        offload_params: where parameters lie between passes: the same. "fsdp" has it with `offload_optimizer`, "zero3" by itself.
         reduce_dtype: in which gradients are summed over processes: "fp32", or "bf16" or "fp16", which sums micro-batches
             in it too; None for "fp32".
         engine_options: of "zero1" to "zero3": settings of a DeepSpeed JSON that no other field says; of "fsdp": `prefetch`, how
@@ -70,6 +75,8 @@ class TrainingConfig:
     reshard_after_forward: bool = True
     replicas: int = 1
     activation_checkpointing: str = "auto"
+    offload_optimizer: str = "none"
+    offload_params: str = "none"
     reduce_dtype: str | None = None
     find_unused_parameters: bool = False
     engine_options: Mapping[str, Any] = field(default_factory=dict)
@@ -109,6 +116,9 @@ class TrainingConfig:
         _one_of("strategy", self.strategy, STRATEGIES)
         _one_of("precision", self.precision, tuple(PRECISIONS))
         _one_of("activation_checkpointing", self.activation_checkpointing, ("auto", "on", "off"))
+        _one_of("offload_optimizer", self.offload_optimizer, OFFLOADS)
+        _one_of("offload_params", self.offload_params, OFFLOADS)
+        self._refuse_offloads()
         if self.reduce_dtype is not None:
             _one_of("reduce_dtype", self.reduce_dtype, tuple(DTYPES))
         scale = self.loss_scale
@@ -133,6 +143,28 @@ class TrainingConfig:
         for name in ("drop_last", "skip_samples", "reshard_after_forward", "find_unused_parameters"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgumentError(f"{name} is {shown(getattr(self, name))}. Give True or False.")
+
+    def _refuse_offloads(self) -> None:
+        asked = {
+            name: value
+            for name, value in (("offload_optimizer", self.offload_optimizer), ("offload_params", self.offload_params))
+            if value != "none"
+        }
+        told = " and ".join(f'{name} is "{value}"' for name, value in asked.items())
+        if asked and self.strategy in ("auto", "single", "ddp"):
+            raise InvalidArgumentError(
+                f'{told}, and strategy is "{self.strategy}". Give strategy="fsdp" (both "cpu"), "zero1" or "zero2" '
+                '(offload_optimizer alone) or "zero3" (each by itself).'
+            )
+        if self.strategy == "fsdp" and len(asked) == 1:
+            raise InvalidArgumentError(
+                f'{told} alone, and strategy="fsdp" keeps parameters and optimizer state in one place. Give both "cpu", or '
+                'strategy="zero3", which has each by itself.'
+            )
+        if self.strategy in ("zero1", "zero2") and self.offload_params != "none":
+            raise InvalidArgumentError(
+                f'{told}, and strategy="{self.strategy}" offloads the optimizer alone. Give strategy="zero3".'
+            )
 
     def _refuse_options(self) -> None:
         options = self.engine_options

@@ -32,8 +32,11 @@ _OWNED = (
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 )
-_OWNED_OF_ZERO = ("stage", "offload_optimizer", "offload_param")
-# What divides parameters otherwise than over all processes, computes in other dtypes than `precision` says, or offloads.
+_OWNED_OF_ZERO = ("stage",)
+# Its sections of what is offloaded, the field that says it, and their keys that fields say.
+_OFFLOADS = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_params"}
+_OWNED_OF_OFFLOADS = ("device", "nvme_path")
+# What divides parameters otherwise than over all processes, computes in other dtypes than `precision` says, or offloads a part.
 _REFUSED = ("torch_autocast", "amp", "tensor_parallel", "sequence_parallel_size")
 _REFUSED_OF_ZERO = """
     cpu_offload cpu_offload_params cpu_offload_use_pin_memory mics_shard_size zero_hpz_partition_size zero_quantized_weights
@@ -117,17 +120,34 @@ def refused_by_us(options: Mapping[str, Any]) -> list[str]:
     """Keys among what is passed through that would change what our ranges of parameters, or our precision, rest on."""
     zero = options.get("zero_optimization") or {}
     found = [key for key in _REFUSED if options.get(key)]
-    return found + [
-        f"zero_optimization.{key}" for key in _REFUSED_OF_ZERO.split() if zero.get(key) not in (None, False, 1, -1, {})
-    ]
+    return (
+        found
+        + [
+            f"zero_optimization.{key}"
+            for key in _REFUSED_OF_ZERO.split()
+            if zero.get(key) not in (None, False, 1, -1, {})
+        ]
+        + [
+            f"zero_optimization.offload_optimizer.{key}"
+            for key in ("ratio", "super_offload")
+            if (zero.get("offload_optimizer") or {}).get(key) not in (None, False, 1)
+        ]
+    )
 
 
 def owned_by_deepspeed(options: Mapping[str, Any]) -> list[str]:
     """Keys that a TrainingConfig says, and that may not be among what is passed through."""
     zero = options.get("zero_optimization") or {}
-    return [key for key in _OWNED if key in options] + [
-        f"zero_optimization.{key}" for key in _OWNED_OF_ZERO if key in zero
-    ]
+    return (
+        [key for key in _OWNED if key in options]
+        + [f"zero_optimization.{key}" for key in _OWNED_OF_ZERO if key in zero]
+        + [
+            f"zero_optimization.{section}.{key}"
+            for section in _OFFLOADS
+            for key in _OWNED_OF_OFFLOADS
+            if key in (zero.get(section) or {})
+        ]
+    )
 
 
 def _of_deepspeed(settings: Mapping[str, Any], num_processes: int) -> dict[str, Any]:
@@ -141,12 +161,7 @@ def _of_deepspeed(settings: Mapping[str, Any], num_processes: int) -> dict[str, 
     if stage not in (0, 1, 2, 3):
         raise InvalidArgumentError(f"zero_optimization.stage is {shown(stage)}. DeepSpeed has 0 to 3.")
     fields["strategy"] = f"zero{stage}" if stage else "ddp"
-    for key in ("offload_optimizer", "offload_param"):
-        device = _stated(_section(zero, key), "device", "none")
-        if device not in ("none", None):
-            raise InvalidArgumentError(
-                f"zero_optimization.{key} asks for {device}, and training does not offload yet. Set its device to none."
-            )
+    fields |= _offloads(zero)
     enabled = [key for key in ("fp16", "bf16") if _stated(_section(settings, key), "enabled", False) is True]
     if len(enabled) == 2:
         raise InvalidArgumentError("fp16 and bf16 are both enabled. Enable one.")
@@ -180,6 +195,10 @@ def _of_deepspeed(settings: Mapping[str, Any], num_processes: int) -> dict[str, 
             )
     rest = {key: value for key, value in settings.items() if key not in (*_OWNED, "zero_optimization")}
     of_zero = {key: value for key, value in zero.items() if key not in _OWNED_OF_ZERO}
+    for key in _OFFLOADS.keys() & of_zero.keys():
+        section = {name: value for name, value in of_zero.pop(key).items() if name not in _OWNED_OF_OFFLOADS}
+        if section and _OFFLOADS[key] in fields:
+            of_zero[key] = section
     if of_zero:
         rest["zero_optimization"] = of_zero
     rest = _without_auto(rest)
@@ -187,6 +206,23 @@ def _of_deepspeed(settings: Mapping[str, Any], num_processes: int) -> dict[str, 
         fields["engine_options"] = rest
     elif rest:
         logger.info("left out, because ZeRO's stage is 0: %s", ", ".join(_paths(rest)))
+    return fields
+
+
+def _offloads(zero: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that say what is offloaded."""
+    fields: dict[str, Any] = {}
+    for key, name in _OFFLOADS.items():
+        section = _section(zero, key)
+        device = _stated(section, "device", "none")
+        if device in ("none", None):
+            continue
+        if device != "cpu":
+            raise InvalidArgumentError(
+                f"zero_optimization.{key} asks for {device}, and training offloads to the CPU alone. Set its device to cpu or "
+                "none."
+            )
+        fields[name] = device
     return fields
 
 
@@ -268,6 +304,8 @@ def _of_accelerate(settings: Mapping[str, Any], num_processes: int, folder: Path
         for part in ("optimizer", "param"):
             device = deepspeed.pop(f"offload_{part}_device", "none")
             made["zero_optimization"][f"offload_{part}"] = {"device": device}
+            if device != "nvme":  # of no use
+                deepspeed.pop(f"offload_{part}_nvme_path", None)
         for key in ("gradient_accumulation_steps", "gradient_clipping"):
             if key in deepspeed:
                 made[key] = deepspeed.pop(key)
@@ -285,9 +323,7 @@ def _of_accelerate(settings: Mapping[str, Any], num_processes: int, folder: Path
     if kind == "FSDP":
         fields["strategy"] = "fsdp"
         if fsdp.pop("fsdp_offload_params", False) not in (False, "false", "False"):
-            raise InvalidArgumentError(
-                "fsdp_offload_params is true, and training does not offload yet. Set it to false."
-            )
+            fields |= {"offload_params": "cpu", "offload_optimizer": "cpu"}
         if fsdp.pop("fsdp_activation_checkpointing", False) not in (False, "false", "False"):
             fields["activation_checkpointing"] = "on"
         for key in ("fsdp_sharding_strategy", "fsdp_reshard_after_forward"):

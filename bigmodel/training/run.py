@@ -516,7 +516,7 @@ class TrainingRun(Collectives):
         self._num_steps, self._stream = manifest["step"], None
         self._lost, self._is_fresh, self._most, self._clipped = [], False, None, None
         if self._optimizer is not None:
-            self._optimizer.zero_grad()
+            engine.forget(self._optimizer)
         self._saves.loaded(path)
 
     def load_last(self, folder: str | os.PathLike[str]) -> Path | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -25,7 +25,7 @@ from bigmodel.training.pieces import Pieces
 from bigmodel.training.processes import Processes
 from bigmodel.training.weights import Origin, with_masters
 
-__all__ = ["Engine", "Plain", "Sharded", "Stored", "StoredState", "refuse_narrow", "refuse_scalars"]
+__all__ = ["Engine", "Plain", "Sharded", "Stored", "StoredState", "refuse_narrow", "refuse_scalars", "told_of_offload"]
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,12 @@ class Engine(ABC):
             optimizer.step()
         if self.loss_scale is not None:
             self.loss_scale.update(is_finite)
-        optimizer.zero_grad()
+        self.forget(optimizer)
         return norm, sums, is_finite
+
+    def forget(self, optimizer: Optimizer) -> None:
+        """Let go of the gradients that there are."""
+        optimizer.zero_grad()
 
     def clip(self, optimizer: Optimizer, most: float) -> float | None:
         """Clip gradients now; their norm before, or None where the library clips in its step."""
@@ -238,7 +242,12 @@ class Sharded(Engine):
             "mesh": mesh if replicas > 1 or processes.size == 1 else mesh["shard"],
             "mp_policy": policy,
             "reshard_after_forward": config.reshard_after_forward and processes.size > replicas,
+            "offload_policy": OffloadPolicy(),
         }
+        home = processes.device
+        if config.offload_params == "cpu":
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=home.type != "cpu")
+            home = torch.device("cpu")
         if processes.size > 1:
             refuse_scalars(origin.module, "FSDP2", 'strategy="ddp" with precision="fp32", or "zero3"')
         scalars = {each for each in origin.module.parameters() if not each.ndim}
@@ -271,9 +280,12 @@ class Sharded(Engine):
         }
         if in_float8:
             self._arguments["float8"] = in_float8
-        origin.fill(processes.device, progress)
+        if config.offload_params == "cpu":
+            self._arguments["offload_policy"] = str(options["offload_policy"])
+        origin.fill(processes.device, progress, home=home)
         self.num_averaged, self.num_copies = processes.size, replicas
         self.gathers = processes.size > replicas
+        self._offloaded = told_of_offload(config, processes)
         self._num_groups, self._precision, self._num_parts = (
             len(groups) + 1,
             config.precision,
@@ -298,7 +310,17 @@ class Sharded(Engine):
 
     def describe(self) -> str:
         parts = f"{self._num_groups} groups, {self._num_parts} parts, {self.num_copies} copies of each"
-        return f"FSDP2, {self._precision}, {parts}"
+        return f"FSDP2, {self._precision}, {parts}{self._offloaded}"
+
+
+def told_of_offload(config: TrainingConfig, processes: Processes) -> str:
+    """What is offloaded, for `Engine.describe`."""
+    asked = (("parameters", config.offload_params), ("optimizer state", config.offload_optimizer))
+    parts = [what for what, to in asked if to == "cpu"]
+    if not parts:
+        return ""
+    told = f", {' and '.join(parts)} in host memory"
+    return told + (" (which computes here: nothing is won)" if processes.device.type == "cpu" else "")
 
 
 def refuse_narrow(module: nn.Module) -> None:

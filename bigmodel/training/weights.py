@@ -137,10 +137,15 @@ class Origin:
             )
         return found
 
-    def fill(self, device: torch.device, progress: Report | None = None) -> None:
+    def fill(self, device: torch.device, progress: Report | None = None, *, home: torch.device | None = None) -> None:
         """Give every parameter on meta what this process holds of it, in the dtype that it has, and buffers what is stored.
 
         Of a parameter that is a DTensor only this process's rows are read.
+
+        Args:
+            device: that computes.
+            progress: of what is read.
+            home: where DTensors lie between passes; `device` if None.
 
         Raises:
             ReadError: a file could not be read, or changed since its header was checked.
@@ -150,7 +155,8 @@ class Origin:
         wanted = {name: (*_range(each), each.dtype) for name, each in parameters.items()}
         for tensors in self.values(wanted, progress):
             for name, values in tensors.items():
-                put(parameters[name], values.to(device), owners)
+                is_part = isinstance(parameters[name].data, DTensor)
+                put(parameters[name], values.to(home if is_part and home is not None else device), owners)
         self.fill_buffers(device)
 
     def fill_buffers(self, device: torch.device) -> None:

@@ -26,7 +26,7 @@ from bigmodel.training.config import PRECISIONS, TrainingConfig
 from bigmodel.training.gradients import LossScale, norm_and_sums, scale
 from bigmodel.training.pieces import Pieces
 from bigmodel.training.processes import Processes
-from bigmodel.training.strategy import Engine, Stored, refuse_narrow, refuse_scalars
+from bigmodel.training.strategy import Engine, Stored, refuse_narrow, refuse_scalars, told_of_offload
 from bigmodel.training.weights import Origin, put, with_masters
 
 __all__ = ["ZeRO", "refuse_float16"]
@@ -76,6 +76,7 @@ class ZeRO(Engine):
         self._groups: list[list[str]] = []
         self._blank: dict[tuple[int, str], torch.Tensor] = {}
         self._zero: Any = None
+        self._has_gradients = False  # of a backward since the last step
 
     def take(self, optimizer: Optimizer | None) -> None:
         import deepspeed
@@ -126,9 +127,11 @@ class ZeRO(Engine):
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         self.model.set_gradient_accumulation_boundary(is_last)  # type: ignore[operator]
         self.model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
+        self._has_gradients = True
 
     def step(self, optimizer: Optimizer, most: float | None, sums: list[float]) -> tuple[float, list[float], bool]:
         gradients, num_copies = self._gradients()
+        self._has_gradients = False
         if self.loss_scale is not None:
             self._zero.clip_grad = most or 0.0
             total = self.processes.summed(torch.tensor(sums, dtype=torch.float64)).tolist()
@@ -142,15 +145,31 @@ class ZeRO(Engine):
         self.model.step()  # type: ignore[operator]
         return norm, total, not self._zero.overflow
 
+    def forget(self, optimizer: Optimizer) -> None:
+        self._zero.zero_grad()  # those of the optimizer's own parameters are DeepSpeed's, and stay where it is offloaded
+        self._has_gradients = False
+
     def _gradients(self) -> tuple[list[torch.Tensor], int]:
         """What this process holds of them, reduced, and how many processes hold the same."""
         if hasattr(self._zero, "get_grads_for_norm"):  # ZeRO-1 in bfloat16
             found, num_copies = [self._zero.get_grads_for_norm(for_clipping=True)], self.processes.size
+        elif self._config.offload_optimizer != "none":
+            found, num_copies = [self._in_host_memory()], 1
         else:  # a group's is None until a backward
             found, num_copies = [each for each in self._zero.averaged_gradients.values() if each is not None], 1
         if not any(found):
             raise TrainingError("There is no gradient to step with. Call run.backward(loss) before run.step().")
         return [each for group in found for each in group], num_copies
+
+    def _in_host_memory(self) -> list[torch.Tensor]:
+        """Gradients where the optimizer is offloaded: one for each flat tensor; none before a backward."""
+        if not self._has_gradients:
+            return []
+        if self._stage < 3:
+            self._zero._wait_for_offload_copies()
+        elif self.processes.device.type != "cpu":
+            torch.accelerator.synchronize(self.processes.device)
+        return [flat.grad for flat in self._flats if flat.grad is not None]
 
     def clip(self, optimizer: Optimizer, most: float) -> float | None:
         return None
@@ -240,7 +259,8 @@ class ZeRO(Engine):
         return self._settings()
 
     def describe(self) -> str:
-        return f"DeepSpeed ZeRO-{self._stage}, {self._config.precision}, {self.processes.size} parts"
+        told = told_of_offload(self._config, self.processes)
+        return f"DeepSpeed ZeRO-{self._stage}, {self._config.precision}, {self.processes.size} parts{told}"
 
     # --- How
 
@@ -266,6 +286,10 @@ class ZeRO(Engine):
             }
         options = dict(config.engine_options)
         zero = {"stage": self._stage, **options.pop("zero_optimization", {})}
+        for key, to in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_params)):
+            if to != "none":
+                is_pinned = self.processes.device.type != "cpu"
+                zero[key] = {"pin_memory": is_pinned, **zero.get(key, {}), "device": to}
         return {**settings, **options, "zero_optimization": zero}
 
     def _fill(self) -> None:
