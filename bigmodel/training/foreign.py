@@ -118,7 +118,7 @@ def fields_of(
 
 def refused_by_us(options: Mapping[str, Any]) -> list[str]:
     """Keys among what is passed through that would change what our ranges of parameters, or our precision, rest on."""
-    zero = options.get("zero_optimization") or {}
+    zero = _section(options, "zero_optimization")
     found = [key for key in _REFUSED if options.get(key)]
     return (
         found
@@ -130,14 +130,14 @@ def refused_by_us(options: Mapping[str, Any]) -> list[str]:
         + [
             f"zero_optimization.offload_optimizer.{key}"
             for key in ("ratio", "super_offload")
-            if (zero.get("offload_optimizer") or {}).get(key) not in (None, False, 1)
+            if _section(zero, "offload_optimizer").get(key) not in (None, False, 1)
         ]
     )
 
 
 def owned_by_deepspeed(options: Mapping[str, Any]) -> list[str]:
     """Keys that a TrainingConfig says, and that may not be among what is passed through."""
-    zero = options.get("zero_optimization") or {}
+    zero = _section(options, "zero_optimization")
     return (
         [key for key in _OWNED if key in options]
         + [f"zero_optimization.{key}" for key in _OWNED_OF_ZERO if key in zero]
@@ -145,7 +145,7 @@ def owned_by_deepspeed(options: Mapping[str, Any]) -> list[str]:
             f"zero_optimization.{section}.{key}"
             for section in _OFFLOADS
             for key in _OWNED_OF_OFFLOADS
-            if key in (zero.get(section) or {})
+            if key in _section(zero, section)
         ]
     )
 
@@ -196,7 +196,8 @@ def _of_deepspeed(settings: Mapping[str, Any], num_processes: int) -> dict[str, 
     rest = {key: value for key, value in settings.items() if key not in (*_OWNED, "zero_optimization")}
     of_zero = {key: value for key, value in zero.items() if key not in _OWNED_OF_ZERO}
     for key in _OFFLOADS.keys() & of_zero.keys():
-        section = {name: value for name, value in of_zero.pop(key).items() if name not in _OWNED_OF_OFFLOADS}
+        section = {name: value for name, value in _section(of_zero, key).items() if name not in _OWNED_OF_OFFLOADS}
+        del of_zero[key]
         if section and _OFFLOADS[key] in fields:
             of_zero[key] = section
     if of_zero:

@@ -110,7 +110,7 @@ class TrainingRun(Collectives):
         self._is_weighed = False  # whether run.loss was called for this micro-batch
         self._is_inside = False
         self._is_stepping = False
-        self._is_fresh = False  # whether there was a backward since the last step
+        self._is_fresh = False  # whether the last micro-batch of the global batch had its backward
         self._most: float | None = None  # norm that the coming step is clipped to
         self._clipped: float | None = None  # norm before it was, where it is clipped already
         self._was_scheduled = True  # whether the last step stepped the scheduler
@@ -288,7 +288,7 @@ class TrainingRun(Collectives):
         times = engine.num_averaged if self._loader is not None else 1
         if self._loader is not None:
             self._loader.is_touched = True
-        self._is_fresh = True
+        self._is_fresh = self._is_last
         engine.backward(part * times if times > 1 else part, self._is_last)
 
     def step(self) -> None:
@@ -297,7 +297,8 @@ class TrainingRun(Collectives):
         Where a gradient is not finite the step is left out, and `last_step` says so.
 
         Raises:
-            TrainingError: the global batch that the loader gave last is stepped already, or it gave none.
+            TrainingError: the global batch that the loader gave last is stepped already, or it gave none; or its last micro-batch
+                had no backward.
         """
         if self._loader is not None and not self._loader.is_under_way and not self._is_fresh:
             raise TrainingError(
@@ -312,6 +313,8 @@ class TrainingRun(Collectives):
             return
         if optimizer is None:
             raise TrainingError("There is no optimizer. Give prepare one.")
+        if not self._is_fresh:
+            self._refuse_no_backward()
         lost = float(torch.stack(self._lost).sum()) if self._lost else 0.0
         if self._loader is None:  # gradients are the mean over processes
             lost /= self.processes.size
@@ -612,6 +615,22 @@ class TrainingRun(Collectives):
     def _is_last(self) -> bool:
         return self._loader is None or self._loader.is_last
 
+    @property
+    def _is_begun(self) -> bool:
+        """Whether a micro-batch of the global batch had its backward."""
+        return self._loader is not None and self._loader.is_touched
+
+    def _refuse_no_backward(self) -> None:
+        if self._is_begun:
+            raise TrainingError(
+                "The last micro-batch of this global batch had no backward, in which gradients are summed over processes. Call "
+                "run.backward for each; one that should add nothing gets run.backward(loss * 0)."
+            )
+        if self._prepared().needs_gradients:
+            raise TrainingError(
+                "There is nothing to step: there was no backward since the last step. Call run.backward(loss) before run.step()."
+            )
+
     def _prepared(self) -> Engine:
         if self._engine is None:
             raise TrainingError("Nothing was prepared. Call run.prepare first.")
@@ -664,7 +683,7 @@ class TrainingRun(Collectives):
         return [moved(each, self.processes.device) for each in batches]
 
     def _step_if_due(self) -> None:
-        if self._is_last and self._is_fresh:
+        if self._is_last and (self._is_fresh or self._is_begun):
             self._step(schedules=False)
 
     def _is_scheduling_due(self) -> bool:

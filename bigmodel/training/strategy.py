@@ -57,6 +57,7 @@ class Engine(ABC):
         num_copies: processes that hold each part.
         loss_scale: of float16; None for other precisions.
         gathers: whether passes gather weights from other processes, so that all make as many.
+        needs_gradients: whether the library cannot step without a backward since the last step.
     """
 
     model: nn.Module
@@ -66,6 +67,7 @@ class Engine(ABC):
     num_copies: int
     loss_scale: LossScale | None = None
     gathers: bool = False
+    needs_gradients: bool = False
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Name -> what an optimizer is made of."""

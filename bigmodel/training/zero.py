@@ -69,14 +69,13 @@ class ZeRO(Engine):
         if self._stage < 3:
             refuse_scalars(origin.module, "DeepSpeed", 'strategy="zero3"')
         self.num_averaged, self.num_copies = processes.size, 1
-        self.gathers = self._stage == 3
+        self.gathers, self.needs_gradients = self._stage == 3, True
         self._given: dict[str, torch.Tensor] = {}  # values of a module in memory
         self._places: dict[str, _Place] = {}
         self._flats: list[torch.Tensor] = []
         self._groups: list[list[str]] = []
         self._blank: dict[tuple[int, str], torch.Tensor] = {}
         self._zero: Any = None
-        self._has_gradients = False  # of a backward since the last step
 
     def take(self, optimizer: Optimizer | None) -> None:
         import deepspeed
@@ -127,17 +126,15 @@ class ZeRO(Engine):
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         self.model.set_gradient_accumulation_boundary(is_last)  # type: ignore[operator]
         self.model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
-        self._has_gradients = True
 
     def step(self, optimizer: Optimizer, most: float | None, sums: list[float]) -> tuple[float, list[float], bool]:
-        gradients, num_copies = self._gradients()
-        self._has_gradients = False
         if self.loss_scale is not None:
             self._zero.clip_grad = most or 0.0
             total = self.processes.summed(torch.tensor(sums, dtype=torch.float64)).tolist()
             self.model.step()  # type: ignore[operator]
             return float(self._zero._global_grad_norm), total, not self._zero.overflow
         # DeepSpeed's own factor is rounded to float32 three times, and a bfloat16 run shows each last bit.
+        gradients, num_copies = self._gradients()
         norm, total = norm_and_sums(gradients, sums, self.processes, num_copies)
         if most is not None and math.isfinite(norm) and norm > most:
             scale(gradients, most / (norm + 1e-6))
@@ -147,29 +144,16 @@ class ZeRO(Engine):
 
     def forget(self, optimizer: Optimizer) -> None:
         self._zero.zero_grad()  # those of the optimizer's own parameters are DeepSpeed's, and stay where it is offloaded
-        self._has_gradients = False
 
     def _gradients(self) -> tuple[list[torch.Tensor], int]:
         """What this process holds of them, reduced, and how many processes hold the same."""
         if hasattr(self._zero, "get_grads_for_norm"):  # ZeRO-1 in bfloat16
-            found, num_copies = [self._zero.get_grads_for_norm(for_clipping=True)], self.processes.size
-        elif self._config.offload_optimizer != "none":
-            found, num_copies = [self._in_host_memory()], 1
-        else:  # a group's is None until a backward
-            found, num_copies = [each for each in self._zero.averaged_gradients.values() if each is not None], 1
-        if not any(found):
-            raise TrainingError("There is no gradient to step with. Call run.backward(loss) before run.step().")
-        return [each for group in found for each in group], num_copies
-
-    def _in_host_memory(self) -> list[torch.Tensor]:
-        """Gradients where the optimizer is offloaded: one for each flat tensor; none before a backward."""
-        if not self._has_gradients:
-            return []
-        if self._stage < 3:
-            self._zero._wait_for_offload_copies()
-        elif self.processes.device.type != "cpu":
+            return list(self._zero.get_grads_for_norm(for_clipping=True)), self.processes.size
+        if self._config.offload_optimizer == "none":
+            return [each for group in self._zero.averaged_gradients.values() for each in group], 1
+        if self.processes.device.type != "cpu":  # they are copied while backward goes on
             torch.accelerator.synchronize(self.processes.device)
-        return [flat.grad for flat in self._flats if flat.grad is not None]
+        return [flat.grad for flat in self._flats if flat.grad is not None], 1
 
     def clip(self, optimizer: Optimizer, most: float) -> float | None:
         return None

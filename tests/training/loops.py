@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, IterableDataset
@@ -466,6 +467,36 @@ def stepped_too_often(path: str, **options: Any) -> dict[str, Any]:
         step()
         steps.append((run.last_step.step, loader.cursor.num_consumed))
     return {"raised": raised, "steps": steps}
+
+
+def stepped(path: str, **options: Any) -> dict[str, torch.Tensor]:
+    """Masters after one global batch of two micro-batches."""
+    run = TrainingRun(TrainingConfig(global_batch_size=8, micro_batch_size=2, **options))
+    run.prepare(model=path, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), data=Sentences(8), progress=False)
+    run.train_step()
+    return masters(run)
+
+
+def last_left_out(path: str, **options: Any) -> dict[str, Any]:
+    """The last of two micro-batches has no backward: what is raised, and the global batch after it was given one."""
+    run = TrainingRun(TrainingConfig(global_batch_size=8, micro_batch_size=2, **options))
+    model, optimizer, loader = run.prepare(
+        model=path, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), data=Sentences(8), progress=False
+    )
+    raised, before, is_unchanged = [], masters(run), False
+    for number, batch in enumerate(loader):
+        with run.accumulate():
+            loss = run.loss(model(**batch), batch)
+            if number == 1:
+                for step in (run.step, optimizer.step):
+                    with pytest.raises(TrainingError) as error:
+                        step()
+                    raised.append(str(error.value))
+                is_unchanged = all(torch.equal(each, before[name]) for name, each in masters(run).items())
+                loss = run.loss(model(**batch), batch)
+            run.backward(loss)
+            run.step()
+    return {"raised": raised, "is_unchanged": is_unchanged, "parameters": masters(run)}
 
 
 def frozen(path: str, folder: str, *, strategy: str, loads: bool = False) -> dict[str, bool]:

@@ -84,7 +84,18 @@ def test_a_step_of_nothing_is_refused_and_nothing_is_lost(two, folder, strategy)
         assert steps == ((1, 2, 3) if is_zero else (1, 3, 4))  # torch's own steps without gradients, and does nothing
         assert consumed == (4, 8, 12)
         assert sum("gave no global batch since" in each for each in found["raised"]) == 4
-        assert sum("There is no gradient" in each for each in found["raised"]) == is_zero
+        assert sum("no backward since the last step" in each for each in found["raised"]) == is_zero
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", *(pytest.param(each, marks=pytest.mark.slow) for each in ZERO)])
+def test_a_global_batch_whose_last_backward_is_left_out_is_not_stepped(two, folder, strategy):
+    asked = {"path": str(folder), "strategy": strategy, "precision": "fp32"}
+    whole = two.run("training.loops:stepped", **asked)[0]
+    for found in two.run("training.loops:last_left_out", **asked):
+        assert len(found["raised"]) == 2
+        assert all("The last micro-batch of this global batch had no backward" in each for each in found["raised"])
+        assert found["is_unchanged"]
+        assert all(torch.equal(each, whole[name]) for name, each in found["parameters"].items())
 
 
 def test_without_a_loader_of_ours_gradients_are_the_mean_over_processes(two):

@@ -22,6 +22,7 @@ ZERO2 = {
         "overlap_comm": False,
         "reduce_bucket_size": "auto",
         "offload_optimizer": {"device": "none"},
+        "offload_param": None,
     },
     "gradient_accumulation_steps": 4,
     "gradient_clipping": 1.0,

@@ -9,7 +9,7 @@ import torch
 
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.training import TrainingConfig, TrainingRun
-from training.loops import save_llama
+from training.loops import Sentences, save_llama
 
 BOTH = {"offload_optimizer": "cpu", "offload_params": "cpu"}
 OPTIMIZER = {"offload_optimizer": "cpu"}
@@ -38,6 +38,17 @@ def test_what_is_offloaded_trains_to_the_same_bits(two, tmp_path, strategy, offl
     assert found["losses"] == plain["losses"]
     assert found["norms"] == pytest.approx(plain["norms"], rel=1e-9)
     assert equal(found["parameters"], plain["parameters"])
+
+
+@pytest.mark.parametrize("offload", [OPTIMIZER, BOTH])
+def test_deepspeed_was_told(folder, offload):
+    run = TrainingRun(TrainingConfig(strategy="zero3", precision="fp32", **offload))
+    run.prepare(
+        model=str(folder), optimizer=lambda params: torch.optim.SGD(params, lr=0.1), data=Sentences(), progress=False
+    )
+    zero = run._prepared()._zero
+    assert zero.offload_optimizer
+    assert zero.offload_param == ("offload_params" in offload)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +89,10 @@ def test_a_run_says_what_lies_elsewhere(folder):
         (
             {"strategy": "zero3", "engine_options": {"zero_optimization": {"offload_param": {"device": "cpu"}}}},
             "zero_optimization.offload_param.device, which other fields",
+        ),
+        (
+            {"strategy": "zero3", "engine_options": {"zero_optimization": {"offload_optimizer": "cpu"}}},
+            "offload_optimizer is 'cpu'. It holds settings by name",
         ),
         (
             {
