@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -23,7 +24,7 @@ from bigmodel.offload.spill import trim_heap
 from bigmodel.progress import Report
 from bigmodel.units import format_bytes, parse_bytes
 
-__all__ = ["save", "sync"]
+__all__ = ["save", "save_beside", "sync"]
 
 _WRITE_BYTES = 16 << 20  # one write; the figures of the progress bar move this often
 _TRIM_BYTES = 1 << 20  # after a tensor of this size memory goes back to the system
@@ -65,10 +66,7 @@ def save(
     stale = _weight_files(target, base) - files.keys()
     _refuse_files_in_use([target / name for name in (*files, *stale)])
 
-    made = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=target, prefix=".saving-"))
-    try:
+    with _staged(target) as staging:
         _refuse_too_large(target, entries)
         _write_configuration(model, staging, generation_config)
         _write_weights(files, staging, {"format": "pt", **aliases}, progress)
@@ -80,13 +78,51 @@ def save(
         for name in stale - set(others):
             (target / name).unlink()
         sync(target)
+    return [target / name for name in (*files, *others)]
+
+
+def save_beside(folder: Path, file: str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> list[Path]:
+    """Write tensors to one safetensors file of a folder, and texts beside it; each is put in its place whole.
+
+    Args:
+        folder: made if it is not there.
+        file: its name.
+        tensors: name -> contiguous values.
+        texts: name of a file -> what it holds.
+
+    Raises:
+        InvalidArgumentError: the folder is a file.
+        DoesNotFitError: the disk has no room.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InvalidArgumentError(f"{folder} is a file. Give a folder to save into.")
+    entries = [_Entry(name, each.dtype, tuple(each.shape), each) for name, each in tensors.items()]
+    with _staged(folder) as staging:
+        _refuse_too_large(folder, entries)
+        _write_weights({file: entries}, staging, {"format": "pt"}, None)
+        for name, text in texts.items():
+            (staging / name).write_text(text, encoding="utf-8")
+            sync(staging / name)
+        for name in (file, *texts):
+            os.replace(staging / name, folder / name)
+        sync(folder)
+    return [folder / name for name in (file, *texts)]
+
+
+@contextlib.contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A folder inside the target, to be left empty; where that fails, nothing of it stays."""
+    made = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=target, prefix=".saving-"))
+    try:
+        yield staging
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         if made and not any(target.iterdir()):
             target.rmdir()
         raise
     staging.rmdir()
-    return [target / name for name in (*files, *others)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

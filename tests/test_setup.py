@@ -56,7 +56,12 @@ PEERS = {
     "xllamacpp": {"bench/peers/llama_cpp"},
 }
 # What comes with the extra "training", beside DeepSpeed.
-TRAINING = {"datasets": {"training/data"}, "torchao": {"training/float8"}, "yaml": {"training/foreign"}}
+TRAINING = {
+    "datasets": {"training/data"},
+    "peft": {"models/adapters"},
+    "torchao": {"training/float8"},
+    "yaml": {"training/foreign"},
+}
 # The command line is made of typer and is imported by nothing, so it alone imports it at the top.
 AT_THE_TOP = {("cli/app", "typer"), ("cli/options", "typer")}
 

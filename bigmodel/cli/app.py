@@ -142,6 +142,14 @@ def run(
             help="A smaller model, kept in memory, whose guesses are checked many in one pass.",
         ),
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter",
+            metavar="DIR",
+            help="An adapter that PEFT saved: added to the weights where they stay in memory, else computed beside them.",
+        ),
+    ] = None,
     sample: Annotated[
         bool,
         typer.Option("--sample", rich_help_panel="Sampling", help="Draw tokens at random instead of the likeliest."),
@@ -195,6 +203,7 @@ def run(
             max_new_tokens=max_new_tokens,
             lookup=lookup,
             draft=draft,
+            adapter=adapter,
             sampling=sampling if sample else None,
             seed=seed,
             tell=_say_nothing if quiet else _say,

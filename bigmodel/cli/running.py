@@ -21,6 +21,7 @@ from bigmodel.generation.drafts import MOST_GUESSES, Draft, lookup_options
 from bigmodel.generation.text import TextStream, encode_prompt, load_tokenizer, padded
 from bigmodel.loading.lifecycle import watch
 from bigmodel.loading.planning import make_plan_and_timeline
+from bigmodel.models import adapter_nbytes, load_adapter
 from bigmodel.progress import GENERATING, progress_bar
 from bigmodel.units import format_bytes
 
@@ -42,6 +43,7 @@ class Settings:
         limits: as `max_memory`.
         chat: whether prompts go into the model's chat template.
         max_new_tokens: of each answer.
+        adapter: folder of an adapter that is put around the model.
         lookup, draft: what guesses tokens: the text itself, or the model at a path.
         sampling: what generate is asked for where it samples; None where it does not.
         seed: of the draws.
@@ -57,6 +59,7 @@ class Settings:
     max_new_tokens: int = 128
     lookup: bool = False
     draft: str | None = None
+    adapter: str | None = None
     sampling: Mapping[str, float | None] | None = None
     seed: int | None = None
     is_quiet: bool = False
@@ -223,7 +226,7 @@ def _tokenizer_of(settings: Settings) -> Any:
 def _loaded(settings: Settings, workload: bigmodel.Workload, tokenizer: Any) -> Iterator[_Run]:
     """The model for a workload; when the block is over, what it moved and held is known."""
     before_bytes = footprint_bytes()
-    limits, draft = settings.limits, None
+    limits, draft = _limits_beside_adapter(settings), None
     with PeakFootprint() as memory:
         if settings.draft is not None:
             options = {name: settings.load[name] for name in ("dtype", "trust_remote_code")}
@@ -239,6 +242,10 @@ def _loaded(settings: Settings, workload: bigmodel.Workload, tokenizer: Any) -> 
                 "Load it with bigmodel.load_sharded and call it."
             )
         plan = bigmodel.plan_of(model)
+        if settings.adapter is not None:
+            streams = any(each.home != each.run_on for each in plan.placements)
+            model = load_adapter(model, settings.adapter, merge=not streams)
+            settings.tell(f"adapter {settings.adapter} {'beside the weights' if streams else 'added to the weights'}")
         watch(model)
         settings.tell(plan.explain())
         options = _generation_options(model, settings)
@@ -253,6 +260,16 @@ def _loaded(settings: Settings, workload: bigmodel.Workload, tokenizer: Any) -> 
         run.stats = bigmodel.stats_of(model) - run.before
         logger.info("generated, %s", run.stats)
     run.peak_bytes = max(0, memory.peak_bytes - run.baseline_bytes)
+
+
+def _limits_beside_adapter(settings: Settings) -> Mapping[int | str, int] | None:
+    """What stated limits leave for the model: its adapter lies in the memory of whatever computes it."""
+    if settings.adapter is None:
+        return settings.limits
+    nbytes = adapter_nbytes(settings.adapter)
+    if settings.limits is None:
+        return None
+    return {tier: limit if tier == "disk" else max(0, limit - nbytes) for tier, limit in settings.limits.items()}
 
 
 def _generation_options(model: Any, settings: Settings) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def load_state(
         TrainingError: it is of another model or optimizer, and nothing was changed; or not all processes came in time.
     """
     together(processes, "load")
-    masters = engine.masters()
+    masters = engine.saved()
     failed: BaseException | None = None
     try:
         manifest, others, groups = _read_plain(folder, masters, engine, optimizer)
@@ -241,7 +241,7 @@ def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _tensors(engine: Engine, optimizer: Optimizer | None) -> dict[str, Any]:
-    state: dict[str, Any] = {"model": engine.masters(), "buffers": _buffers(engine.module)}
+    state: dict[str, Any] = {"model": engine.saved(), "buffers": _buffers(engine.module)}
     if optimizer is not None:
         state["optimizer"] = engine.states(optimizer)
     return {kind: each for kind, each in state.items() if each}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 import tempfile
+from collections.abc import Set
 from pathlib import Path
 
 import torch
@@ -12,7 +14,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from bigmodel import saving
-from bigmodel.models import revert_of
+from bigmodel.errors import InvalidArgumentError
+from bigmodel.models import ADAPTER_FILES, adapter_config, adapter_tensors, is_adapted, merge_adapter, revert_of
 from bigmodel.training.checkpoint import together
 from bigmodel.training.processes import Processes
 from bigmodel.training.strategy import Engine
@@ -25,9 +28,9 @@ _BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
 def export_model(
-    folder: Path, engine: Engine, origin: Origin, processes: Processes, max_shard_size: int | str
+    folder: Path, engine: Engine, origin: Origin, processes: Processes, max_shard_size: int | str, *, merge: bool
 ) -> list[Path]:
-    """Write the model; every process calls it, and one writes.
+    """Write the model, or its adapters alone; every process calls it, and one writes.
 
     Each parameter is put together in turn and kept in a file beside the target, so that no process holds the model.
 
@@ -37,16 +40,31 @@ def export_model(
         origin: where it came from: dtypes, and the files beside its weights.
         processes: all of them.
         max_shard_size: of a file.
+        merge: whether adapters are added to the model's weights, in files, one layer at a time, and the model is written.
 
     Returns:
         What was written; in other processes than the main one, nothing.
     """
+    adapters = is_adapted(engine.module)
+    if merge and not adapters:
+        raise InvalidArgumentError("merge is True, and the model has no adapters. Leave it out.")
+    if adapters and not merge and (folder / "config.json").exists():
+        raise InvalidArgumentError(
+            f"{folder} holds a model, which would be read with the adapters from now on. Give another folder, or merge=True."
+        )
     together(processes, "export")
-    gathered, written = _Gathered(folder, engine, origin, processes), []
+    names = set(engine.trained()) if adapters and not merge else None
+    gathered, written = _Gathered(folder, engine, origin, processes, names), []
     failed: BaseException | None = None
     try:
         twin = gathered.twin(engine.module)
-        if processes.is_main:
+        if processes.is_main and adapters and not merge:
+            trained = {name: each.detach() for name, each in twin.named_parameters() if names and name in names}
+            config = adapter_config(twin, None if origin.path is None else str(origin.path))
+            kept = adapter_tensors(twin, trained)
+            written = saving.save_beside(folder, ADAPTER_FILES[1], kept, {ADAPTER_FILES[0]: config})
+        elif processes.is_main:
+            twin = merge_adapter(twin) if merge else twin
             written = saving.save(twin, folder, max_shard_size, revert=revert_of(twin))
             written += _copy_beside(origin.path, folder)
     except Exception as error:
@@ -58,9 +76,11 @@ def export_model(
 
 
 class _Gathered:
-    """Every parameter whole, as a map of a file of the main process; in the others they pass by."""
+    """Parameters of these names, or all, whole, as maps of files of the main process; in the others they pass by."""
 
-    def __init__(self, folder: Path, engine: Engine, origin: Origin, processes: Processes) -> None:
+    def __init__(
+        self, folder: Path, engine: Engine, origin: Origin, processes: Processes, names: Set[str] | None
+    ) -> None:
         self._is_main = processes.is_main
         self._scratch: Path | None = None
         self.tensors: dict[int, torch.Tensor] = {}
@@ -69,6 +89,8 @@ class _Gathered:
             self._scratch = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=".exporting-"))
         try:
             for number, (name, parameter) in enumerate(engine.module.named_parameters()):
+                if names is not None and name not in names:
+                    continue
                 whole = engine.whole(name)
                 if self._scratch is not None:
                     dtype = origin.stored_dtypes.get(name, parameter.dtype)
@@ -84,7 +106,13 @@ class _Gathered:
         twins = {each: object.__new__(_own_class(each)) for each in modules}
         parameters: dict[int, nn.Parameter] = {}
         for each, twin in twins.items():
-            twin.__dict__.update(each.__dict__)
+            # What merging adapters notes in a layer is not to be seen in the user's.
+            twin.__dict__.update(
+                {
+                    key: copy.copy(value) if isinstance(value, (list, dict, set)) else value
+                    for key, value in vars(each).items()
+                }
+            )
             twin.__dict__["_modules"] = {
                 key: None if child is None else twins[child] for key, child in each._modules.items()
             }

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.footprint import bound_heap
+from bigmodel.models import is_adapted
 from bigmodel.progress import progress_bar
 from bigmodel.training.choice import engine_of
 from bigmodel.training.collectives import Collectives
@@ -128,6 +129,7 @@ class TrainingRun(Collectives):
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_workers: int = 0,
         shard: Shard | None = None,
+        adapter: Any = None,
         count_items: CountItems | None = None,
         trust_remote_code: bool = False,
         progress: bool | None = None,
@@ -149,6 +151,8 @@ class TrainingRun(Collectives):
                 number of processes; or what makes its own part, which alone it reads: "node", as Hugging Face datasets divide
                 files or samples over processes, or a function of dataset, rank and number of processes. A checkpoint is then
                 gone on with by as many processes.
+            adapter: a `peft.LoraConfig`, or the folder of an adapter that is gone on with: put around the model, and alone
+                trained. The model keeps the dtype that it is stored in; a checkpoint of the run holds the adapter alone.
             count_items: of a micro-batch, what its loss is a sum over; its labels that are not -100 if None.
             trust_remote_code: whether code of the checkpoint may run.
             progress: bars while weights are read; where stderr is a terminal if None.
@@ -196,10 +200,14 @@ class TrainingRun(Collectives):
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)  # weights that no checkpoint has are the same everywhere
-            origin = Origin.of(named["model"], trust_remote_code=trust_remote_code)
+            origin = Origin.of(named["model"], adapter=adapter, trust_remote_code=trust_remote_code)
+        if is_adapted(origin.module) and self.config.precision == "fp8":
+            raise InvalidArgumentError('precision is "fp8", and adapters are not trained in it. Give precision="bf16".')
         if self.config.activation_checkpointing == "on":
             recompute(origin.module, origin.groups())
         before = dict(origin.module.named_parameters())
+        counts = [(each.numel(), each.requires_grad) for each in before.values()]
+        trained = sum(number for number, is_trained in counts if is_trained), sum(number for number, _ in counts)
         with progress_bar(progress if self.is_main_process else False) as report:
             engine = self._make_engine(origin, self.config, self.processes, report)
             own = optimizer_of(named["optimizer"], before, engine)
@@ -209,6 +217,8 @@ class TrainingRun(Collectives):
         self._seed_draws(0)  # dropout is another in each process
         if self.is_main_process:
             logger.info("%s", engine.describe())
+            if is_adapted(origin.module):
+                logger.info("adapters: %d of %d parameters are trained", *trained)
         engine.model.register_forward_pre_hook(self._look, with_kwargs=True)
         engine.model.register_forward_hook(lambda module, args, outputs: self._weighed.saw(outputs))
         made: dict[str, Any] = {"model": engine.model}
@@ -544,20 +554,28 @@ class TrainingRun(Collectives):
         """
         self._saves.add_hooks(on_save, on_load)
 
-    def export(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> list[Path]:
+    def export(
+        self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", merge: bool = False
+    ) -> list[Path]:
         """Write the model as `load_sharded` and `from_pretrained` read it: in the dtype that it came in, tied weights once, with
-        configuration and tokenizer. Every process calls it.
+        configuration and tokenizer; of a model with adapters these alone, as PEFT reads them. Every process calls it.
+
+        Args:
+            folder: made if it is not there.
+            max_shard_size: of a file of the model.
+            merge: of a model with adapters: whether the model is written, with the adapters added to its weights.
 
         Returns:
             The files; in other processes than the main one, none.
 
         Raises:
             As `bigmodel.save`.
+            InvalidArgumentError: there are no adapters to merge, or the folder of adapters holds a model.
         """
         self._saves.finish()
         self._prepared().rest()
         assert self._origin is not None
-        return export_model(Path(folder), self._prepared(), self._origin, self.processes, max_shard_size)
+        return export_model(Path(folder), self._prepared(), self._origin, self.processes, max_shard_size, merge=merge)
 
     def prepare_eval(
         self, data: Any, *, collate_fn: Callable[[list[Any]], Any] | None = None, num_workers: int = 0

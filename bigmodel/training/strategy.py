@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from bigmodel.errors import InvalidArgumentError
+from bigmodel.models import is_adapted, trains_adapters_alone
 from bigmodel.progress import Report
 from bigmodel.training.config import DTYPES, PRECISIONS, TrainingConfig
 from bigmodel.training.float8 import use_float8
@@ -126,6 +127,11 @@ class Engine(ABC):
 
     def rest(self) -> None:  # noqa: B027  # most have nothing to do
         """Between passes: the module's parameters are the masters, and not copies to compute with."""
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        """Of `masters`, what a checkpoint holds: all, or the adapters without the model that they are around."""
+        held = self.masters()
+        return {name: held[name] for name in self.trained()} if is_adapted(self.module) else held
 
     # --- Logical tensors: a DTensor, Pieces, or the whole, in this process's memory
 
@@ -326,7 +332,9 @@ def told_of_offload(config: TrainingConfig, processes: Processes) -> str:
 
 
 def refuse_narrow(module: nn.Module) -> None:
-    """InvalidArgumentError for frozen parameters that float32 does not compute with."""
+    """InvalidArgumentError for frozen parameters that float32 does not compute with; LoRA's layers do, with any."""
+    if trains_adapters_alone(module):
+        return
     narrow = [name for name, each in module.named_parameters() if each.is_floating_point() and each.itemsize < 4]
     if narrow:
         raise InvalidArgumentError(

@@ -14,12 +14,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from bigmodel.checkpoint import Checkpoint, Extent, Source, open_checkpoint
+from bigmodel.checkpoint import Checkpoint, Conversion, Extent, Source, open_checkpoint
 from bigmodel.checkpoint.stamp import FileStamp
 from bigmodel.device_map.unit import find_units
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.loading.assembled import assembled
-from bigmodel.models import build_skeleton, leave_heads, load_generation_config, owners_of
+from bigmodel.models import adapt, build_skeleton, leave_heads, load_generation_config, owners_of
 from bigmodel.offload.resident import ResidentLoad
 from bigmodel.progress import Report
 
@@ -49,11 +49,16 @@ class Origin:
     path: Path | None = None
 
     @classmethod
-    def of(cls, model: str | os.PathLike[str] | nn.Module, *, trust_remote_code: bool = False) -> Origin:
+    def of(
+        cls, model: str | os.PathLike[str] | nn.Module, *, adapter: Any = None, trust_remote_code: bool = False
+    ) -> Origin:
         """Opens a checkpoint and builds its module, reading headers only; or takes the user's module as it is.
 
+        Args:
+            adapter: what is put around it, of which alone is trained, as in `adapt`; None for nothing.
+
         Raises:
-            As `load_sharded`, for a checkpoint.
+            As `load_sharded`, for a checkpoint, and as `adapt`.
             InvalidArgumentError: neither a path nor a module whose weights are in memory.
         """
         if isinstance(model, nn.Module):
@@ -65,11 +70,12 @@ class Origin:
                     "a module whose weights are in memory."
                 )
             dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-            return cls(
+            found = cls(
                 module=model,
                 stored_dtypes=dtypes,
                 no_split=frozenset(getattr(model, "_no_split_modules", None) or ()),
             )
+            return found if adapter is None else found._adapted(adapter)
         if not isinstance(model, (str, os.PathLike)):
             raise InvalidArgumentError(
                 f"model is a {type(model).__name__}. Give a folder, a Hub repo id or an nn.Module."
@@ -79,7 +85,7 @@ class Origin:
         load_generation_config(skeleton.model, checkpoint, trust_remote_code=trust_remote_code)
         leave_heads(skeleton.model)  # for weights that are not trained
         skeleton.model.requires_grad_(True).train()
-        return cls(
+        found = cls(
             module=skeleton.model,
             sources=skeleton.sources,
             stamps=checkpoint.stamps,
@@ -87,6 +93,14 @@ class Origin:
             no_split=skeleton.no_split,
             path=Path(checkpoint.path),
         )
+        return found if adapter is None else found._adapted(adapter)
+
+    def _adapted(self, adapter: Any) -> Origin:
+        """With an adapter around the module, and what was known of its weights by their new names."""
+        module, names = adapt(self.module, adapter)
+        dtypes = {name: each.dtype for name, each in module.named_parameters()}
+        dtypes |= {new: self.stored_dtypes[old] for new, old in names.items() if old in self.stored_dtypes}
+        return replace(self, module=module, sources=_renamed(self.sources, names), stored_dtypes=dtypes)
 
     def groups(self, policy: Sequence[str] | Callable[[str, nn.Module], bool] | None = None) -> list[nn.Module]:
         """The modules whose weights are gathered together, in the model's order; the rest goes with the root.
@@ -207,6 +221,34 @@ class Origin:
             together = [converted.pop(name) for name in first.conversion.outputs if name in converted]
             made = ResidentLoad(together, stamps=self.stamps, may_map=False).finish()
             yield {name: tensor.reshape(-1)[slice(*wanted[name][:2])].clone() for name, tensor in made.items()}
+
+
+def _renamed(sources: Mapping[str, Source], names: Mapping[str, str]) -> dict[str, Source]:
+    """Sources by new names, of which several may mean one old name."""
+    news: dict[str, list[str]] = {}
+    for new, old in names.items():
+        news.setdefault(old, []).append(new)
+    made: dict[int, Conversion] = {}
+
+    def renamed(conversion: Conversion) -> Conversion:
+        pairs = [(new, old) for old in conversion.outputs for new in news.get(old, ())]
+
+        def run(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            found = conversion.run(tensors)
+            return {new: found[old] for new, old in pairs}
+
+        return replace(conversion, outputs=tuple(new for new, _ in pairs), run=run)
+
+    found = {}
+    for new, old in names.items():
+        source = sources.get(old)
+        if source is None:
+            continue
+        if source.conversion is not None and id(source.conversion) not in made:
+            made[id(source.conversion)] = renamed(source.conversion)
+        conversion = None if source.conversion is None else made[id(source.conversion)]
+        found[new] = replace(source, name=new, conversion=conversion)
+    return found
 
 
 def part_of(source: Source, start: int, stop: int) -> Source:

@@ -532,6 +532,60 @@ def frozen(path: str, folder: str, *, strategy: str, loads: bool = False) -> dic
     }
 
 
+def lora(**changes: Any) -> Any:
+    """Adapters on some layers of a tiny llama."""
+    from peft import LoraConfig
+
+    settings = {"r": 4, "target_modules": ["q_proj", "down_proj"], "lora_alpha": 16, "task_type": "CAUSAL_LM"}
+    return LoraConfig(**(settings | changes))
+
+
+def adapted(
+    path: str,
+    *,
+    steps: int = 3,
+    adapter: Any = None,
+    from_memory: bool = False,
+    loads: str | None = None,
+    saves: str | None = None,
+    exports: str | None = None,
+    merges: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Trains adapters; from a checkpoint, or around a model in memory as their user puts them."""
+    adapter = lora() if adapter is None else adapter
+    given: dict[str, Any] = {"model": path, "adapter": adapter}
+    if from_memory:
+        from transformers import AutoModelForCausalLM
+
+        given["model"] = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    run = TrainingRun(TrainingConfig(global_batch_size=8, grad_clip=0.05, **options))
+    run.prepare(
+        **given, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2), data=Sentences(64), progress=False
+    )
+    trained = set(run._prepared().trained())
+    before = masters(run)
+    if loads:
+        run.load(loads)
+    records = [run.train_step() for _ in range(steps)]
+    after = masters(run)
+    if saves:
+        run.save(saves)
+    if exports:
+        run.export(exports)
+    if merges:
+        run.export(merges, merge=True)
+    return {
+        "losses": [each.loss for each in records],
+        "norms": [each.grad_norm for each in records],
+        "parameters": {name: each for name, each in after.items() if name in trained},
+        "is_base_kept": all(torch.equal(each, before[name]) for name, each in after.items() if name not in trained),
+        "dtypes": {str(each.dtype) for name, each in after.items() if name not in trained},
+        "is_moved": all(not torch.equal(after[name], before[name]) for name in trained),
+        "loss": run.evaluate(run.prepare_eval(Sentences(6))).loss,
+    }
+
+
 class OddShapes(torch.nn.Module):
     """A convolution, a vector of seven, one matrix that is used twice, and a scale."""
 
