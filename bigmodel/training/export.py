@@ -76,7 +76,7 @@ def export_model(
 
 
 class _Gathered:
-    """Parameters of these names, or all, whole, as maps of files of the main process; in the others they pass by."""
+    """Parameters of these names as they are trained, or all in the dtype that they came in, whole, as maps of files of the main process; in the others they pass by."""
 
     def __init__(
         self, folder: Path, engine: Engine, origin: Origin, processes: Processes, names: Set[str] | None
@@ -93,7 +93,7 @@ class _Gathered:
                     continue
                 whole = engine.whole(name)
                 if self._scratch is not None:
-                    dtype = origin.stored_dtypes.get(name, parameter.dtype)
+                    dtype = whole.dtype if names is not None else origin.stored_dtypes.get(name, parameter.dtype)
                     self.tensors[id(parameter)] = _mapped(self._scratch / str(number), whole, dtype)
                 del whole
         except BaseException:
