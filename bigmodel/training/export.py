@@ -76,7 +76,8 @@ def export_model(
 
 
 class _Gathered:
-    """Parameters of these names as they are trained, or all in the dtype that they came in, whole, as maps of files of the main process; in the others they pass by."""
+    """Whole parameters as maps of files of the main process: those of these names as they are trained, or all in the dtype that they
+    came in. In other processes they pass by."""
 
     def __init__(
         self, folder: Path, engine: Engine, origin: Origin, processes: Processes, names: Set[str] | None
