@@ -244,8 +244,8 @@ def _loaded(settings: Settings, workload: bigmodel.Workload, tokenizer: Any) -> 
         plan = bigmodel.plan_of(model)
         if settings.adapter is not None:
             streams = any(each.home != each.run_on for each in plan.placements)
-            model = load_adapter(model, settings.adapter, merge=not streams)
-            settings.tell(f"adapter {settings.adapter} {'beside the weights' if streams else 'added to the weights'}")
+            model, is_merged = load_adapter(model, settings.adapter, streams=streams)
+            settings.tell(f"adapter {settings.adapter} {'added to' if is_merged else 'beside'} the weights")
         watch(model)
         settings.tell(plan.explain())
         options = _generation_options(model, settings)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from bigmodel.errors import ForkedError, GradientRefusedError, MoveRefusedError, StreamingError
+from bigmodel.hooks.backward import Backward, records
 from bigmodel.hooks.caches import move_cache
 from bigmodel.hooks.hops import Hops, Phase, Route, SiteHops, first_device, moved
 from bigmodel.hooks.pace import Pace, PassKind, Reading
@@ -86,6 +87,8 @@ class Attachment:
         self._handles: list[RemovableHandle] = []
         ways = {} if route is None else {module: route.ways_of(name) for name, module in route.modules.items()}
         self._loaded = {id(parameter) for parameter in model.parameters()}  # as long as it lives
+        modules_of = {number: [module for _, module in found] for number, found in sites.items()}
+        self._backward = None if streamer is None else Backward(streamer, self._lock, modules_of)
         for number, modules in sites.items():
             for name, module in modules:
                 devices = {phase: site.device for phase, site in ways[module].items()} if module in ways else {}
@@ -119,7 +122,8 @@ class Attachment:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
-            if self._streamer is not None:
+            if self._streamer is not None and self._backward is not None:
+                self._backward.take_off()
                 self._finalizer.detach()
                 self._streamer.close()
             for reference, hops in self._site_hops:
@@ -194,7 +198,14 @@ class Attachment:
                 self._kind = self._check_pass(entry, module, args, kwargs)
                 self._hops.phase = self._kind.phase
             self._kind = replace(self._kind, is_whole=not entry)
+            is_recorded = self._backward is not None and records(module, args, kwargs)
+            if self._backward is not None and is_recorded:
+                self._refuse_trained()
+                self._backward.put_on(module)
+                kwargs = self._backward.without_cache(module, kwargs)
             if self._streamer is not None:
+                if self._backward is not None:
+                    self._backward.forget()
                 self._streamer.reset()
                 self._streamer.turn_to(self._hops.phase)
         except BaseException:
@@ -204,7 +215,7 @@ class Attachment:
         self._opener, self._num_inside = module, 0
         self._pass_started_s = time.perf_counter()
         if self._main is None:
-            return None
+            return (args, kwargs) if is_recorded else None
         self._came_from = first_device((args, kwargs))
         if not self._site_hops:  # one device runs all
             move_cache((args, kwargs), None, self._main)
@@ -230,6 +241,21 @@ class Attachment:
             return moved(output, self._came_from) if self._main is not None and self._came_from is not None else None
         finally:
             self._lock.release()
+
+    def _refuse_trained(self) -> None:
+        """GradientRefusedError where weights that were loaded are to be trained: what is streamed is read anew each time."""
+        model = self._model()
+        own = (
+            []
+            if model is None
+            else [n for n, each in model.named_parameters() if each.requires_grad and id(each) in self._loaded]
+        )
+        if own:
+            raise GradientRefusedError(
+                f"{len(own)} of the model's own parameters require grad, such as {own[0]}, and its weights stream: only what "
+                "was added to it (adapters) can be trained. Call model.requires_grad_(False) before adapters are added, or "
+                "bigmodel.materialize(model)."
+            )
 
     def _refuse_fork(self) -> None:
         if os.getpid() != self._pid and self._streamer is not None:
@@ -263,8 +289,8 @@ class _UnitHook:
         if not self._streamer.is_fetched(self._number, phase):
             return
         attachment._refuse_fork()
-        if torch.is_grad_enabled():
-            self._refuse_gradients(module, args, kwargs)
+        if records(module, args, kwargs) and not (attachment._backward and attachment._backward.covers(module)):
+            self._refuse_gradients(module)
         # A submodule may be called without the root: then each unit takes its turn on its own.
         attachment._lock.acquire()
         try:
@@ -297,33 +323,19 @@ class _UnitHook:
         twin._attachment = None
         return twin
 
-    def _refuse_gradients(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        what = None
-        if any(parameter.requires_grad for parameter in module.parameters()):
-            what = "has a parameter that requires grad"
-        elif _any_requires_grad((args, kwargs)):
-            what = "was given an input that requires grad"
-        if what is not None:
-            raise GradientRefusedError(
-                f"{self._name} {what}, and its weights are streamed: they would be overwritten before backward, and the "
-                "gradient would be wrong. Run under torch.no_grad() or torch.inference_mode(), or call "
-                "bigmodel.materialize(model) to train it."
-            )
+    def _refuse_gradients(self, module: nn.Module) -> None:
+        has_own = any(parameter.requires_grad for parameter in module.parameters())
+        what = "has a parameter that requires grad" if has_own else "was given an input that requires grad"
+        raise GradientRefusedError(
+            f"{self._name} {what}, and its weights are streamed: they would be overwritten before backward, and the "
+            "gradient would be wrong. Run under torch.no_grad() or torch.inference_mode(), call the whole model, whose units "
+            "fetch their weights again in backward, or call bigmodel.materialize(model) to train it."
+        )
 
 
 def opaque(hook: Any) -> Any:
     """A bound method that torch.compile calls and does not look into: what it finds there is another thing in each pass."""
     return types.MethodType(torch.compiler.disable(hook.__func__), hook.__self__)  # type: ignore[no-untyped-call]
-
-
-def _any_requires_grad(values: Any) -> bool:
-    if isinstance(values, torch.Tensor):
-        return values.requires_grad
-    if isinstance(values, Mapping):
-        return any(map(_any_requires_grad, values.values()))
-    if isinstance(values, (tuple, list)):
-        return any(map(_any_requires_grad, values))
-    return False
 
 
 class _MoveGuard:

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import itertools
 import json
+import logging
+import math
 import os
 import sys
 import warnings
@@ -16,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bigmodel.errors import InvalidArgumentError, MissingFilesError, join_some
+from bigmodel.checkpoint import open_checkpoint
+from bigmodel.errors import BigModelError, InvalidArgumentError, MissingFilesError, join_some
 from bigmodel.models.meta import owners_of
 
 __all__ = [
@@ -24,6 +27,7 @@ __all__ = [
     "adapt",
     "adapter_config",
     "adapter_nbytes",
+    "adapter_scales",
     "adapter_tensors",
     "is_adapted",
     "load_adapter",
@@ -34,6 +38,9 @@ __all__ = [
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Of a folder that PEFT reads."""
 _DRAWN = (True, False, "gaussian")  # first values that no weight of the base is needed for
+_LORA = ("lora_A.", "lora_B.", "lora_embedding_A.", "lora_embedding_B.")
+
+logger = logging.getLogger("bigmodel.models")
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -82,11 +89,28 @@ def adapt(model: nn.Module, adapter: Any) -> tuple[nn.Module, dict[str, str]]:
     if is_away:
         _refuse_made_of_weights(config)
     before = {id(each): name for name, each in _tensors(model)}
+    were_trained = [each for each in model.parameters() if each.requires_grad]
+    seed = int(torch.randint(1 << 62, ()))
     from peft import get_peft_model
-    from peft.utils.other import ModulesToSaveWrapper
 
     with _translated("PEFT refuses the adapter for this model"):
-        around: nn.Module = get_peft_model(model, config)
+        around: Any = get_peft_model(model, config)
+    try:
+        names = _made(around, config, folder, before, seed)
+    except BaseException:
+        around.unload()
+        for each in were_trained:
+            each.requires_grad_(True)
+        raise
+    _put_where_it_runs(around, model)
+    return around.train(), names
+
+
+def _made(around: nn.Module, config: Any, folder: Path | None, before: dict[int, str], seed: int) -> dict[str, str]:
+    """First values of what is trained; names as `adapt` returns them."""
+    from peft import LoraConfig
+    from peft.utils.other import ModulesToSaveWrapper
+
     for wrapper in around.modules():
         if isinstance(wrapper, ModulesToSaveWrapper):
             for own in wrapper.modules_to_save.values():
@@ -97,11 +121,13 @@ def adapt(model: nn.Module, adapter: Any) -> tuple[nn.Module, dict[str, str]]:
                     if name in copies and id(each) in before
                 }
     trained = [name for name, each in around.named_parameters() if each.requires_grad]
-    if folder is None:
-        _draw(around, config)
-    else:
+    if folder is not None:
         _leave_meta(around, trained)
         _read(around, folder, set(trained))
+    elif isinstance(config, LoraConfig) and _is_drawn(config):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # the same wherever the model's weights are
+            _draw(around, config)
     names = {name: before[id(each)] for name, each in _tensors(around) if id(each) in before}
     lost = [name for name in trained if around.get_parameter(name).is_meta and name not in names]
     if lost:
@@ -109,37 +135,77 @@ def adapt(model: nn.Module, adapter: Any) -> tuple[nn.Module, dict[str, str]]:
             f"The adapter's {join_some(lost)} are made of the model's weights, which are read later. Give prepare a model in "
             "memory with the adapter around it, or leave out what asks for them (use_dora, trainable_token_indices, ...)."
         )
-    return around.train(), names
+    return names
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, merge: bool) -> nn.Module:
-    """A model with an adapter around it that was trained before, or added to its weights; nothing in it is trained.
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, streams: bool) -> tuple[nn.Module, bool]:
+    """A model with an adapter that was trained before; nothing in it is trained.
 
     Args:
         model: its weights are in memory, or stream.
         folder: of the adapter.
-        merge: whether the weights are changed: one layer at a time.
+        streams: whether they stream: then the adapter stays beside them, and otherwise it is added to them, if it can be.
+
+    Returns:
+        The model, and whether the adapter was added to its weights.
 
     Raises:
-        InvalidArgumentError: it is not of this model.
+        InvalidArgumentError: it is not of this model, or changes weights that stream.
         MissingFilesError: the folder holds no adapter.
     """
     config, place = _config_of(folder)
     assert place is not None
     config.inference_mode = True
+    changes = [
+        f"{name} is {getattr(config, name)!r}"
+        for name, harmless in (("bias", ("none",)), ("init_lora_weights", (*_DRAWN, "orthogonal")))
+        if getattr(config, name, harmless[0]) not in harmless
+    ]
+    if streams and changes:
+        raise InvalidArgumentError(
+            f"{place} changes weights of the model itself ({', '.join(changes)}), and they stream. Let them stay in memory (a "
+            "larger --max-memory, or --device-map cpu), or merge the adapter into the checkpoint."
+        )
     from peft import get_peft_model
 
     with _translated(f"{place} is no adapter of this model"):
-        around = get_peft_model(model, config)
+        around: nn.Module = get_peft_model(model, config)
     _read(around, place, {name for name, _ in around.named_parameters() if _is_adapters(name)})
+    _put_where_it_runs(around, model)
     around.requires_grad_(False).eval()
-    return merge_adapter(around) if merge else around
+    return (around, False) if streams or _shared(around) else (merge_adapter(around), True)
 
 
 def merge_adapter(model: nn.Module) -> nn.Module:
-    """The model that adapters were around, with them added to its weights, in place and one layer at a time."""
+    """The model that adapters were around, with them added to its weights, in the memory that these have, a layer at a time.
+
+    Raises:
+        InvalidArgumentError: PEFT cannot, or what is changed has another use, such as tied embeddings.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    shared = _shared(model)
+    if shared:
+        raise InvalidArgumentError(
+            f"The adapter cannot be merged: {join_some(shared)} is another layer's weight too, which would change with it. "
+            "Export the adapter by itself."
+        )
+    configs: Any = getattr(model, "peft_config", {})
+    if any(getattr(each, "layer_replication", None) for each in configs.values()):
+        raise InvalidArgumentError(
+            "The adapter cannot be merged: layer_replication uses a layer's weights more than once. Export it by itself."
+        )
+    around: Any = model
     with _translated("The adapter cannot be merged"):
-        merged: nn.Module = model.merge_and_unload(progressbar=False)  # type: ignore[operator]
+        for layer in around.modules():
+            if isinstance(layer, BaseTunerLayer):
+                own = {name: each.data for name, each in layer.get_base_layer().named_parameters()}
+                layer.merge()
+                for name, each in layer.get_base_layer().named_parameters():
+                    if name in own and each.data_ptr() != own[name].data_ptr() and each.shape == own[name].shape:
+                        own[name].copy_(each.data)
+                        each.data = own[name]
+        merged: nn.Module = around.unload()
     return merged
 
 
@@ -151,8 +217,15 @@ def adapter_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> di
     """
     from peft import get_peft_model_state_dict
 
+    active: Any = model.active_adapters
+    if len(active) > 1:
+        raise InvalidArgumentError(
+            f"{len(active)} adapters are active ({join_some(sorted(active))}), and a folder holds one. Make one active "
+            "(set_adapter), or give merge=True."
+        )
     name: Any = model.active_adapter
-    return dict(get_peft_model_state_dict(model, dict(tensors), name, save_embedding_layers=False))
+    with _translated("PEFT cannot write the adapter"):
+        return dict(get_peft_model_state_dict(model, dict(tensors), name, save_embedding_layers=False))
 
 
 def adapter_config(model: nn.Module, base: str | None) -> str:
@@ -162,18 +235,33 @@ def adapter_config(model: nn.Module, base: str | None) -> str:
     config = copy.deepcopy(configs[name])
     config.inference_mode = True
     config.base_model_name_or_path = base or config.base_model_name_or_path
+    if config.task_type is None:  # by which PEFT's own classes find the model's
+        kind = type(model.get_base_model())  # type: ignore[operator]
+        config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     return json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
 
 
+def adapter_scales(model: nn.Module) -> dict[str, Any]:
+    """What the active adapter's values mean nothing without: ranks, and by what their products are multiplied."""
+    configs: Any = model.peft_config
+    settings = configs[model.active_adapter].to_dict()
+    kept = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    return {name: str(settings[name]) for name in kept if name in settings}
+
+
 def adapter_nbytes(folder: str | os.PathLike[str]) -> int:
-    """Bytes that a folder's adapter has in memory, at most: in float32, if it was stored in half of that.
+    """Bytes that a folder's adapter has in memory, in float32; its files are looked at.
 
     Raises:
         MissingFilesError: the folder holds no adapter.
+        MalformedFileError: its weights are no safetensors file.
+        InvalidArgumentError: its configuration cannot be read.
     """
-    _refuse_missing(Path(folder))
-    return 2 * (Path(folder) / ADAPTER_FILES[1]).stat().st_size
+    _, place = _config_of(folder)
+    assert place is not None
+    tensors = open_checkpoint(place / ADAPTER_FILES[1]).tensors
+    return sum(4 * math.prod(each.shape) for each in tensors.values())
 
 
 # --- How
@@ -217,11 +305,50 @@ def _refuse_made_of_weights(config: Any) -> None:
             f"adapter is a {type(config).__name__}. Of a checkpoint that is not in memory, give a peft.LoraConfig; or give "
             "prepare a model in memory with the adapter around it."
         )
-    if config.init_lora_weights not in _DRAWN:
+    if not _is_drawn(config):
         raise InvalidArgumentError(
-            f"init_lora_weights is {config.init_lora_weights!r}, which is made of the model's weights, and they are read later. "
-            'Give True, False or "gaussian", or give prepare a model in memory with the adapter around it.'
+            f"init_lora_weights is {config.init_lora_weights!r}, and first values that are not drawn alone are made where the "
+            'model\'s weights are. Give True, False or "gaussian", or give prepare a model in memory.'
         )
+
+
+def _is_drawn(config: Any) -> bool:
+    return any(config.init_lora_weights is each for each in (True, False)) or config.init_lora_weights == "gaussian"
+
+
+def _shared(model: nn.Module) -> list[str]:
+    """Names of weights that adapters are on, and that other layers have too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    owners = owners_of(model)
+    return [
+        f"{name}.{own}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+        for own, each in layer.get_base_layer().named_parameters()
+        if len(owners[id(each)]) > 1
+    ]
+
+
+def _put_where_it_runs(around: nn.Module, model: nn.Module) -> None:
+    """Adapters on the device that computes the layer that they are around, where layers run on several."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    places: Any = getattr(model, "hf_device_map", None)
+    if not places:
+        return
+    names = {module: name for name, module in model.named_modules()}
+    for layer in around.modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        base = layer.get_base_layer()
+        above = names.get(layer) or names.get(base) or ""
+        while above not in places and above:
+            above = above.rpartition(".")[0]
+        own = {id(each) for each in base.parameters()}
+        for each in layer.parameters():
+            if id(each) not in own and above in places and not each.is_meta:
+                each.data = each.data.to(places[above])
 
 
 def _draw(model: nn.Module, config: Any) -> None:
@@ -230,8 +357,8 @@ def _draw(model: nn.Module, config: Any) -> None:
 
     layers_of_lora: list[Any] = [each for each in model.modules() if isinstance(each, LoraLayer)]
     for layer in layers_of_lora:
-        drawn = [name for name, each in layer.named_parameters() if name.startswith("lora_") and each.is_meta]
-        _leave_meta(layer, [name for name in drawn if name.startswith(_LORA)])
+        drawn = [name for name, _ in layer.named_parameters() if name.startswith(_LORA)]
+        _leave_meta(layer, drawn)
         for adapter in layer.r if drawn else ():
             if config.init_lora_weights is not False:
                 layer.reset_lora_parameters(adapter, config.init_lora_weights)
@@ -242,9 +369,6 @@ def _draw(model: nn.Module, config: Any) -> None:
             for values in (layer.lora_embedding_A, layer.lora_embedding_B):
                 if adapter in values:
                     nn.init.normal_(values[adapter])
-
-
-_LORA = ("lora_A.", "lora_B.", "lora_embedding_A.", "lora_embedding_B.")
 
 
 def _leave_meta(module: nn.Module, names: list[str]) -> None:
@@ -264,6 +388,13 @@ def _read(model: nn.Module, folder: Path, wanted: set[str]) -> None:
 
     with _translated(f"{folder} is no adapter of this model"):
         values = load_peft_weights(str(folder), device="cpu")
+        beside = sorted(name for name in values if ".base_layer." in name)
+        for name in beside:  # PEFT writes embeddings and heads that adapters are on; the model has them
+            values.pop(name)
+        if beside:
+            logger.warning(
+                "%s holds weights of the model itself, which are the checkpoint's here: %s", folder, beside[0]
+            )
         found: Any = set_peft_model_state_dict(model, values)
     missing = sorted(wanted.intersection(found.missing_keys))
     if missing or found.unexpected_keys:
@@ -289,8 +420,8 @@ def _translated(what: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
-    except InvalidArgumentError:
+    except BigModelError:
         raise
     except Exception as error:
-        told = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InvalidArgumentError(f"{what}: {told}") from error
+        told = " ".join(line.strip() for line in str(error).strip().split("\n")[:2])
+        raise InvalidArgumentError(f"{what}: {told or 'it says no more'} ({type(error).__name__})") from error

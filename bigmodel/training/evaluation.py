@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bigmodel.errors import InvalidArgumentError, TrainingError
+from bigmodel.models import is_adapted
 from bigmodel.training.collectives import Collectives, mapped
 from bigmodel.training.data import GlobalLoader
 from bigmodel.training.strategy import Engine
@@ -64,6 +65,8 @@ def generated(engine: Engine, inputs: tuple[Any, ...], options: Mapping[str, Any
     # Where weights are gathered all processes go on until the last of them has ended.
     waits = {"synced_gpus": True} if engine.processes.size > 1 and engine.gathers else {}
     device = engine.processes.device
+    if inputs and is_adapted(engine.module):  # not all of PEFT's take them by position
+        inputs, options = inputs[1:], {"inputs": inputs[0], **options}
     with _evaluating(engine):
         return engine.module.generate(*moved(inputs, device), **(waits | moved(dict(options), device)))  # type: ignore[operator]
 

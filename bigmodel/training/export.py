@@ -52,6 +52,10 @@ def export_model(
         raise InvalidArgumentError(
             f"{folder} holds a model, which would be read with the adapters from now on. Give another folder, or merge=True."
         )
+    if (merge or not adapters) and (folder / ADAPTER_FILES[0]).exists():
+        raise InvalidArgumentError(
+            f"{folder} holds an adapter, which would be read with the model. Give another folder."
+        )
     together(processes, "export")
     names = set(engine.trained()) if adapters and not merge else None
     gathered, written = _Gathered(folder, engine, origin, processes, names), []
@@ -59,7 +63,9 @@ def export_model(
     try:
         twin = gathered.twin(engine.module)
         if processes.is_main and adapters and not merge:
-            trained = {name: each.detach() for name, each in twin.named_parameters() if names and name in names}
+            own = {id(each) for name, each in twin.named_parameters() if names and name in names}
+            every = twin.named_parameters(remove_duplicate=False)
+            trained = {name: each.detach() for name, each in every if id(each) in own}
             config = adapter_config(twin, None if origin.path is None else str(origin.path))
             kept = adapter_tensors(twin, trained)
             written = saving.save_beside(folder, ADAPTER_FILES[1], kept, {ADAPTER_FILES[0]: config})
@@ -76,8 +82,8 @@ def export_model(
 
 
 class _Gathered:
-    """Whole parameters as maps of files of the main process: those of these names as they are trained, or all in the dtype that they
-    came in. In other processes they pass by."""
+    """Whole parameters as maps of files of the main process: those of these names as they are trained, or all in the dtype that
+    they came in. In other processes they pass by."""
 
     def __init__(
         self, folder: Path, engine: Engine, origin: Origin, processes: Processes, names: Set[str] | None
@@ -150,7 +156,7 @@ def _copy_beside(source: Path | None, folder: Path) -> list[Path]:
     written: list[Path] = []
     if source is None or not source.is_dir() or source.resolve() == folder.resolve():
         return written
-    anew = {"config.json", "generation_config.json"}
+    anew = {"config.json", "generation_config.json", ADAPTER_FILES[0]}
     for file in sorted({each for pattern in _BESIDE for each in source.glob(pattern)}):
         if file.name not in anew and not file.name.endswith(".index.json") and file.is_file():
             shutil.copyfile(file, folder / file.name)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.footprint import bound_heap
-from bigmodel.models import is_adapted
+from bigmodel.models import adapter_scales, is_adapted
 from bigmodel.progress import progress_bar
 from bigmodel.training.choice import engine_of
 from bigmodel.training.collectives import Collectives
@@ -37,7 +37,7 @@ from bigmodel.training.processes import Processes
 from bigmodel.training.recompute import recompute
 from bigmodel.training.saves import Hook, Saves
 from bigmodel.training.sources import Source
-from bigmodel.training.strategy import Engine
+from bigmodel.training.strategy import Engine, Streamed
 from bigmodel.training.weighing import Weighing, loss_of, moved
 from bigmodel.training.weights import Origin
 
@@ -203,13 +203,14 @@ class TrainingRun(Collectives):
             origin = Origin.of(named["model"], adapter=adapter, trust_remote_code=trust_remote_code)
         if is_adapted(origin.module) and self.config.precision == "fp8":
             raise InvalidArgumentError('precision is "fp8", and adapters are not trained in it. Give precision="bf16".')
-        if self.config.activation_checkpointing == "on":
+        if self.config.activation_checkpointing == "on" and not origin.streams:  # whose units are recomputed anyway
             recompute(origin.module, origin.groups())
         before = dict(origin.module.named_parameters())
         counts = [(each.numel(), each.requires_grad) for each in before.values()]
         trained = sum(number for number, is_trained in counts if is_trained), sum(number for number, _ in counts)
         with progress_bar(progress if self.is_main_process else False) as report:
-            engine = self._make_engine(origin, self.config, self.processes, report)
+            make = Streamed if origin.streams else self._make_engine
+            engine: Engine = make(origin, self.config, self.processes, report)
             own = optimizer_of(named["optimizer"], before, engine)
             engine.take(own)
         _refuse_wrong_masters(engine)
@@ -494,7 +495,7 @@ class TrainingRun(Collectives):
                 "loss_scale": None if engine.loss_scale is None else engine.loss_scale.state_dict(),
             }
 
-        manifest = {"step": self._num_steps, "cursor": cursor}
+        manifest = {"step": self._num_steps, "cursor": cursor, "adapter": self._scales()}
         self._saves.write(path, engine, self._optimizer, manifest, others, keep=keep, wait=wait)
         return path
 
@@ -514,6 +515,14 @@ class TrainingRun(Collectives):
         engine.rest()
 
         def refuse(manifest: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+            saved, own = manifest.get("adapter"), self._scales()
+            if saved != own:
+                told = ", ".join(
+                    f"{name} {(saved or {}).get(name)} there and {(own or {}).get(name)} here"
+                    for name in sorted((saved or {}).keys() | (own or {}).keys())
+                    if (saved or {}).get(name) != (own or {}).get(name)
+                )
+                raise TrainingError(f"{path} is of another adapter: {told}. Prepare the one that was saved.")
             if manifest["cursor"] is not None and self._loader is not None:
                 self._loader.refuse_other(Cursor(**manifest["cursor"]), others.get("data"))
 
@@ -632,6 +641,10 @@ class TrainingRun(Collectives):
     @property
     def _is_last(self) -> bool:
         return self._loader is None or self._loader.is_last
+
+    def _scales(self) -> dict[str, Any] | None:
+        module = self._prepared().module
+        return adapter_scales(module) if is_adapted(module) else None
 
     @property
     def _is_begun(self) -> bool:

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -26,7 +33,17 @@ from bigmodel.training.pieces import Pieces
 from bigmodel.training.processes import Processes
 from bigmodel.training.weights import Origin, with_masters
 
-__all__ = ["Engine", "Plain", "Sharded", "Stored", "StoredState", "refuse_narrow", "refuse_scalars", "told_of_offload"]
+__all__ = [
+    "Engine",
+    "Plain",
+    "Sharded",
+    "Stored",
+    "StoredState",
+    "Streamed",
+    "refuse_narrow",
+    "refuse_scalars",
+    "told_of_offload",
+]
 
 
 @dataclass(frozen=True)
@@ -228,6 +245,40 @@ class Plain(Engine):
         return "DistributedDataParallel, float32" if self.num_copies > 1 else "one process, float32"
 
 
+class Streamed(Engine):
+    """Adapters in memory, on a model whose weights stay where its plan has them, and are fetched for passes and backward."""
+
+    def __init__(self, origin: Origin, config: TrainingConfig, processes: Processes, progress: Report | None) -> None:
+        if processes.size > 1:
+            raise InvalidArgumentError(
+                f"The model streams its weights, or spans devices, and {processes.size} processes were started. Start one, or "
+                'give the folder of its checkpoint, of which each process reads its part (strategy="fsdp").'
+            )
+        if config.strategy not in ("auto", "single"):
+            raise InvalidArgumentError(
+                f'strategy is "{config.strategy}", and the model streams its weights, or spans devices. Give strategy="single", '
+                "or the folder of its checkpoint."
+            )
+        if config.precision != "fp32":
+            raise InvalidArgumentError(
+                f'precision is "{config.precision}", and on weights that stream adapters compute in float32, the weights in the '
+                'dtype that they have. Give precision="fp32".'
+            )
+        self.processes, self.module, self.model = processes, origin.module, origin.module
+        self.num_averaged = self.num_copies = 1
+        with_masters(origin.module)
+
+    @contextlib.contextmanager
+    def syncing(self, is_last: bool) -> Iterator[None]:
+        yield
+
+    def arguments(self) -> dict[str, Any]:
+        return {}
+
+    def describe(self) -> str:
+        return "one process, adapters in float32 on weights that stay where the plan has them"
+
+
 class Sharded(Engine):
     """FSDP2: each unit's parameters are divided over the processes of a mesh, or held whole by each for their masters' sake."""
 
@@ -272,6 +323,8 @@ class Sharded(Engine):
         for number, module in enumerate([*groups, origin.module]):
             kept = options if number < num_freed else {**options, "reshard_after_forward": False}
             fully_shard(module, **kept)
+        if is_adapted(origin.module):  # whose generate calls what is inside it
+            register_fsdp_forward_method(origin.module, "generate")
         self._prefetch = config.engine_options.get("prefetch")
         if self._prefetch is not None:
             for number, module in enumerate(groups):

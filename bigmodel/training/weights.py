@@ -19,7 +19,14 @@ from bigmodel.checkpoint.stamp import FileStamp
 from bigmodel.device_map.unit import find_units
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.loading.assembled import assembled
-from bigmodel.models import adapt, build_skeleton, leave_heads, load_generation_config, owners_of
+from bigmodel.models import (
+    adapt,
+    build_skeleton,
+    leave_heads,
+    load_generation_config,
+    owners_of,
+    trains_adapters_alone,
+)
 from bigmodel.offload.resident import ResidentLoad
 from bigmodel.progress import Report
 
@@ -39,6 +46,7 @@ class Origin:
         stored_dtypes: first name -> dtype that `export` writes.
         no_split: class names of modules that are kept whole.
         path: of the checkpoint; None for a module of the user's.
+        streams: whether it is a model that `load_sharded` gave, whose weights stay where its plan has them.
     """
 
     module: nn.Module
@@ -47,6 +55,7 @@ class Origin:
     stored_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     no_split: frozenset[str] = frozenset()
     path: Path | None = None
+    streams: bool = False
 
     @classmethod
     def of(
@@ -62,7 +71,7 @@ class Origin:
             InvalidArgumentError: neither a path nor a module whose weights are in memory.
         """
         if isinstance(model, nn.Module):
-            _refuse_hooked(model)
+            streams = _is_hooked(model)
             away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
             if away:
                 raise InvalidArgumentError(
@@ -74,8 +83,12 @@ class Origin:
                 module=model,
                 stored_dtypes=dtypes,
                 no_split=frozenset(getattr(model, "_no_split_modules", None) or ()),
+                streams=streams,
             )
-            return found if adapter is None else found._adapted(adapter)
+            found = found if adapter is None else found._adapted(adapter)
+            if streams:
+                _refuse_whole(found.module)
+            return found
         if not isinstance(model, (str, os.PathLike)):
             raise InvalidArgumentError(
                 f"model is a {type(model).__name__}. Give a folder, a Hub repo id or an nn.Module."
@@ -168,7 +181,11 @@ class Origin:
         parameters = {name: each for name, each in self.module.named_parameters() if each.is_meta}
         wanted = {name: (*_range(each), each.dtype) for name, each in parameters.items()}
         for tensors in self.values(wanted, progress):
+            places: set[int] = set()
             for name, values in tensors.items():
+                if values.data_ptr() in places:  # a copy that is trained, and what it is a copy of
+                    values = values.clone()
+                places.add(values.data_ptr())
                 is_part = isinstance(parameters[name].data, DTensor)
                 put(parameters[name], values.to(home if is_part and home is not None else device), owners)
         self.fill_buffers(device)
@@ -281,21 +298,26 @@ def with_masters(module: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
-def _refuse_hooked(model: nn.Module) -> None:
-    """InvalidArgumentError for what `load_sharded` gave and still holds: weights that stream, or several devices."""
+def _is_hooked(model: nn.Module) -> bool:
+    """Whether `load_sharded` gave it and still holds it: its weights stream, or lie on several devices, or it is budgeted."""
     try:
-        state = assembled(model)[1]
+        return assembled(model)[1].attachment is not None
     except InvalidArgumentError:
-        return  # somebody else's
-    if state.attachment is None:
+        return False  # somebody else's
+
+
+def _refuse_whole(model: nn.Module) -> None:
+    """InvalidArgumentError where more is trained than what was put around a model that `load_sharded` holds."""
+    if trains_adapters_alone(model):
         return
+    state = assembled(model)[1]
     call = "materialize" if state.streamed or getattr(model, "hf_device_map", None) else "unload"
     what = (
         "streams its weights or spans devices" if call == "materialize" else "has its passes checked against a budget"
     )
     raise InvalidArgumentError(
-        f"The model {what}, which training does not. Call bigmodel.{call}(model) first, or give the folder of its checkpoint, of "
-        'which each process reads its part (strategy="fsdp").'
+        f"The model {what}: only adapters are trained on it. Give adapter=peft.LoraConfig(...), call bigmodel.{call}(model) "
+        'first, or give the folder of its checkpoint, of which each process reads its part (strategy="fsdp").'
     )
 
 
@@ -322,7 +344,8 @@ def put(parameter: nn.Parameter, values: torch.Tensor, owners: Mapping[int, Sequ
         )
     else:
         value = values.view(parameter.shape)
-    new = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    # Views of one buffer would share a version, which autograd looks at.
+    new = nn.Parameter(value if isinstance(value, DTensor) else value.data, requires_grad=parameter.requires_grad)
     new.__dict__.update(parameter.__dict__)
     for module, attribute in owners[id(parameter)]:
         module._parameters[attribute] = new

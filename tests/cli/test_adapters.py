@@ -1,6 +1,7 @@
 """An adapter on the command line: added to weights that stay in memory, beside those that stream."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -74,3 +75,44 @@ def test_what_it_holds_is_kept_out_of_a_stated_limit(tiny_llama, adapter):
     done = invoke(tiny_llama, "-p", PROMPT, "--adapter", adapter, "--max-memory", "cpu=1KiB")
     assert done.exit_code == 3
     assert "cpu" in done.stderr
+
+
+def test_weights_that_are_no_file_are_refused_before_anything_is_loaded(tiny_llama, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    done = invoke(tiny_llama, "-p", PROMPT, "--adapter", tmp_path / "a")
+    assert done.exit_code == 1
+    assert "adapter_model.safetensors" in done.stderr
+    assert "tokens/s" not in done.stderr  # of a plan
+
+
+def test_what_would_change_weights_that_stream_is_refused_by_name(tiny_llama, tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj"], bias="all", task_type="CAUSAL_LM")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config).save_pretrained(tmp_path / "a")
+    done = invoke(tiny_llama, "-p", PROMPT, "--device-map", "disk", "--adapter", tmp_path / "a")
+    assert done.exit_code == 2
+    assert "changes weights of the model itself (bias is 'all'), and they stream" in done.stderr
+    assert (
+        invoke(tiny_llama, "-p", PROMPT, "-n", "2", "--device-map", "cpu", "--adapter", tmp_path / "a").exit_code == 0
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning")
+@pytest.mark.parametrize("where", ["disk", "cpu"])
+def test_an_adapter_on_tied_embeddings_stays_beside_them(where, tmp_path, tiny_llama):
+    from families import make_checkpoint
+
+    folder = make_checkpoint("llama", tmp_path)
+    for file in tiny_llama.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    config = peft.LoraConfig(
+        r=4, lora_alpha=64, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "a")
+    done = invoke(folder, "-p", PROMPT, "-n", "8", "--device-map", where, "--adapter", tmp_path / "a")
+    assert done.exit_code == 0, done.stderr
+    assert ("beside" if tied or where == "disk" else "added to") in done.stderr

@@ -13,7 +13,7 @@ import toy
 from simulated import COMPILER, simulated
 from toy import UNIT_BYTES, streamed_stack
 
-from bigmodel.errors import ForkedError, GradientRefusedError, MoveRefusedError, ReadError, StreamingError
+from bigmodel.errors import ForkedError, MoveRefusedError, ReadError, StreamingError
 from bigmodel.hooks.hops import Phase
 from bigmodel.hooks.pace import PassKind
 
@@ -201,18 +201,6 @@ def test_every_grad_mode_gives_the_same(mode):
     with torch.inference_mode():
         assert torch.equal(model(X), reference(X))
     assert torch.equal(model(X), reference(X))
-
-
-def test_gradients_are_refused_by_name():
-    model, reference, _, _ = streamed_stack(num_slots=2)
-    x = X.clone().requires_grad_()
-    with pytest.raises(GradientRefusedError, match=r"blocks\.0 was given an input that requires grad"):
-        model(x)
-    with torch.no_grad():
-        assert torch.equal(model(x), reference(x))
-    model.blocks[2].adapter = torch.nn.Linear(16, 16)
-    with pytest.raises(GradientRefusedError, match=r"blocks\.2 has a parameter that requires grad"):
-        model(X)
 
 
 def test_moves_are_refused_before_anything_changes():

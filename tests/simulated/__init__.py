@@ -21,11 +21,14 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["COMPILER", "Counts", "counts", "seconds", "simulated"]
+__all__ = ["COMPILER", "IS_FRESH", "Counts", "counts", "passes_afresh", "seconds", "simulated"]
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 _UNLIMITED = (1 << 63) - 1
 _is_loaded = False
+_FRESH = "BIGMODEL_TEST_AFRESH"
+IS_FRESH = _FRESH in os.environ
+"""Whether this is a process in which autograd has not run before these devices were there: it counts devices once."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,21 @@ class Counts:
     operators: int
     used_bytes: int
     peak_bytes: int
+
+
+def passes_afresh(file: str) -> None:
+    """Assert that the tests of a file pass in a process of its own, where `IS_FRESH` is True."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", file]
+    done = subprocess.run(
+        command,
+        env={**os.environ, _FRESH: "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
 
 
 @contextlib.contextmanager

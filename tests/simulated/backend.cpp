@@ -731,6 +731,31 @@ at::Tensor convolution(
   return adopted(made, input.device().index());
 }
 
+// Of a product that other devices put together of smaller ones.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
+    const at::Tensor& input, const at::Tensor& gradient, const at::Tensor& weight, std::array<bool, 3> wanted) {
+  const auto rows = gradient.reshape({-1, gradient.size(-1)});
+  at::Tensor of_input, of_weight, of_bias;
+  if (wanted[0]) of_input = rows.mm(weight).view(input.sizes());
+  if (wanted[1]) of_weight = rows.t().mm(input.reshape({-1, input.size(-1)}));
+  if (wanted[2]) of_bias = rows.sum(0);
+  return {of_input, of_weight, of_bias};
+}
+
+// The CPU's own kernel where no gradient is recorded, and otherwise the operators that it stands for.
+at::Tensor attention(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& mask,
+    double dropout, bool is_causal, std::optional<double> scale, bool shares_heads) {
+  const bool is_recorded = at::GradMode::is_enabled() && (query.requires_grad() || key.requires_grad() || value.requires_grad());
+  if (is_recorded) {
+    auto found = at::_scaled_dot_product_attention_math(
+        query, key, value, mask, dropout, is_causal, std::nullopt, scale, shares_heads);
+    return std::get<0>(found);
+  }
+  at::AutoDispatchBelowAutograd below;
+  return at::scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale, shares_heads);
+}
+
 // Freed memory is given back at once: what writes into it later is found by the clock.
 void record_stream(at::Tensor&, c10::Stream) {}
 
@@ -760,7 +785,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   // Composite for other devices; here the CPU's own kernel, so that the last bits are the CPU's.
   m.impl("scaled_dot_product_attention", torch::CppFunction::makeFromBoxedFunction<&on_the_cpu>());
   m.impl("linear", torch::CppFunction::makeFromBoxedFunction<&on_the_cpu>());
+  m.impl("linear_backward", &linear_backward);
 }
+
+TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { m.impl("scaled_dot_product_attention", &attention); }
 
 // --- What tests set and read
 

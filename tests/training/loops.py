@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, IterableDataset
 
+import bigmodel
 from bigmodel.errors import TrainingError
 from bigmodel.training import TrainingConfig, TrainingRun
 
@@ -584,6 +586,38 @@ def adapted(
         "is_moved": all(not torch.equal(after[name], before[name]) for name in trained),
         "loss": run.evaluate(run.prepare_eval(Sentences(6))).loss,
     }
+
+
+def adapted_text(path: str, **options: Any) -> dict[str, Any]:
+    """Tokens that adapters make, by the run, and by PEFT with what it exports."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = TrainingRun(TrainingConfig(global_batch_size=8, **options))
+    adapter = lora(init_lora_weights=False, lora_alpha=64)
+    run.prepare(model=path, adapter=adapter, data=Sentences(8), progress=False,
+                optimizer=lambda params: torch.optim.SGD(params, lr=0.1))  # fmt: skip
+    asked = {"max_new_tokens": 6, "do_sample": False}
+    ids = torch.arange(3, 11)[None] + run.processes.rank
+    tokens = run.generate(ids, **asked)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = run.processes.same(folder)
+        run.export(folder + "-adapter")
+        base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        around = PeftModel.from_pretrained(base, folder + "-adapter").eval()
+    if options["precision"] == "bf16":
+        around = around.bfloat16()
+    return {"tokens": tokens.tolist(), "expected": around.generate(input_ids=ids, **asked).tolist()}
+
+
+def streamed(path: str) -> str:
+    """What is said of a model that streams, in several processes."""
+    model = bigmodel.load_sharded(path, device_map={"": "disk"}, progress=False)
+    try:
+        TrainingRun(TrainingConfig(precision="fp32")).prepare(model=model, adapter=lora(), progress=False)
+    except Exception as error:
+        return str(error)
+    return "nothing"
 
 
 class OddShapes(torch.nn.Module):

@@ -17,6 +17,7 @@ from training.test_engines import ZERO, largest_difference
 peft = pytest.importorskip("peft")
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 ENGINES = ["ddp", "fsdp", *(pytest.param(each, marks=pytest.mark.slow) for each in ZERO)]
+SMALL = bigmodel.Workload(batch_size=2, prompt_tokens=16, new_tokens=1)
 SGD = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1), "data": Sentences(8), "progress": False}
 
 
@@ -167,29 +168,32 @@ def test_first_values_are_drawn_as_peft_draws_them(wide, first):
         assert float(each.std()) == pytest.approx(float(around[name].detach().std()), rel=0.4)
 
 
-def test_layers_that_are_trained_whole(tmp_path):
-    save_llama(tmp_path / "m", tie_word_embeddings=False)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_layers_that_are_trained_whole(tmp_path, stored):
+    save_llama(tmp_path / "m", tie_word_embeddings=False, stored=stored)
     run = TrainingRun(TrainingConfig(precision="bf16"))
     adapter = lora(modules_to_save=["lm_head"])
     model, *_ = run.prepare(model=str(tmp_path / "m"), adapter=adapter, **SGD)
     head = model.base_model.model.lm_head
     assert head.modules_to_save["default"].weight.dtype == torch.float32
-    assert torch.equal(head.modules_to_save["default"].weight.bfloat16(), head.original_module.weight)
+    before = head.original_module.weight.full_tensor().clone()
+    assert torch.equal(head.modules_to_save["default"].weight.full_tensor(), before.float())
     run.train_step()
     run.export(tmp_path / "out")
     found = load_file(tmp_path / "out" / "adapter_model.safetensors")
     trained = head.modules_to_save["default"].weight.full_tensor()
     assert torch.equal(found["base_model.model.lm_head.weight"], trained)
-    assert not torch.equal(trained.bfloat16(), head.original_module.weight.full_tensor())
+    assert not torch.equal(trained.to(stored), before)
+    assert torch.equal(head.original_module.weight.full_tensor(), before)  # what is frozen is another tensor
     run.export(tmp_path / "merged", merge=True)
     merged = in_memory(tmp_path / "merged").lm_head.weight
-    assert torch.equal(merged, trained.bfloat16())
+    assert torch.equal(merged, trained.to(stored))
 
 
 @pytest.mark.parametrize(
     ("adapter", "match"),
     [
-        (lora(init_lora_weights="pissa"), "init_lora_weights is 'pissa', which is made of the model's weights"),
+        (lora(init_lora_weights="pissa"), "init_lora_weights is 'pissa', and first values"),
         (lora(use_dora=True), r"lora_magnitude_vector.* are made of the model's weights"),
         (lora(target_modules=["nothing"]), "PEFT refuses the adapter for this model: .*nothing"),
         (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "adapter is a IA3Config"),
@@ -224,3 +228,152 @@ def test_exports_are_not_put_where_they_would_be_misread(folder, wide, tmp_path)
     with pytest.raises(InvalidArgumentError, match="merge is True, and the model has no adapters"):
         run.export(tmp_path / "out", merge=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_folder_is_not_both(folder, tmp_path):
+    run, _ = prepared(str(folder), precision="bf16")
+    run.export(tmp_path / "out")
+    with pytest.raises(InvalidArgumentError, match="holds an adapter, which would be read with the model"):
+        run.export(tmp_path / "out", merge=True)
+    run.export(tmp_path / "out")  # anew
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens", "q_proj"]}])
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.:UserWarning")
+def test_what_is_tied_is_not_merged(folder, tmp_path, options):
+    run = TrainingRun(TrainingConfig(precision="fp32"))
+    run.prepare(model=str(folder), adapter=lora(**options), **SGD)
+    run.train_step()
+    with pytest.raises(
+        InvalidArgumentError, match=r"cannot be merged: .*(lm_head|embed_tokens).*another layer's weight too"
+    ):
+        run.export(tmp_path / "merged", merge=True)
+    assert list(tmp_path.iterdir()) == []
+    run.export(tmp_path / "out")
+    around = peft.PeftModel.from_pretrained(in_memory(folder), tmp_path / "out").requires_grad_(False)
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        found = run.unwrap().eval().requires_grad_(False)(ids).logits
+        assert torch.equal(around(ids).logits, found)
+
+
+@pytest.mark.parametrize(("strategy", "precision"), [("fsdp", "fp32"), ("ddp", "bf16")])
+def test_text_is_generated_with_adapters(two, wide, strategy, precision):
+    for found in two.run("training.loops:adapted_text", path=str(wide), strategy=strategy, precision=precision):
+        assert found["tokens"] == found["expected"]
+
+
+def test_text_of_an_encoder_and_decoder(tmp_path):
+    from families import make_checkpoint
+
+    folder = make_checkpoint("t5", tmp_path)
+    run = TrainingRun(TrainingConfig(precision="fp32"))
+    run.prepare(model=str(folder), adapter=lora(target_modules=["q"], task_type="SEQ_2_SEQ_LM"), progress=False)
+    assert run.generate(torch.arange(3, 9)[None], max_new_tokens=3, do_sample=False).shape[0] == 1
+
+
+@pytest.mark.parametrize("strategy", ["single", "fsdp"])
+def test_adapters_on_parameters_of_a_checkpoint_that_is_converted(tmp_path, strategy):
+    from families import inputs_for, make_checkpoint
+
+    folder = make_checkpoint("mixtral", tmp_path)
+    batch = inputs_for("mixtral")
+    batch = batch | {"labels": batch["input_ids"]}
+    data = [{name: each[number] for name, each in batch.items()} for number in range(2)]
+    run = TrainingRun(TrainingConfig(strategy=strategy, precision="fp32", micro_batch_size=2))
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    run.prepare(model=str(folder), adapter=adapter, **SGD | {"data": data})
+    plain = in_memory(folder)
+    with torch.no_grad():
+        expected = plain(**batch).loss
+    assert run.train_step().loss == pytest.approx(float(expected), abs=1e-5)  # adapters begin as nothing
+
+
+def test_two_adapters_at_once_are_not_one_folder(wide, tmp_path):
+    model = peft.get_peft_model(in_memory(wide), lora(), adapter_name="first")
+    model.add_adapter("second", lora())
+    model.base_model.set_adapter(["first", "second"])
+    run = TrainingRun(TrainingConfig(precision="fp32"))
+    run.prepare(model=model, **SGD)
+    with pytest.raises(InvalidArgumentError, match=r"2 adapters are active \(first, second\)"):
+        run.export(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_an_adapter_that_is_scaled_otherwise_is_refused(wide, tmp_path):
+    adapted(str(wide), steps=1, precision="fp32", saves=str(tmp_path / "1"))
+    with pytest.raises(TrainingError, match=r"of another adapter: lora_alpha 16 there and 64 here"):
+        adapted(str(wide), steps=1, precision="fp32", adapter=lora(lora_alpha=64), loads=str(tmp_path / "1"))
+
+
+def test_what_is_refused_leaves_a_users_module_and_configuration_as_they_were(folder, tmp_path):
+    save_llama(tmp_path / "other", hidden_size=32)
+    adapted(str(tmp_path / "other"), steps=1, precision="bf16", exports=str(tmp_path / "a"))
+    model, config = in_memory(folder), lora(task_type="SEQ_CLS")
+    before = {name: each.requires_grad for name, each in model.named_parameters()}
+    with pytest.raises(InvalidArgumentError, match=r"size mismatch .*lora_A"):
+        TrainingRun(TrainingConfig()).prepare(model=model, adapter=str(tmp_path / "a"), **SGD)
+    assert {name: each.requires_grad for name, each in model.named_parameters()} == before
+    settings = config.to_dict()
+    TrainingRun(TrainingConfig(precision="fp32")).prepare(model=in_memory(folder).float(), adapter=config, **SGD)
+    assert config.to_dict() == settings
+    with pytest.raises(InvalidArgumentError, match='precision is "fp8", and adapters are not trained in it'):
+        TrainingRun(TrainingConfig(strategy="fsdp", precision="fp8", engine_options={"emulate_float8": True})).prepare(
+            model=str(folder), adapter=lora(), **SGD
+        )
+
+
+# --- On weights that stream
+
+
+def streamed(path, where="disk"):
+    return bigmodel.load_sharded(path, device_map={"": where}, workload=SMALL, progress=False)
+
+
+def trained(model, folder=None, **options):
+    """Losses, gradient norms and adapters after three global batches."""
+    run = TrainingRun(TrainingConfig(precision="fp32", global_batch_size=8, micro_batch_size=2, grad_clip=0.05))
+    run.prepare(
+        model=model,
+        adapter=lora(lora_dropout=0.1),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
+        data=Sentences(64),
+        progress=False,
+        **options,
+    )
+    if folder is not None and folder.exists():
+        run.load(folder)
+    records = [run.train_step() for _ in range(3)]
+    values = {name: each.detach().clone() for name, each in run.unwrap().named_parameters() if each.requires_grad}
+    return run, [(each.loss, each.grad_norm) for each in records], values
+
+
+def test_adapters_on_weights_that_stream_are_trained_to_the_same_bits(folder, tmp_path):
+    _, expected, adapters = trained(str(folder))
+    run, found, values = trained(streamed(folder))
+    assert found == expected
+    assert all(torch.equal(each, adapters[name]) for name, each in values.items())
+    assert bigmodel.stats_of(run.unwrap()).read_bytes > 0
+    run.save(tmp_path / "1")
+    resumed = [trained(model, tmp_path / "1")[1] for model in (str(folder), streamed(folder))]
+    assert resumed[0] == resumed[1]
+    assert run.evaluate(run.prepare_eval(Sentences(6))).loss > 0
+    run.export(tmp_path / "adapter")
+    run.export(tmp_path / "merged", merge=True)
+    around = peft.PeftModel.from_pretrained(in_memory(folder), tmp_path / "adapter")
+    merged = in_memory(tmp_path / "merged").state_dict()
+    assert all(torch.equal(merged[name], each) for name, each in around.merge_and_unload().state_dict().items())
+    assert run.train_step().step == 4  # nothing was changed by that
+
+
+def test_what_weights_that_stream_are_not_trained_with_is_refused(two, folder):
+    for options, words in (
+        ({"precision": "bf16"}, r'precision is "bf16", and on weights that stream adapters compute in float32'),
+        ({"precision": "fp32", "strategy": "fsdp"}, r'strategy is "fsdp", and the model streams its weights'),
+    ):
+        with pytest.raises(InvalidArgumentError, match=words):
+            prepared(streamed(folder), **options)
+    with pytest.raises(InvalidArgumentError, match=r"only adapters are trained on it.*materialize"):
+        TrainingRun(TrainingConfig(precision="fp32")).prepare(model=streamed(folder), **SGD)
+    for found in two.run("training.loops:streamed", path=str(folder)):
+        assert "2 processes were started" in found

@@ -1,0 +1,132 @@
+"""Gradients through weights that stream are those of weights that stay, or a named error."""
+
+import threading
+
+import pytest
+import torch
+import toy
+from simulated import COMPILER, IS_FRESH, passes_afresh, simulated
+from toy import streamed_stack
+
+from bigmodel.errors import GradientRefusedError
+
+X = torch.linspace(-1, 1, 3 * 16).view(3, 16)
+
+
+@pytest.fixture(autouse=True)
+def place():
+    """Everything holds on the host, and afresh on an accelerator."""
+    if not IS_FRESH:
+        yield
+        return
+    with simulated(1):
+        toy.device = "sim:0"
+        try:
+            yield
+        finally:
+            toy.device = None
+
+
+@pytest.mark.skipif(IS_FRESH or COMPILER is None, reason="simulated accelerators need a C++ compiler")
+def test_all_of_it_holds_on_an_accelerator():
+    passes_afresh(__file__)
+
+
+def pair(num_slots=2, **options):
+    """The same stack streamed and resident, its weights frozen."""
+    model, reference, attachment, store = streamed_stack(num_slots=num_slots, **options)
+    return model, reference.requires_grad_(False), attachment, store
+
+
+def gradient_of(model, times=1, x=X):
+    x = x.clone().requires_grad_()
+    for _ in range(times):
+        model(x).square().sum().backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 3, 5])
+def test_gradients_of_inputs_are_right_for_any_number_of_slots(num_slots):
+    model, reference, attachment, _ = pair(num_slots)
+    for times in (1, 2):
+        assert torch.equal(gradient_of(model, times), gradient_of(reference, times))
+    assert attachment.stats().num_passes == 3
+    with torch.no_grad():
+        assert torch.equal(model(X), reference(X))
+
+
+def test_each_unit_is_read_twice_and_the_last_once():
+    model, _, _, store = pair(num_slots=2)
+    gradient_of(model)
+    store.fetched.clear()
+    for _ in range(3):
+        gradient_of(model)
+    # Of five units in two slots the two that were used last are there when backward begins, and when forward does.
+    assert len(store.fetched) <= 3 * (2 * 5 - 2)
+    assert set(store.fetched) == {f"blocks.{number}" for number in range(5)}
+
+
+def test_weights_are_on_their_way_before_backward_needs_them():
+    model, _, attachment, _ = pair(num_slots=3)
+    gradient_of(model)
+    gradient_of(model)
+    before = attachment.stats()
+    gradient_of(model)
+    assert (attachment.stats() - before).num_misses == 0
+
+
+def test_passes_may_lie_between_a_pass_and_its_backward():
+    model, reference, _, _ = pair()
+    found = []
+    for each in (model, reference):
+        x = X.clone().requires_grad_()
+        first, second = each(x), each(2 * x)
+        with torch.no_grad():
+            each(X)
+        first.sum().backward(retain_graph=True)
+        second.square().sum().backward()
+        first.sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+
+
+def test_a_backward_that_fails_leaves_the_model_usable():
+    model, reference, _, _ = pair()
+    x = X.clone().requires_grad_()
+    y = model(x)
+    model.blocks[1].fail = True
+    with pytest.raises(RuntimeError, match="broken block"):
+        y.sum().backward()
+    model.blocks[1].fail = False
+    assert torch.equal(gradient_of(model), gradient_of(reference))
+    done = threading.Thread(target=lambda: torch.no_grad()(model)(X))
+    done.start()
+    done.join(20)
+    assert not done.is_alive()
+
+
+def test_what_was_added_to_units_is_trained():
+    model, reference, _, _ = pair()
+    torch.manual_seed(0)
+    found = []
+    adapter = torch.nn.Linear(16, 16)
+    for each in (model, reference):
+        for number in (1, 3):
+            each.blocks[number].adapter = torch.nn.Linear(16, 16)
+            each.blocks[number].adapter.load_state_dict(adapter.state_dict())
+            each.blocks[number].register_forward_hook(lambda module, args, output: output + module.adapter(args[0]))
+        each(X).square().sum().backward()
+        found.append([parameter.grad.cpu() for parameter in each.parameters() if parameter.requires_grad])
+    assert len(found[0]) == 4
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_what_would_give_wrong_gradients_is_refused_by_name():
+    model, reference, _, _ = pair()
+    with pytest.raises(GradientRefusedError, match=r"blocks\.2 was given an input that requires grad"):
+        model.blocks[2](X.clone().requires_grad_())  # before the whole model was called
+    next(model.blocks[3].parameters()).requires_grad_(True)
+    with pytest.raises(GradientRefusedError, match=r"1 of the model's own parameters require grad, such as blocks\.3"):
+        model(X)
+    model.requires_grad_(False)
+    assert torch.equal(gradient_of(model), gradient_of(reference))
