@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import types
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -52,7 +54,7 @@ class Backward:
         for number, modules in self._sites.items():
             for module in modules:
                 if module is not root and "forward" not in vars(module):
-                    module.forward = self._checkpointed(number, module, module.forward)
+                    module.forward = _Checkpointed(self, number, module)
                     self._wrapped.append(module)
 
     def without_cache(self, module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -76,24 +78,11 @@ class Backward:
         self._held.clear()
         self._under_way = None
 
-    def _checkpointed(self, number: int, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if not records(module, args, kwargs):
-                return forward(*args, **kwargs)
-            calls: list[None] = []
-            was_entered = self._streamer.is_entered(number)
+    def visits(self, number: int) -> bool:
+        """Whether a unit that is called now is fetched, so that its recomputation must fetch it too."""
+        return self._streamer.is_entered(number)
 
-            def again(*args: Any, **kwargs: Any) -> Any:
-                if calls and was_entered:
-                    self._visit(number, module)
-                calls.append(None)
-                return forward(*args, **kwargs)
-
-            return checkpoint(again, *args, use_reentrant=False, **kwargs)
-
-        return run
-
-    def _visit(self, number: int, module: nn.Module) -> None:
+    def visit(self, number: int, module: nn.Module) -> None:
         """Have a unit's weights be there until another's are needed."""
         if self._under_way is None:
             self._lock.acquire(is_for_pass=False)
@@ -112,6 +101,35 @@ class Backward:
             self._streamer.leave(self._held.pop())
         self._under_way = None
         self._lock.release()
+
+
+class _Checkpointed:
+    """A unit's forward under checkpointing; in a copy of the unit it is that one's own forward."""
+
+    def __init__(self, backward: Backward, number: int, module: nn.Module) -> None:
+        self._backward, self._number, self._module = backward, number, weakref.ref(module)
+        self._forward: Any = type(module).forward
+        self.__signature__ = inspect.signature(module.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self._module()
+        assert module is not None  # it holds this
+        forward = functools.partial(self._forward, module)
+        if not records(module, args, kwargs):
+            return forward(*args, **kwargs)
+        backward, number, calls = self._backward, self._number, itertools.count()
+        is_fetched = backward.visits(number)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) and is_fetched:
+                backward.visit(number, module)
+            return forward(*args, **kwargs)
+
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo.get(id(self._module()))
+        return self if twin is None else types.MethodType(self._forward, twin)
 
 
 class _Ending:

@@ -96,23 +96,3 @@ def test_what_would_change_weights_that_stream_is_refused_by_name(tiny_llama, tm
     assert (
         invoke(tiny_llama, "-p", PROMPT, "-n", "2", "--device-map", "cpu", "--adapter", tmp_path / "a").exit_code == 0
     )
-
-
-@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.:UserWarning")
-@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning")
-@pytest.mark.parametrize("where", ["disk", "cpu"])
-def test_an_adapter_on_tied_embeddings_stays_beside_them(where, tmp_path, tiny_llama):
-    from families import make_checkpoint
-
-    folder = make_checkpoint("llama", tmp_path)
-    for file in tiny_llama.glob("tokenizer*"):
-        shutil.copy(file, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    config = peft.LoraConfig(
-        r=4, lora_alpha=64, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM"
-    )
-    peft.get_peft_model(model, config).save_pretrained(tmp_path / "a")
-    done = invoke(folder, "-p", PROMPT, "-n", "8", "--device-map", where, "--adapter", tmp_path / "a")
-    assert done.exit_code == 0, done.stderr
-    assert ("beside" if tied or where == "disk" else "added to") in done.stderr

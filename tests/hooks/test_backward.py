@@ -1,5 +1,7 @@
 """Gradients through weights that stream are those of weights that stay, or a named error."""
 
+import copy
+import inspect
 import threading
 
 import pytest
@@ -130,3 +132,16 @@ def test_what_would_give_wrong_gradients_is_refused_by_name():
         model(X)
     model.requires_grad_(False)
     assert torch.equal(gradient_of(model), gradient_of(reference))
+
+
+@pytest.mark.skipif(IS_FRESH, reason="a copy stays where its weights rest, on the host")
+def test_a_copy_of_a_unit_is_its_own():
+    model, reference, _, _ = pair()
+    gradient_of(model)
+    twin = copy.deepcopy(model.blocks[1])
+    assert torch.equal(twin(X), reference.blocks[1](X))
+    with torch.no_grad():
+        twin.lin.bias.fill_(3.0)
+    assert not torch.equal(twin(X), reference.blocks[1](X))
+    assert torch.equal(model(X), reference(X))
+    assert str(inspect.signature(model.blocks[0].forward)) == "(x)"
