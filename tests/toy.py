@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 
 import torch
+from simulated import simulated
 from torch import nn
 
 from bigmodel.hooks.attach import Attachment
@@ -88,6 +91,18 @@ class MemoryStore:
     def close(self) -> None:
         for thread in self.threads:
             thread.join()
+
+
+@contextlib.contextmanager
+def on_an_accelerator() -> Iterator[None]:
+    """Stacks stream to a simulated one while the block runs."""
+    global device
+    with simulated(1):
+        device = "sim:0"
+        try:
+            yield
+        finally:
+            device = None
 
 
 def streamed_stack(num_blocks: int = 5, num_slots: int = 2, delay_s: float = 0.0, check_pass=None):

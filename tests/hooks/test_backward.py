@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import toy
-from simulated import COMPILER, IS_FRESH, passes_afresh, simulated
+from simulated import COMPILER, IS_FRESH, passes_afresh
 from toy import streamed_stack
 
 from bigmodel.errors import GradientRefusedError
@@ -21,12 +21,8 @@ def place():
     if not IS_FRESH:
         yield
         return
-    with simulated(1):
-        toy.device = "sim:0"
-        try:
-            yield
-        finally:
-            toy.device = None
+    with toy.on_an_accelerator():
+        yield
 
 
 @pytest.mark.skipif(IS_FRESH or COMPILER is None, reason="simulated accelerators need a C++ compiler")

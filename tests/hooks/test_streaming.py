@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 import toy
-from simulated import COMPILER, simulated
+from simulated import COMPILER
 from toy import UNIT_BYTES, streamed_stack
 
 from bigmodel.errors import ForkedError, MoveRefusedError, ReadError, StreamingError
@@ -26,12 +26,8 @@ def place(request):
     if request.param == "host":
         yield
         return
-    with simulated(1):
-        toy.device = "sim:0"
-        try:
-            yield
-        finally:
-            toy.device = None
+    with toy.on_an_accelerator():
+        yield
 
 
 X = torch.linspace(-1, 1, 3 * 16).view(3, 16)
