@@ -16,7 +16,7 @@ SIGNATURES = {
     "save": "(model, folder, max_shard_size='5GB', *, progress=None)",
     "stats_of": "(model)",
     "unload": "(model)",
-    "Workload": "(*, batch_size=1, prompt_tokens=512, new_tokens=128)",
+    "Workload": "(*, batch_size=1, prompt_tokens=512, new_tokens=128, trains=False)",
     "Machine.probe": "(folder=None, *, root='/')",
     "Machine.calibrate": "(folder=None, *, progress=None)",
     "Machine.load": "(file)",

@@ -33,11 +33,14 @@ class Workload:
         batch_size: sequences per pass; "auto" is the number that generates the most tokens per second and fits.
         prompt_tokens: tokens of the first pass, per sequence.
         new_tokens: tokens generated after it, per sequence; the KV cache is sized for prompt + new tokens.
+        trains: whether passes of so many prompt tokens are recorded too, to train adapters: what they and their backward hold is
+            kept free, with adapters on all products, and all blocks checkpointed.
     """
 
     batch_size: int | str = 1
     prompt_tokens: int = 512
     new_tokens: int = 128
+    trains: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "prompt_tokens", "new_tokens"):
@@ -47,6 +50,9 @@ class Workload:
             low = 0 if name == "new_tokens" else 1
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MOST:
                 raise InvalidArgumentError(f"Workload.{name} is {shown(value)}. Give an int from {low} to {MOST}.")
+
+        if not isinstance(self.trains, bool):
+            raise InvalidArgumentError(f"Workload.trains is {shown(self.trains)}. Give True or False.")
 
     @property
     def num_sequences(self) -> int:

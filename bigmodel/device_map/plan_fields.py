@@ -61,7 +61,12 @@ _NEEDED = {
     "slots": listed(record(_SLOTS, needed=_SLOTS)),
     # A plan was made for a number of sequences, never for "auto".
     "workload": record(
-        {"batch_size": integer(1, MOST), "prompt_tokens": integer(1, MOST), "new_tokens": integer(0, MOST)}
+        {
+            "batch_size": integer(1, MOST),
+            "prompt_tokens": integer(1, MOST),
+            "new_tokens": integer(0, MOST),
+            "trains": satisfying("true or false", lambda value: isinstance(value, bool)),
+        }
     ),
     "limits": _SIZES,
     "resident_bytes": _SIZE,

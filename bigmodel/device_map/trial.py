@@ -24,7 +24,18 @@ from bigmodel.device_map.tally import LARGE_BYTES, Experts, Tally
 from bigmodel.device_map.twin import SMALL_BUFFER_BYTES, twin_of
 from bigmodel.draws import draws_kept
 
-__all__ = ["Call", "NotTriedError", "PassWork", "Trial", "Tried", "like"]
+__all__ = [
+    "Call",
+    "NotTriedError",
+    "PassWork",
+    "Trial",
+    "Tried",
+    "collector_off",
+    "fake_mode",
+    "like",
+    "no_traces",
+    "told_of",
+]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Then = Callable[[Any, Mapping[str, Any]], Call]
@@ -140,7 +151,7 @@ class Trial:
         counter = Counter(holes_factor(self.twin), tally)
         try:
             module = twin.get_submodule(entry)
-            with _no_traces(module), _fake_mode(), torch.no_grad(), torch.inference_mode(False):
+            with no_traces(module), fake_mode(), torch.no_grad(), torch.inference_mode(False):
                 weights = {name: _empty(parameter) for name, parameter in module.named_parameters()}
                 buffers = {
                     name: buffer for name, buffer in module.named_buffers() if buffer.nbytes > SMALL_BUFFER_BYTES
@@ -151,7 +162,7 @@ class Trial:
                 given = tensors_in((args, kwargs))
                 given_bytes = sum(tensor.nbytes for tensor in given)
                 counter.leave_out(given)
-                with _collector_off(), _owners_told(tally, module, entry), counter:
+                with collector_off(), _owners_told(tally, module, entry), counter:
                     output = torch.func.functional_call(module, weights, args, kwargs)
                     cache = _cache_in(output, module)
                     held = storages_in(cache)
@@ -180,11 +191,11 @@ class Trial:
                                     torch.func.functional_call(module, weights, args, kwargs)
                                     device_bytes = max(device_bytes, counter.device_bytes(storages_in(cache)))
                         except Exception as error:
-                            then_reason = _told(error)
+                            then_reason = told_of(error)
         except NotTriedError:
             raise
         except Exception as error:  # a model's forward may do anything that fake tensors cannot follow
-            raise NotTriedError(_told(error)) from error
+            raise NotTriedError(told_of(error)) from error
         return Tried(
             peak_bytes=peak_bytes + holes_bytes,
             kv_bytes=sum(kv.values()),
@@ -223,7 +234,7 @@ def like(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
     return copy.deepcopy(tuple(args), memo), copy.deepcopy(dict(kwargs), memo)
 
 
-def _told(error: Exception) -> str:
+def told_of(error: Exception) -> str:
     if isinstance(error, NotTriedError):
         return str(error)
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -251,7 +262,7 @@ def _empty(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _no_traces(module: nn.Module) -> Iterator[None]:
+def no_traces(module: nn.Module) -> Iterator[None]:
     """Puts back what a forward may leave outside its module: random generators, and results kept by cached functions."""
     cached = {function: function.cache_info().misses for function in _cached_functions(module)}
     try:
@@ -295,7 +306,7 @@ def _content(cell: types.CellType) -> Any:
 
 
 @contextlib.contextmanager
-def _fake_mode() -> Iterator[None]:
+def fake_mode() -> Iterator[None]:
     """Fake tensors while it is on, and off whatever happens: an interrupt may fall into its own exit."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -363,7 +374,7 @@ def _stand_in_names(whole: nn.Module, short: nn.Module, stand_ins: Mapping[nn.Mo
 
 
 @contextlib.contextmanager
-def _collector_off() -> Iterator[None]:
+def collector_off() -> Iterator[None]:
     """The collector would stop at every object of the run; reference counts free what matters."""
     was_on = gc.isenabled()
     gc.disable()

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from bigmodel.errors import ForkedError, GradientRefusedError, MoveRefusedError, StreamingError
-from bigmodel.hooks.backward import Backward, records
+from bigmodel.hooks.backward import Backward, any_recorded, records
 from bigmodel.hooks.caches import move_cache
 from bigmodel.hooks.hops import Hops, Phase, Route, SiteHops, first_device, moved
 from bigmodel.hooks.pace import Pace, PassKind, Reading
@@ -51,6 +51,7 @@ class Attachment:
         entries: name -> modules around units, which may be called by themselves, such as an encoder; the root is always one.
         check_pass: called before each pass.
         sizes: resident and mapped bytes, for the statistics.
+        resting: blocks of the units that stay where they run.
         refuses_moves: whether weights rest elsewhere than where they run, so that the model cannot be moved or cast in place.
         route: the devices of a pass; None where all of it runs on the CPU.
     """
@@ -65,6 +66,7 @@ class Attachment:
         sizes: StreamStats,
         *,
         refuses_moves: bool,
+        resting: Sequence[nn.Module] = (),
         route: Route | None = None,
     ) -> None:
         self._model = weakref.ref(model)
@@ -88,7 +90,7 @@ class Attachment:
         ways = {} if route is None else {module: route.ways_of(name) for name, module in route.modules.items()}
         self._loaded = {id(parameter) for parameter in model.parameters()}  # as long as it lives
         modules_of = {number: [module for _, module in found] for number, found in sites.items()}
-        self._backward = None if streamer is None else Backward(streamer, self._lock, modules_of)
+        self._backward = Backward(streamer, self._lock, modules_of, resting)
         for number, modules in sites.items():
             for name, module in modules:
                 devices = {phase: site.device for phase, site in ways[module].items()} if module in ways else {}
@@ -122,8 +124,8 @@ class Attachment:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
-            if self._streamer is not None and self._backward is not None:
-                self._backward.take_off()
+            self._backward.take_off()
+            if self._streamer is not None:
                 self._finalizer.detach()
                 self._streamer.close()
             for reference, hops in self._site_hops:
@@ -192,21 +194,23 @@ class Attachment:
                 return None
             # An interrupt (Ctrl-C) ended a pass where no hook saw it: what it left is put to rest now.
         self._lock.acquire()
-        self._lock.depth = 1
+        is_nested = self._backward.is_here()  # a pass in a gradient's hook: what backward holds stays
+        if not is_nested:
+            self._lock.depth = 1
         try:
             if self._check_pass is not None:
                 self._kind = self._check_pass(entry, module, args, kwargs)
                 self._hops.phase = self._kind.phase
             self._kind = replace(self._kind, is_whole=not entry)
-            is_recorded = self._backward is not None and records(module, args, kwargs)
-            if self._backward is not None and is_recorded:
+            is_recorded = records(module, args, kwargs)
+            if is_recorded:
                 self._refuse_trained()
                 self._backward.put_on(module)
-                kwargs = self._backward.without_cache(module, kwargs)
+                args, kwargs = self._backward.without_cache(module, args, kwargs)
             if self._streamer is not None:
-                if self._backward is not None:
+                if not is_nested:
                     self._backward.forget()
-                self._streamer.reset()
+                    self._streamer.reset()
                 self._streamer.turn_to(self._hops.phase)
         except BaseException:
             self._opener = None
@@ -289,8 +293,8 @@ class _UnitHook:
         if not self._streamer.is_fetched(self._number, phase):
             return
         attachment._refuse_fork()
-        if records(module, args, kwargs) and not (attachment._backward and attachment._backward.covers(module)):
-            self._refuse_gradients(module)
+        if records(module, args, kwargs) and not attachment._backward.covers(module):
+            self._refuse_gradients(module, args, kwargs)
         # A submodule may be called without the root: then each unit takes its turn on its own.
         attachment._lock.acquire()
         try:
@@ -307,6 +311,8 @@ class _UnitHook:
             self._streamer.leave(self._number)
         finally:
             attachment._lock.release()
+        if torch.is_grad_enabled() and any_recorded(output) and not attachment._backward.covers(module):
+            self._refuse_gradients(module, args, {})
 
     def _bring_added(self, module: nn.Module, device: torch.device, loaded: Collection[int]) -> None:
         """Parameters that somebody added (adapters) were made where the unit's weights rest: they stay where it runs."""
@@ -323,13 +329,17 @@ class _UnitHook:
         twin._attachment = None
         return twin
 
-    def _refuse_gradients(self, module: nn.Module) -> None:
-        has_own = any(parameter.requires_grad for parameter in module.parameters())
-        what = "has a parameter that requires grad" if has_own else "was given an input that requires grad"
+    def _refuse_gradients(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        what = "computed with something from elsewhere that requires grad"
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            what = "has a parameter that requires grad"
+        elif records(module, args, kwargs):
+            what = "was given an input that requires grad"
         raise GradientRefusedError(
             f"{self._name} {what}, and its weights are streamed: they would be overwritten before backward, and the "
-            "gradient would be wrong. Run under torch.no_grad() or torch.inference_mode(), call the whole model, whose units "
-            "fetch their weights again in backward, or call bigmodel.materialize(model) to train it."
+            "gradient would be wrong. Run under torch.no_grad() or torch.inference_mode(); call the whole model, with what "
+            "requires grad in it or among its inputs, so that its units fetch their weights again in backward; or call "
+            "bigmodel.materialize(model) to train it."
         )
 
 

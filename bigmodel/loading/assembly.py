@@ -172,6 +172,9 @@ class Assembly:
             number: [(unit.name, modules[site]) for site in unit.sites]
             for number, unit in enumerate(streamed_units(plan, units))
         }
+        streamed = {module for found in sites.values() for _, module in found}
+        resting = [modules[site] for unit in units for site in unit.sites if site and not unit.encloses]
+        resting = [each for each in resting if each not in streamed and any(True for _ in each.children())]
         try:
             entries = _entries(self._model, units)
             return Attachment(
@@ -182,6 +185,7 @@ class Assembly:
                 check_pass or kind_of,
                 sizes,
                 refuses_moves=is_elsewhere,
+                resting=resting,
                 route=route,
             )
         except BaseException:

@@ -101,7 +101,11 @@ class Decider:
                 plan = replace(plan, notes=(*plan.notes, _STEP_GUESSED.format(reason=measured.reason)))
             shapes = self._divisions.planned_shapes(workload)
             shares = shares_of(plan, problem.costs_of(units))
-            return Decision(plan, units, PassLimit(measured, plan, self._divisions.trial, shapes, shares))
+            return Decision(
+                plan,
+                units,
+                PassLimit(measured, plan, self._divisions.trial, shapes, shares, self._divisions.recorded),
+            )
 
         if isinstance(device_map, Plan):
             return settled(*self._follow(device_map, problem))

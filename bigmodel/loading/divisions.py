@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import weakref
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
@@ -19,6 +21,7 @@ from bigmodel.device_map.trial import Trial
 from bigmodel.device_map.unit import Unit, find_units
 from bigmodel.errors import DeviceMapError
 from bigmodel.hooks.caches import cache_layer_of
+from bigmodel.loading.recorded import Recorded
 from bigmodel.models import Skeleton, example_inputs
 from bigmodel.offload.arena import ALIGN_BYTES
 from bigmodel.offload.link import RING_BYTES
@@ -46,6 +49,7 @@ class Divisions:
         self, skeleton: Skeleton, *, fingerprint: str | None, no_split: Collection[str], baseline_bytes: int
     ) -> None:
         self.trial = Trial(skeleton.model)
+        self._model = weakref.ref(skeleton.model)  # with what it is given later
         # Its twin's shape is what is decided about, also when the model has its weights, its hooks and its adapters.
         self._skeleton = replace(skeleton, model=self.trial.twin)
         self.fingerprint = fingerprint or ""
@@ -145,8 +149,23 @@ class Divisions:
         )
 
     def measure(self, workload: Workload) -> ModelCosts:
-        """Memory and work of the workload's passes."""
-        return measure(self.trial, self._skeleton.model, self._example_inputs, workload)
+        """Memory and work of the workload's passes; with what training takes, where it trains."""
+        measured = measure(self.trial, self._skeleton.model, self._example_inputs, workload)
+        if not workload.trains:
+            return measured
+        nbytes = self.recorded.nbytes(workload.num_sequences, workload.prompt_tokens, adapts=True)
+        return replace(
+            measured,
+            prefill_bytes=max(measured.prefill_bytes, nbytes),
+            device_bytes=max(measured.device_bytes, nbytes),
+        )
+
+    @functools.cached_property
+    def recorded(self) -> Recorded:
+        """What passes of the model take that are recorded."""
+        units = next(iter(self))
+        sites = tuple(site for unit in units for site in unit.sites if site and not unit.encloses)
+        return Recorded(self._model, sites)
 
     def costs_of(
         self, units: Sequence[Unit], whole_units: Collection[str], measured: ModelCosts, workload: Workload

@@ -18,8 +18,10 @@ from bigmodel.device_map.demand import Costs
 from bigmodel.device_map.plan import Plan
 from bigmodel.device_map.trial import Trial, like
 from bigmodel.errors import DoesNotFitError
+from bigmodel.hooks.backward import records
 from bigmodel.hooks.hops import Phase
 from bigmodel.hooks.pace import PassKind
+from bigmodel.loading.recorded import Recorded
 from bigmodel.offload.spill import trim_heap
 from bigmodel.units import format_bytes
 
@@ -63,6 +65,7 @@ class PassLimit:
         trial: of the model.
         planned: name -> shape of the inputs that the workload's passes were tried with.
         shares: of the devices that run units.
+        recorded: what passes take with their backward.
     """
 
     costs: ModelCosts
@@ -70,7 +73,9 @@ class PassLimit:
     trial: Trial
     planned: Mapping[str, tuple[int, ...]]
     shares: Mapping[str, Share]
+    recorded: Recorded
     _seen: dict[object, int] = field(default_factory=dict)
+    _recorded: list[tuple[int, int, int]] = field(default_factory=list)  # what was found to fit
 
     def __call__(self, entry: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PassKind:
         """Look at a call, and say what kind of pass it is.
@@ -86,6 +91,8 @@ class PassLimit:
         given = _named(module, args, kwargs)
         shape = _token_shape(given)
         phase = self._phase_of(given, shape)
+        if shape is not None and records(module, args, kwargs):
+            self._check_recorded(shape, phase)
         self._check(entry, args, kwargs, given, shape, phase)
         return _kind(shape, phase)
 
@@ -129,6 +136,25 @@ class PassLimit:
             f"and {format_bytes(activation_bytes)} of activations",
             f"Load with workload=Workload(batch_size={batch_size}, prompt_tokens={max(1, total)})",
         )
+
+    def _check_recorded(self, shape: _Shape, phase: Phase) -> None:
+        """Refuse a pass whose backward would not fit."""
+        batch_size, num_tokens, _, _ = shape
+        workload = self.plan.workload
+        num_trained = self.recorded.num_trained
+        fitting = [each[1:] for each in self._recorded if each[0] == num_trained]
+        fitting += [(workload.num_sequences, workload.prompt_tokens)] if workload.trains else []
+        if any(batch_size <= sequences and num_tokens <= tokens for sequences, tokens in fitting):
+            return
+        needed = self.recorded.nbytes(batch_size, num_tokens)
+        self._refuse_beyond(
+            phase,
+            0,
+            needed,
+            f"A pass of {batch_size} x {num_tokens} tokens that is recorded needs {format_bytes(needed)} with its backward",
+            f"Load with workload=Workload(batch_size={batch_size}, prompt_tokens={num_tokens}, trains=True)",
+        )
+        self._recorded.append((num_trained, batch_size, num_tokens))
 
     def _phase_of(self, given: Mapping[str, Any], shape: _Shape | None) -> Phase:
         """A pass of as many tokens as the plan says is a prefill; so is one of other inputs."""

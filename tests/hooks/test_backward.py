@@ -141,3 +141,125 @@ def test_a_copy_of_a_unit_is_its_own():
     assert not torch.equal(twin(X), reference.blocks[1](X))
     assert torch.equal(model(X), reference(X))
     assert str(inspect.signature(model.blocks[0].forward)) == "(x)"
+
+
+@pytest.mark.skipif(IS_FRESH, reason="one thread of autograd's serves an accelerator: the second is refused")
+def test_backward_in_two_threads_takes_turns():
+    model, reference, _, _ = pair(delay_s=0.001)
+    for _ in range(5):
+        inputs = [(X * (1 + number)).clone().requires_grad_() for number in range(2)]
+        losses = [model(each).square().sum() for each in inputs]
+        threads = [threading.Thread(target=loss.backward) for loss in losses]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(30)
+            assert not each.is_alive()
+        for number, each in enumerate(inputs):
+            assert torch.equal(each.grad, gradient_of(reference, x=X * (1 + number)))
+
+
+def test_gradients_of_gradients_are_refused():
+    model, reference, _, _ = pair()
+    x = X.clone().requires_grad_()
+    with pytest.raises(GradientRefusedError, match=r"itself recorded \(create_graph=True\)"):
+        torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    assert torch.equal(gradient_of(model), gradient_of(reference))
+
+
+def test_one_backward_of_passes_of_two_threads_is_refused():
+    model, reference, _, _ = pair()
+    x, found = X.clone().requires_grad_(), []
+    for number in range(2):
+        done = threading.Thread(target=lambda n=number: found.append(model(x * (1 + n)).sum()))
+        done.start()
+        done.join(20)
+    with pytest.raises(GradientRefusedError, match="passes of two threads"):
+        (found[0] + found[1]).backward()
+    assert torch.equal(gradient_of(model), gradient_of(reference))
+
+
+def with_adapters(model):
+    """Blocks 1 and 3 with something that is trained."""
+    torch.manual_seed(0)
+    for number in (1, 3):
+        block = model.blocks[number]
+        block.adapter = torch.nn.Linear(16, 16)
+        block.register_forward_hook(lambda module, args, output: output + module.adapter(args[0]))
+    return model
+
+
+def trained(model):
+    return [each for each in model.parameters() if each.requires_grad]
+
+
+def test_a_pass_in_the_middle_of_a_backward_leaves_its_weights():
+    found = []
+    model, reference, _, _ = pair()
+    for each in map(with_adapters, (model, reference)):
+        for parameter in trained(each):
+            parameter.register_post_accumulate_grad_hook(lambda _, own=each: [torch.no_grad()(own)(X)].clear())
+        each(X).square().sum().backward()
+        found.append([parameter.grad.cpu() for parameter in trained(each)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_backward_inside_of_another_is_refused():
+    model, *_ = pair()
+    other = model(X.clone().requires_grad_()).sum()
+    with_adapters(model)
+    trained(model)[-1].register_post_accumulate_grad_hook(lambda _: other.backward())  # which returns nothing
+    with pytest.raises(GradientRefusedError, match="inside of another one"):
+        model(X).square().sum().backward()
+    with torch.no_grad():
+        model(X)
+
+
+def test_what_changes_between_a_pass_and_its_backward_is_refused():
+    model = with_adapters(pair()[0])
+
+    def written():
+        with torch.no_grad():
+            trained(model)[2].mul_(2)
+
+    for change in (written, lambda: model.blocks[3].train()):
+        loss = model(X).square().sum()
+        change()
+        told = (
+            "(adapter|training).* of a Block changed between a pass and its backward|modified by an inplace operation"
+        )
+        with pytest.raises((GradientRefusedError, RuntimeError), match=told):
+            loss.backward()
+        model.zero_grad()
+        model(X).square().sum().backward()
+    parameters = {name: each.detach().clone().requires_grad_() for name, each in model.named_parameters()}
+    loss = torch.func.functional_call(model, {n: p for n, p in parameters.items() if "adapter" in n}, (X,)).sum()
+    with pytest.raises(GradientRefusedError, match="changed between a pass and its backward"):
+        loss.backward()
+
+
+def test_a_gradient_that_comes_from_elsewhere_is_refused_or_right():
+    model, reference, _, _ = pair()
+    vector = torch.ones(16, requires_grad=True)
+    if toy.device is not None:
+        vector = torch.ones(16).to(toy.device).requires_grad_()
+    handle = model.blocks[2].lin.register_forward_hook(lambda module, args, output: output)
+    handle.remove()
+    handle = model.blocks[2].register_forward_hook(lambda module, args, output: output * vector, prepend=True)
+    with pytest.raises(GradientRefusedError, match=r"blocks\.2 computed with something from elsewhere"):
+        model(X)
+    handle.remove()
+    assert torch.equal(gradient_of(model), gradient_of(reference))
+
+
+def test_what_a_forward_counts_is_counted_once():
+    model, _, _, _ = pair()
+    norm = torch.nn.BatchNorm1d(16)
+    if toy.device is not None:
+        norm = norm.to(toy.device)
+    model.blocks[2].norm = norm
+    model.blocks[2].register_forward_hook(lambda module, args, output: module.norm(output))
+    model.train()
+    for _ in range(3):
+        model(X).sum().backward()
+    assert int(norm.num_batches_tracked) == 3

@@ -40,10 +40,47 @@ print(json.dumps({
 }))
 """
 
+TRAINED = """
+import json, sys
+from pathlib import Path
+path, limit, prompt = sys.argv[1], sys.argv[2], int(sys.argv[3])
+import peft, torch, transformers, bigmodel, bigmodel.loading
+import torch._subclasses.fake_tensor, torch.utils.checkpoint
+getattr(transformers, json.loads(Path(path, "config.json").read_text())["architectures"][0])
+from bigmodel.footprint import PeakFootprint, footprint_bytes
+
+workload = bigmodel.Workload(prompt_tokens=prompt, new_tokens=1, trains=True)
+options = {"max_memory": {"cpu": limit}, "workload": workload}
+plan = bigmodel.make_plan(path, **options)
+baseline = footprint_bytes()
+ids = (torch.arange(prompt) % 80 + 5).view(1, prompt)
+with PeakFootprint() as measured:
+    model = bigmodel.load_sharded(path, progress=False, **options)
+    config = peft.LoraConfig(r=8, target_modules="all-linear", lora_dropout=0.05, task_type="CAUSAL_LM")
+    around = peft.get_peft_model(model, config).train()
+    for _ in range(2):
+        loss = around(input_ids=ids, labels=ids).loss
+        loss.backward()
+refused = ""
+try:
+    around(input_ids=ids.repeat(4, 2), labels=ids.repeat(4, 2))
+except bigmodel.errors.DoesNotFitError as error:
+    refused = str(error)
+print(json.dumps({
+    "planned": plan.estimate.peak_bytes["cpu"], "measured": measured.peak_bytes - baseline, "limit": plan.limits["cpu"],
+    "read": bigmodel.stats_of(model).read_bytes, "refused": refused,
+}))
+"""
+
 
 def run(path, limit, prompt=64, new=16, group="", dtype="auto"):
+    return said(CHILD, str(group), str(path), limit, str(prompt), str(new), dtype)
+
+
+def said(*command):
+    """What a process of its own printed last."""
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(group), str(path), limit, str(prompt), str(new), dtype],
+        [sys.executable, "-c", *command],
         capture_output=True,
         text=True,
         check=False,
@@ -98,3 +135,11 @@ def test_it_survives_in_a_control_group_of_baseline_and_peak_and_a_little(smollm
     assert free["read"] == 0
     assert confined["read"] > 0
     assert confined["tokens"] == free["tokens"]
+
+
+def test_adapters_are_trained_within_the_stated_peak(smollm2):
+    result = said(TRAINED, str(smollm2), "300MiB", "64")
+    assert result["read"] > 0
+    assert result["planned"] // 2 <= result["measured"] <= result["planned"] <= result["limit"]
+    assert "A pass of 4 x 128 tokens that is recorded needs" in result["refused"]
+    assert "Workload(batch_size=4, prompt_tokens=128, trains=True)" in result["refused"]

@@ -1,12 +1,14 @@
 """Adapters on weights that stream are trained as on weights that stay: the same losses and gradients, to the bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import inputs_for, make_checkpoint, resident
 from simulated import COMPILER, IS_FRESH, passes_afresh, simulated
 
 import bigmodel
-from bigmodel.errors import GradientRefusedError
+from bigmodel.errors import DoesNotFitError, GradientRefusedError
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(
@@ -14,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings(
 )  # peft asks by its old name
 SMALL = bigmodel.Workload(batch_size=2, prompt_tokens=16, new_tokens=1)
 FAMILIES = ["llama", "gpt2", "t5", "mixtral"]
+FAST = (("llama", torch.float32), ("mixtral", torch.bfloat16))
 TARGETS = {
     "LlamaForCausalLM": "all-linear",
     "GPT2LMHeadModel": ["c_attn", "c_fc"],
@@ -32,6 +35,7 @@ def devices():
         yield ["sim:0", "sim:1"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(IS_FRESH or COMPILER is None, reason="simulated accelerators need a C++ compiler")
 def test_all_of_it_holds_on_accelerators():
     passes_afresh(__file__)
@@ -77,8 +81,14 @@ def passes(model, inputs, device="cpu", times=2):
     return losses, {name: each.grad.cpu() for name, each in model.named_parameters() if each.requires_grad}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        pytest.param(family, dtype, marks=() if (family, dtype) in FAST else pytest.mark.slow)
+        for family in FAMILIES
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+)
 def test_losses_and_gradients_are_those_of_weights_that_stay(family, dtype, devices, tmp_path):
     folder = make_checkpoint(family, tmp_path, dtype)
     dropout = {"lora_dropout": 0.0 if devices else 0.1}  # draws of an accelerator are its own
@@ -137,3 +147,32 @@ def test_transformers_trainer_trains_them(tmp_path):
         found.append({name: each.detach() for name, each in around.named_parameters() if each.requires_grad})
     assert any("lora_B" in name and bool(each.any()) for name, each in found[0].items())
     assert [name for name, each in found[0].items() if not torch.equal(each, found[1][name])] == []
+
+
+def test_a_pass_whose_backward_does_not_fit_is_refused_before_it_begins(devices, tmp_path):
+    if devices:
+        pytest.skip("a limit of the host's")
+    folder = make_checkpoint("llama", tmp_path)
+    room = {"cpu": "58MiB"}  # of which all but a little is the reserve
+    model = bigmodel.load_sharded(folder, {"": "disk"}, room, workload=SMALL, progress=False)
+    around = adapted(model)
+    ids = torch.ones(2, 16, dtype=torch.int64)
+    for size in (1, 16):
+        longer = ids.repeat(size, 1)
+        if size == 1:
+            around(input_ids=longer, labels=longer).loss.backward()
+            continue
+        with pytest.raises(
+            DoesNotFitError, match=r"A pass of 32 x 16 tokens that is recorded needs .* with its backward"
+        ) as error:
+            around(input_ids=longer, labels=longer)
+        assert "Workload(batch_size=32, prompt_tokens=16, trains=True)" in str(error.value)
+    with torch.no_grad():
+        around(input_ids=ids)
+    trains = bigmodel.Workload(batch_size=32, prompt_tokens=16, new_tokens=1, trains=True)
+    plan = bigmodel.make_plan(folder, device_map={"": "disk"}, workload=trains)
+    other = bigmodel.make_plan(folder, device_map={"": "disk"}, workload=replace(trains, trains=False))
+    assert plan.activation_bytes > other.activation_bytes
+    assert bigmodel.Plan.from_json(plan.to_json()) == plan
+    model = bigmodel.load_sharded(folder, plan, workload=trains, progress=False)
+    adapted(model)(input_ids=ids.repeat(16, 1), labels=ids.repeat(16, 1)).loss.backward()

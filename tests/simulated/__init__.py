@@ -52,7 +52,7 @@ class Counts:
 
 def passes_afresh(file: str) -> None:
     """Assert that the tests of a file pass in a process of its own, where `IS_FRESH` is True."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "", file]
     done = subprocess.run(
         command,
         env={**os.environ, _FRESH: "1"},

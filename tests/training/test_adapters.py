@@ -66,7 +66,7 @@ def test_in_bfloat16_the_base_stays_as_it_is_stored(two, folder, strategy):
             assert all(torch.equal(each, other["parameters"][name]) for name, each in found["parameters"].items())
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_adapters_in_float32_around_a_base_in_bfloat16(two, folder, strategy):
     asked = {"path": str(folder), "precision": "fp32", "micro_batch_size": 2}
     alone = adapted(strategy="single", **asked)
@@ -75,7 +75,9 @@ def test_adapters_in_float32_around_a_base_in_bfloat16(two, folder, strategy):
         assert largest_difference(found["parameters"], alone["parameters"]) <= 1e-2
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "strategy", ["fsdp", *(pytest.param(each, marks=pytest.mark.slow) for each in ("ddp", "zero3"))]
+)
 def test_a_model_in_memory_gets_them_too(two, wide, tmp_path, strategy):
     asked = {"path": str(wide), "precision": "fp32", "micro_batch_size": 2, "strategy": strategy}
     adapted(str(wide), steps=1, precision="fp32", exports=str(tmp_path / "first"))
@@ -124,7 +126,11 @@ def test_what_is_merged_is_what_peft_merges_in_memory(two, folder, tmp_path, str
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("fsdp", "fsdp"), ("single", "ddp"), pytest.param("zero3", "fsdp", marks=pytest.mark.slow)],
+    [
+        ("fsdp", "fsdp"),
+        pytest.param("single", "ddp", marks=pytest.mark.slow),
+        pytest.param("zero3", "fsdp", marks=pytest.mark.slow),
+    ],
 )
 def test_a_checkpoint_holds_the_adapters_alone(two, wide, tmp_path, before, after):
     asked = {"path": str(wide), "precision": "fp32", "micro_batch_size": 2}
@@ -152,7 +158,7 @@ def test_an_exported_adapter_is_gone_on_with(wide, tmp_path):
     assert max(float(each.abs().max()) for each in moved.values()) <= 0.0101  # one step of AdamW
 
 
-@pytest.mark.parametrize("first", [True, False, "gaussian"])
+@pytest.mark.parametrize("first", [True, *(pytest.param(each, marks=pytest.mark.slow) for each in (False, "gaussian"))])
 def test_first_values_are_drawn_as_peft_draws_them(wide, first):
     def drawn(seed):
         run = TrainingRun(TrainingConfig(precision="fp32", seed=seed))
@@ -272,7 +278,7 @@ def test_text_of_an_encoder_and_decoder(tmp_path):
     assert run.generate(torch.arange(3, 9)[None], max_new_tokens=3, do_sample=False).shape[0] == 1
 
 
-@pytest.mark.parametrize("strategy", ["single", "fsdp"])
+@pytest.mark.parametrize("strategy", ["single", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_adapters_on_parameters_of_a_checkpoint_that_is_converted(tmp_path, strategy):
     from families import inputs_for, make_checkpoint
 
