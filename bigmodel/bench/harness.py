@@ -35,6 +35,7 @@ from bigmodel.bench.child import MARK
 from bigmodel.bench.page_cache import cached_bytes, drop_from_cache, read_into_cache
 from bigmodel.device_map.explanation import format_seconds
 from bigmodel.footprint import PeakFootprint, footprint_bytes
+from bigmodel.units import format_bytes
 
 __all__ = ["Bench", "Outcome", "Trial"]
 
@@ -228,10 +229,10 @@ class Bench:
             failure = _failure(words, process.returncode, cgroup, errors)
         num_bytes = sum(file.stat().st_size for file in trial.files)
         if not_cached > num_bytes // 20 and failure is None:
-            failure = f"not warm: {not_cached / 1e6:.0f} MB of the files did not stay in the page cache"
+            failure = f"not warm: {format_bytes(not_cached)} of the files did not stay in the page cache"
         if still_cached > num_bytes // 1000 and failure is None:
             failure = (
-                f"not cold: {still_cached / 1e6:.0f} MB of the files stayed in memory: another process has them mapped, or they "
+                f"not cold: {format_bytes(still_cached)} of the files stayed in memory: another process has them mapped, or they "
                 "lie in a file system that is memory (tmpfs)"
             )
         return Outcome(

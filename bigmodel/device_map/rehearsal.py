@@ -43,8 +43,8 @@ def rehearsed_bytes(
             matrices = [each for each in module.parameters(recurse=False) if each.ndim == 2]
             if len(matrices) == 1:
                 module.register_forward_hook(_Adapter(counter))
-    for name in units:
-        unit = twin.get_submodule(name)
+    checkpointed = [twin.get_submodule(name) for name in units]
+    for unit in checkpointed:
         unit.forward = functools.partial(_checkpointed, unit.forward)
     try:
         with no_traces(twin), fake_mode(), torch.enable_grad(), torch.inference_mode(False):
@@ -66,6 +66,9 @@ def rehearsed_bytes(
         raise
     except Exception as error:
         raise NotTriedError(told_of(error)) from error
+    finally:
+        for unit in checkpointed:  # which would hold itself, and the model's tensors with it
+            vars(unit).pop("forward", None)
 
 
 class _Step(nn.Module):

@@ -53,22 +53,28 @@ class Backward:
         sites: Mapping[int, Sequence[nn.Module]],
         resting: Sequence[nn.Module] = (),
     ) -> None:
-        self._streamer, self._lock, self._sites = streamer, lock, {**sites, _RESTING: resting}
+        self._streamer, self._lock = streamer, lock
+        # Weak, because modules hold what holds this: a model that nobody holds is gone at once.
+        self._sites = [
+            (number, weakref.ref(module))
+            for number, modules in {**sites, _RESTING: resting}.items()
+            for module in modules
+        ]
         self._inside = {
             number: {id(each) for site in modules for each in site.modules()} for number, modules in sites.items()
         }
         self._held: list[int] = []  # units that were entered, outer ones first
         self._under_way: int | None = None  # autograd's number of the backward that visits units
         self._recorded_by: object = None  # the thread whose passes it comes from
-        self._wrapped: list[nn.Module] = []
+        self._wrapped: list[weakref.ref[nn.Module]] = []
 
     def put_on(self, root: nn.Module) -> None:
         """From the next call of each unit on; the root itself, whose call is under way, is left out."""
-        for number, modules in self._sites.items():
-            for module in modules:
-                if module is not root and "forward" not in vars(module):
-                    module.forward = _Checkpointed(self, number, module)
-                    self._wrapped.append(module)
+        for number, reference in self._sites:
+            module = reference()
+            if module is not None and module is not root and "forward" not in vars(module):
+                module.forward = _Checkpointed(self, number, module)
+                self._wrapped.append(reference)
 
     def without_cache(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -95,13 +101,15 @@ class Backward:
 
     def take_off(self) -> None:
         """Units run as their classes say."""
-        for module in self._wrapped:
-            vars(module).pop("forward", None)
+        for reference in self._wrapped:
+            module = reference()
+            if module is not None:
+                vars(module).pop("forward", None)
         self._wrapped.clear()
 
     def covers(self, module: nn.Module) -> bool:
         """Whether a module runs so."""
-        return any(module is each for each in self._wrapped)
+        return any(module is reference() for reference in self._wrapped)
 
     def is_here(self) -> bool:
         """Whether this code runs inside of the backward that visits units, such as in a hook of a gradient."""

@@ -408,6 +408,24 @@ def test_a_models_threads_files_and_memory_go_with_it(checkpoints):
         assert not [fd for fd in os.listdir("/proc/self/fd") if str(folder) in _target(fd)]
 
 
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_a_model_is_gone_when_the_last_that_held_it_lets_go(where, llama):
+    gc.collect()
+    gc.disable()  # nothing it is made of waits for the collector
+    try:
+        model = load(llama, {"": where}).requires_grad_(False)
+        embeds = torch.randn(1, 8, model.config.hidden_size, requires_grad=True)
+        loss = model(inputs_embeds=embeds, labels=IDS[:, :8]).loss
+        loss.backward()
+        assert embeds.grad is not None
+        gone = weakref.ref(model)
+        del model, loss
+        assert gone() is None
+        assert str(llama) not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
+
+
 def test_a_load_that_fails_leaves_nothing_behind(llama, tmp_path):
     import shutil
 
