@@ -19,7 +19,7 @@ from benchmarks.report import ROOT, Figure, Report
 from benchmarks.settings import Settings, parse_settings
 from bigmodel.bench.harness import Bench
 
-__all__: list[str] = []
+__all__ = ["real_model", "run_processes"]
 
 PARTS = ("memory", "exact", "resume", "engines", "engines-fp32", "collectives", "overhead", "loops", "exits")
 ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -62,7 +62,7 @@ def main() -> None:
         if settings.runs("collectives"):
             _collectives(report, settings)
         if settings.runs("overhead"):
-            found = [_run(1, "overhead", {"strategy": "single"})[0] for _ in range(settings.num_rounds)]
+            found = [run_processes(1, "overhead", {"strategy": "single"})[0] for _ in range(settings.num_rounds)]
             by_hand = statistics.median(1e6 * each["by_hand_s"] for each in found)
             report.add(
                 Figure(
@@ -87,7 +87,7 @@ def _memory(report: Report, settings: Settings) -> None:
     for name in ("FSDP2", "ZeRO-3"):
         values, note = [], ""
         for _ in range(settings.num_rounds):
-            found = _run(2, "load", _paths(settings) | ENGINES[name][1])
+            found = run_processes(2, "load", _paths(settings) | ENGINES[name][1])
             allowed = [1.15 * each["own_bytes"] + each["unit_bytes"] + 150 * MIB for each in found]
             values.append(max(each["rise_bytes"] / limit for each, limit in zip(found, allowed, strict=True)))
             sizes = " and ".join(f"{each['rise_bytes'] / MIB:.0f}" for each in found)
@@ -109,7 +109,7 @@ def _collectives(report: Report, settings: Settings) -> None:
         if size == 1:
             continue
         for times in (1, 4):
-            found = _run(
+            found = run_processes(
                 size, "collectives", _paths(settings) | options | {"precision": "fp32", "accumulation": times}
             )[0]
             calls, by_hand = (
@@ -147,7 +147,9 @@ def _exits(report: Report, settings: Settings) -> None:
     failed = 0
     for number in range(NUM_EXITS):
         try:
-            _run(2, "speed", {"path": str(settings.tiny), "tiny": str(settings.tiny), **engines[number % len(engines)]})
+            run_processes(
+                2, "speed", {"path": str(settings.tiny), "tiny": str(settings.tiny), **engines[number % len(engines)]}
+            )
         except subprocess.CalledProcessError:
             failed += 1
     report.add(Figure(name=f"of {NUM_EXITS} runs over all engines, that did not end well", values=[failed], limit=0))
@@ -155,7 +157,7 @@ def _exits(report: Report, settings: Settings) -> None:
 
 def _loops(report: Report, settings: Settings) -> None:
     """The real model's tokens/s under us, over those of a loop by hand, and of Accelerate's."""
-    path = _real_model()
+    path = real_model()
     for name, strategy, precision, other in LOOPS:
         arguments = {
             "strategy": strategy,
@@ -165,7 +167,7 @@ def _loops(report: Report, settings: Settings) -> None:
             "block_s": BLOCK_S,
         }
         try:
-            found = _run(2, "loops", {"path": path, **arguments})[0]
+            found = run_processes(2, "loops", {"path": path, **arguments})[0]
         except KeyboardInterrupt:  # those before are kept
             return
         low, high = _interval(found["ratios"])
@@ -180,7 +182,7 @@ def _loops(report: Report, settings: Settings) -> None:
         print(f"{name}: {found}", file=sys.stderr, flush=True)
 
 
-def _real_model() -> str:
+def real_model() -> str:
     made = subprocess.run([sys.executable, ROOT / "examples" / "make_smollm2.py"], stdout=-1, text=True, check=True)
     return made.stdout.strip()
 
@@ -189,14 +191,14 @@ def _exact(report: Report) -> None:
     """The real model on real text for 20 steps: every engine against one process in the same precision. Nothing in it varies."""
     import torch
 
-    path, limits = _real_model(), {"bf16": (2e-3, 1e-2), "fp32": (5e-6, 1e-5)}
+    path, limits = real_model(), {"bf16": (2e-3, 1e-2), "fp32": (5e-6, 1e-5)}
     with tempfile.TemporaryDirectory() as folder:
 
         def run(name: str, file: str, **asked: Any) -> tuple[list[float], Any]:
             size, options = ENGINES[name]
             out = str(Path(folder) / file)
             asked = {"path": path, "out": out, "micro_batch_size": 1, **options, **asked}
-            losses = _run(size, "exact", asked)[0]["losses"]
+            losses = run_processes(size, "exact", asked)[0]["losses"]
             return losses, torch.load(out, weights_only=True, mmap=True)
 
         for precision, (of_loss, of_parameter) in limits.items():
@@ -224,7 +226,7 @@ def _exact(report: Report) -> None:
 def _resume(report: Report, settings: Settings) -> None:
     """To the first batch after a million samples, and after a hundred."""
     for count in (104, 1_000_000):
-        found = [_run(1, "resume", {"num_consumed": count})[0] for _ in range(settings.num_rounds)]
+        found = [run_processes(1, "resume", {"num_consumed": count})[0] for _ in range(settings.num_rounds)]
         report.add(
             Figure(
                 name=f"first batch after {count} samples: Accelerate's time over ours",
@@ -248,13 +250,13 @@ def _paths(settings: Settings) -> dict[str, Any]:
 
 def _engines(report: Report, settings: Settings, precision: str) -> None:
     """The real model in all engines, in turn."""
-    paths = _paths(settings) | {"path": _real_model()}
+    paths = _paths(settings) | {"path": real_model()}
     runs: dict[str, list[list[dict[str, Any]]]] = {}
     num_whole = 0
     with contextlib.suppress(KeyboardInterrupt):  # whole rounds are kept
         for _ in range(settings.num_rounds):
             for name, (size, options) in ENGINES.items():
-                found = _run(size, "speed", paths | options | {"precision": precision})
+                found = run_processes(size, "speed", paths | options | {"precision": precision})
                 runs.setdefault(name, []).append(found)
                 print(f"{name}, {precision}: {found}", file=sys.stderr, flush=True)
             num_whole += 1
@@ -269,7 +271,7 @@ def _engines(report: Report, settings: Settings, precision: str) -> None:
         )
 
 
-def _run(size: int, call: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+def run_processes(size: int, call: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """What each process of a new group found."""
     with tempfile.TemporaryDirectory() as folder:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -21,11 +22,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
+import bigmodel
 import bigmodel.models
 from bigmodel.footprint import PeakFootprint, footprint_bytes
 from bigmodel.training import TrainingConfig, TrainingRun
 
-__all__ = ["collectives", "exact", "load", "loops", "overhead", "resume", "speed"]
+__all__ = ["calibrated", "collectives", "exact", "expected", "load", "loops", "overhead", "resume", "speed", "taken"]
 
 # Of a sample; the fewer where many engines take their turns.
 NUM_TOKENS, SHORT = 256, 64
@@ -188,6 +190,58 @@ def speed(path: str, tiny: str, **options: Any) -> dict[str, Any]:
         "tokens_per_s": 4 * SHORT / statistics.median(times[1:]),
         "rise_bytes": memory.peak_bytes - before,
     }
+
+
+def taken(path: str, tiny: str, *, micro_batch_size: int, num_tokens: int, **options: Any) -> dict[str, Any]:
+    """Optimizer steps of one pass of each process.
+
+    Returns:
+        ``rise_bytes``: the peak of steps 2 to 5 over what there was before `prepare`; ``seconds`` of steps 2 to 5, each.
+    """
+    _warm(tiny, **options)
+    gc.collect()
+    before = footprint_bytes()
+    run, model, loader = _prepared(path, num_tokens, micro_batch_size=micro_batch_size, **options)
+    times: list[float] = []
+    memory: PeakFootprint | None = None
+    with contextlib.ExitStack() as stack:
+        started_s = time.perf_counter()
+        for batch in loader:
+            run.backward(run.loss(model(**batch), batch))
+            run.step()
+            if memory is None:
+                memory = stack.enter_context(PeakFootprint())
+            else:
+                times.append(time.perf_counter() - started_s)
+            started_s = time.perf_counter()
+            if len(times) == 4:
+                break
+    assert memory is not None
+    return {"rise_bytes": memory.peak_bytes - before, "seconds": times}
+
+
+def expected(
+    path: str, *, size: int, micro_batch_size: int, num_tokens: int, machine: str, **options: Any
+) -> dict[str, Any]:
+    """What is predicted of `taken` with so many processes on this machine, whose rates were measured with all its threads."""
+    from bigmodel.training.choice import outlook_of
+    from bigmodel.training.cluster import Cluster
+    from bigmodel.training.weights import Origin
+
+    config = TrainingConfig(micro_batch_size=micro_batch_size, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "machine.json"
+        file.write_text(machine)
+        cluster = Cluster.of(bigmodel.Machine.load(file), num_per_node=size)
+    outlook = outlook_of(config, Origin.of(path), cluster, num_tokens=num_tokens)
+    found: dict[str, Any] = json.loads(outlook.to_json())["ways"][0]
+    return found
+
+
+def calibrated(size: int) -> dict[str, Any]:
+    """This machine's rates now, with the threads that so many processes have together."""
+    torch.set_num_threads(size)
+    return {"machine": dataclasses.replace(bigmodel.Machine.calibrate(progress=False), accelerators=()).to_json()}
 
 
 def loops(path: str, other: str, strategy: str, precision: str, num_pairs: int, block_s: float) -> dict[str, Any]:

@@ -9,12 +9,21 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-__all__ = ["PRODUCTS_KEPT", "PeakFootprint", "bound_heap", "bound_product_cache", "footprint_bytes", "use_huge_pages"]
+__all__ = [
+    "MAPPED_BYTES",
+    "PRODUCTS_KEPT",
+    "PeakFootprint",
+    "bound_heap",
+    "bound_product_cache",
+    "footprint_bytes",
+    "use_huge_pages",
+]
 
 STATUS_FILE = Path("/proc/self/status")
 # A decode step of a dense model has about twenty shapes.
 PRODUCTS_KEPT = 32
-_MAPPED_BYTES = 4 << 20
+MAPPED_BYTES = 4 << 20
+"""Of the smallest block that malloc maps by itself after `bound_heap`."""
 # <malloc.h>
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 PERIOD_S = 0.005
@@ -99,8 +108,8 @@ def bound_heap() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_TRIM_THRESHOLD, _MAPPED_BYTES)
-        mallopt(_MMAP_THRESHOLD, _MAPPED_BYTES)
+        mallopt(_TRIM_THRESHOLD, MAPPED_BYTES)
+        mallopt(_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def use_huge_pages() -> None:

@@ -254,6 +254,65 @@ def plan(
         typer.Option("--machine", metavar="FILE", help="A machine file, or the name of one that comes with bigmodel."),
     ] = None,
     allow_cpu_compute: AllowCpuCompute = False,
+    train: Annotated[
+        bool,
+        typer.Option(
+            "--train",
+            rich_help_panel="Training",
+            help="What each way to fine-tune it takes, with AdamW: memory by kind, tokens/s, and which is the fastest that fits.",
+        ),
+    ] = False,
+    nodes: Annotated[
+        int,
+        typer.Option("--nodes", min=1, rich_help_panel="Training", help="Machines like this one, or like --machine."),
+    ] = 1,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            "--gpus",
+            min=1,
+            rich_help_panel="Training",
+            help="Processes of each: one for each accelerator, or on the host's processors.",
+            show_default="all accelerators, or 1",
+        ),
+    ] = None,
+    seq: Annotated[int, typer.Option("--seq", min=1, rich_help_panel="Training", help="Tokens of a sample.")] = 1024,
+    global_batch: Annotated[
+        int | None,
+        typer.Option(
+            "--global-batch",
+            min=1,
+            rich_help_panel="Training",
+            help="Samples of an optimizer step.",
+            show_default="8 of each process",
+        ),
+    ] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            "--micro-batch",
+            min=1,
+            rich_help_panel="Training",
+            help="Samples of a pass of a process.",
+            show_default="the fastest that fits",
+        ),
+    ] = None,
+    strategy: Annotated[
+        str, typer.Option("--strategy", rich_help_panel="Training", help="As in TrainingConfig.")
+    ] = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", rich_help_panel="Training", help="As in TrainingConfig.")
+    ] = "bf16",
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            "--lora",
+            min=1,
+            metavar="RANK",
+            rich_help_panel="Training",
+            help="Adapters of this rank on all linear layers, instead of all weights.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON, as --device-map reads it.")] = False,
     html_file: Annotated[
         str | None,
@@ -268,6 +327,30 @@ def plan(
 ) -> None:
     """Show where every weight would rest, each tier's peak and the predicted speed, without loading anything."""
     with _told_in_a_sentence(with_traceback):
+        if train:
+            from bigmodel.cli.training import plan_training
+
+            if html_file is not None:
+                raise InvalidArgumentError(
+                    "--html draws the plan of a run, and --train has none. Leave one of them out."
+                )
+            outlook = plan_training(
+                path,
+                machine=machine,
+                num_nodes=nodes,
+                num_per_node=gpus,
+                num_tokens=seq,
+                global_batch_size=global_batch,
+                micro_batch_size=micro_batch,
+                strategy=strategy,
+                precision=precision,
+                lora_rank=lora,
+                trust_remote_code=trust_remote_code,
+            )
+            typer.echo(outlook.to_json() if as_json else outlook.explain())
+            if outlook.chosen is None:
+                raise typer.Exit(DOES_NOT_FIT)
+            return
         limits = parse_limits(max_memory)
         where = parse_device_map(device_map)
         stated: dict[str, Any] = {

@@ -46,19 +46,26 @@ def holes_factor(model: nn.Module) -> float:
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of storages that are alive among those that were made while it is on.
 
-    Attributes:
+    Args:
+        holes_factor: what its holes add to a heap.
         tally: of the operators' work.
+        mapped_bytes: of the smallest storage that the allocator maps by itself.
+
+    Attributes:
+        tally: as given.
     """
 
-    def __init__(self, holes_factor: float, tally: Tally) -> None:
+    def __init__(self, holes_factor: float, tally: Tally, mapped_bytes: int = LARGE_BYTES) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tally = tally
+        self._mapped_bytes = mapped_bytes
         self._holes_factor = holes_factor
         self._large_bytes = 0  # alive, each mapped by itself
         self._heap_bytes = 0  # alive, served from the allocator's heap
         self._heap_peak_bytes = 0  # the heap does not shrink: what was taken once stays beside what is mapped later
         self._peak_bytes = 0.0
         self._device_peak_bytes = 0  # where the allocator keeps no heap, and kernels make no copies
+        self._marked = (0, 0, 0)
         self._products: set[object] = set()
         self._seen: dict[int, object] = {}
         self._makers: dict[int, str] = {}
@@ -74,6 +81,21 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._peak_bytes, self._device_peak_bytes, self._heap_peak_bytes = 0.0, 0, self._heap_bytes
         self._look()
 
+    @property
+    def live_bytes(self) -> int:
+        """Alive now."""
+        return self._heap_bytes + self._large_bytes
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Of those, what is mapped by itself."""
+        return self._large_bytes
+
+    def mark(self) -> tuple[int, int, int]:
+        """The most that was alive since the last mark: of all, of what is mapped by itself, of what lies in the heap."""
+        highest, self._marked = self._marked, (self.live_bytes, self._large_bytes, self._heap_bytes)
+        return highest
+
     def taken_bytes(self, held: Mapping[int, int]) -> int:
         """What the process takes at the peak beside the storages that are `held`: workspaces and holes included."""
         held_bytes = sum(nbytes * self._factor(nbytes) for nbytes in held.values())
@@ -85,11 +107,13 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return max(0, math.ceil(_WORKSPACE_FACTOR * (self._device_peak_bytes - sum(held.values()))))
 
     def _factor(self, nbytes: int) -> float:
-        return _WORKSPACE_FACTOR + (self._holes_factor if nbytes < LARGE_BYTES else 0.0)
+        return _WORKSPACE_FACTOR + (self._holes_factor if nbytes < self._mapped_bytes else 0.0)
 
     def _look(self, copied_bytes: int = 0) -> None:
         self._heap_peak_bytes = max(self._heap_peak_bytes, self._heap_bytes)
-        self._device_peak_bytes = max(self._device_peak_bytes, self._heap_bytes + self._large_bytes)
+        self._device_peak_bytes = max(self._device_peak_bytes, self.live_bytes)
+        now = self.live_bytes, self._large_bytes, self._heap_bytes
+        self._marked = (max(self._marked[0], now[0]), max(self._marked[1], now[1]), max(self._marked[2], now[2]))
         heap = (_WORKSPACE_FACTOR + self._holes_factor) * self._heap_peak_bytes
         self._peak_bytes = max(self._peak_bytes, heap + _WORKSPACE_FACTOR * self._large_bytes + copied_bytes)
 
@@ -139,7 +163,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._products.update((func, *shapes, number) for number in range(num_groups))
 
     def _count(self, nbytes: int) -> None:
-        if abs(nbytes) < LARGE_BYTES:
+        if abs(nbytes) < self._mapped_bytes:
             self._heap_bytes += nbytes
         else:
             self._large_bytes += nbytes

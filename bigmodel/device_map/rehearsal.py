@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,32 +12,81 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bigmodel.device_map.counter import Counter, NotTriedError, holes_factor, tensors_in
-from bigmodel.device_map.tally import Tally
+from bigmodel.device_map.rates import NOTHING, Work
+from bigmodel.device_map.tally import LARGE_BYTES, Tally
 from bigmodel.device_map.trial import Call, collector_off, fake_mode, no_traces, told_of
 from bigmodel.device_map.twin import SMALL_BUFFER_BYTES, twin_of
 
-__all__ = ["rehearsed_bytes"]
+__all__ = ["Moment", "OptimizerStep", "Rehearsal", "rehearse", "rehearse_optimizer"]
 
 # Of adapters that are not there yet; their rank hardly counts beside tokens.
 _RANK, _DROPOUT = 16, 0.1
 
 
-def rehearsed_bytes(
-    model: nn.Module, make_call: Callable[[], Call], units: Collection[str], *, adapts: bool = False
-) -> int:
-    """The most bytes that a pass with labels and its backward hold beside the model's weights: gradients of what is trained too.
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Of a backward: when a parameter's gradient is made.
+
+    Attributes:
+        name: of the parameter.
+        highest_bytes: the most that was alive since the moment before (the first: since the pass began), beside weights and
+            gradients that were made before.
+        mapped_bytes: of large storages alone, the same.
+        held_bytes: alive then, beside weights and all gradients.
+        held_mapped_bytes: of large storages alone, the same.
+    """
+
+    name: str
+    highest_bytes: int
+    mapped_bytes: int
+    held_bytes: int
+    held_mapped_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What a pass that is recorded and its backward take.
+
+    Attributes:
+        host_bytes: the most that they hold on a host beside the weights, with gradients, and with what its allocator and kernels
+            add.
+        heap_bytes: the most of what is not large that is alive beside weights and gradients.
+        moments: in the order of backward.
+        work: of both.
+    """
+
+    host_bytes: int
+    heap_bytes: int
+    moments: tuple[Moment, ...]
+    work: Work
+
+
+def rehearse(
+    model: nn.Module,
+    make_call: Callable[[], Call],
+    units: Collection[str],
+    *,
+    adapts: bool = False,
+    dtype: torch.dtype | None = None,
+    mapped_bytes: int = LARGE_BYTES,
+) -> Rehearsal:
+    """Try a pass with labels and its backward.
 
     Args:
-        model: adapters inside it are what is trained. It is not changed.
+        model: its parameters that require grad are what is trained. It is not changed.
         make_call: gives arguments and keyword arguments of forward, labels among them, made in the modes that are set then.
         units: names of modules that run under checkpointing.
         adapts: whether it has no adapters yet, and is tried with one on every matrix that its input is multiplied with.
+        dtype: that its floating point parameters compute in, or what is frozen in a narrower one of its own; each its own if
+            None.
+        mapped_bytes: of the smallest storage that the host's allocator maps by itself.
 
     Raises:
         NotTriedError: the model, or fake tensors, cannot follow.
     """
     twin = twin_of(model)
-    counter = Counter(holes_factor(twin), Tally(1))
+    tally = Tally(1)
+    counter = Counter(holes_factor(twin), tally, mapped_bytes)
     if adapts:
         twin.requires_grad_(False)
         for module in twin.modules():
@@ -48,11 +98,10 @@ def rehearsed_bytes(
         unit.forward = functools.partial(_checkpointed, unit.forward)
     try:
         with no_traces(twin), fake_mode(), torch.enable_grad(), torch.inference_mode(False):
-            weights = {
-                name: torch.empty(each.shape, dtype=each.dtype, device="cpu", requires_grad=each.requires_grad)
-                for name, each in twin.named_parameters()
-            }
+            weights = {name: _weight(each, dtype) for name, each in twin.named_parameters()}
             large = {name: each for name, each in twin.named_buffers() if each.nbytes > SMALL_BUFFER_BYTES}
+            counter.leave_out(weights.values())
+            moments = _Moments(counter, weights, mapped_bytes)
             weights |= {name: torch.empty(each.shape, dtype=each.dtype, device="cpu") for name, each in large.items()}
             counter.leave_out(weights.values())
             args, kwargs = make_call()
@@ -61,7 +110,11 @@ def rehearsed_bytes(
                 torch.func.functional_call(
                     _Step(twin), {f"model.{name}": each for name, each in weights.items()}, (args, kwargs)
                 )
-                return counter.taken_bytes({})
+                found = Rehearsal(
+                    counter.taken_bytes({}), moments.heap_bytes, tuple(moments.found), _sum_of(tally.take().values())
+                )
+            moments.forget()
+            return found
     except NotTriedError:
         raise
     except Exception as error:
@@ -69,6 +122,99 @@ def rehearsed_bytes(
     finally:
         for unit in checkpointed:  # which would hold itself, and the model's tensors with it
             vars(unit).pop("forward", None)
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerStep:
+    """What a step of an optimizer takes.
+
+    Attributes:
+        state_bytes: that it keeps.
+        most_bytes: that it holds beside them, parameters and gradients while it steps.
+        work: of a step that is not the first.
+    """
+
+    state_bytes: int
+    most_bytes: int
+    work: Work
+
+
+def rehearse_optimizer(
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], shapes: Sequence[torch.Size | tuple[int, ...]]
+) -> OptimizerStep:
+    """Try an optimizer's step on float32 parameters.
+
+    Args:
+        make: of parameters, their optimizer.
+        shapes: of the parameters.
+
+    Raises:
+        NotTriedError: it cannot be made of fake tensors, or cannot step with them.
+    """
+    tally = Tally(1)
+    counter = Counter(0.0, tally)
+    try:
+        with fake_mode(), torch.inference_mode(False):
+            parameters = [nn.Parameter(torch.empty(shape, device="cpu")) for shape in shapes]
+            for each in parameters:
+                each.grad = torch.empty_like(each)
+            given = [*parameters, *(each.grad for each in parameters)]
+            counter.leave_out(each for each in given if each is not None)
+            with collector_off(), counter:
+                optimizer = make(parameters)
+                optimizer.step()
+                kept = counter.live_bytes
+                tally.take()
+                counter.mark()
+                optimizer.step()
+                most = counter.mark()[0] - kept
+            return OptimizerStep(kept, most, _sum_of(tally.take().values()))
+    except Exception as error:
+        raise NotTriedError(told_of(error)) from error
+
+
+class _Moments:
+    """Told by autograd when a gradient is there."""
+
+    def __init__(self, counter: Counter, weights: dict[str, torch.Tensor], mapped_bytes: int) -> None:
+        self.found: list[Moment] = []
+        self.heap_bytes = 0
+        self._counter, self._least, self._done = counter, mapped_bytes, [0, 0]  # mapped, in the heap
+        self._handles = [
+            each.register_post_accumulate_grad_hook(functools.partial(self._made, name))  # type: ignore[no-untyped-call]
+            for name, each in weights.items()
+            if each.requires_grad
+        ]
+
+    def _made(self, name: str, weight: torch.Tensor) -> None:
+        highest, mapped, heap = self._counter.mark()
+        before = sum(self._done)
+        self.heap_bytes = max(self.heap_bytes, heap - self._done[1])
+        mapped -= self._done[0]
+        assert weight.grad is not None
+        self._done[weight.grad.nbytes < self._least] += weight.grad.nbytes
+        held = self._counter.live_bytes - sum(self._done)
+        held_mapped = self._counter.mapped_bytes - self._done[0]
+        self.found.append(Moment(name, highest - before, mapped, held, held_mapped))
+
+    def forget(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _sum_of(works: Collection[Work]) -> Work:
+    total = NOTHING
+    for each in works:
+        total = total.plus(each)
+    return total
+
+
+def _weight(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    computes_in = parameter.dtype
+    if dtype is not None and parameter.is_floating_point():
+        is_cast = parameter.requires_grad or dtype.itemsize < parameter.itemsize  # what is frozen is not made wider
+        computes_in = dtype if is_cast else computes_in
+    return torch.empty(parameter.shape, dtype=computes_in, device="cpu", requires_grad=parameter.requires_grad)
 
 
 class _Step(nn.Module):

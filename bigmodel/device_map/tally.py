@@ -88,7 +88,7 @@ class Tally:
         if packet is aten._grouped_mm:
             read = self._routed_bytes(inputs)
         dtype = str(inputs[-1].dtype if packet in (aten.addmm, aten.baddbmm) else inputs[0].dtype)[6:]
-        if formula is _attention:
+        if formula in (_attention, _attention_backward):
             dtype += ATTENTION
         elif packet in (aten.bmm, aten.baddbmm) and any(map(is_copied, inputs)) and not _is_packed(inputs[-2]):
             dtype += COPIED
@@ -206,11 +206,26 @@ def _attention(shapes: list[Shape], results: list[Shape], args: Any) -> float:
     return 2.0 * pairs * (query[-1] + value[-1])
 
 
+def _attention_backward(shapes: list[Shape], results: list[Shape], args: Any) -> float:
+    """Scores again, and four products of them: gradients of values, of scores, of queries and of keys."""
+    query, key, value = shapes[1:4]
+    pairs = math.prod(query[:-1]) * key[-2]
+    return 2.0 * pairs * (3 * query[-1] + 2 * value[-1])
+
+
 def _convolution(shapes: list[Shape], results: list[Shape], args: Any) -> float:
     """Every element of the result is a product of one filter: in channels per group times its extent."""
     is_transposed = bool(args[6])
     elements = math.prod(shapes[0] if is_transposed else results[0])
     return 2.0 * elements * math.prod(shapes[1][1:])
+
+
+def _convolution_backward(shapes: list[Shape], results: list[Shape], args: Any) -> float:
+    """Gradients of inputs and of filters, where they are asked for: each as many products as forward."""
+    given, taken, filters = shapes[:3]
+    is_transposed, wanted = bool(args[7]), args[10]
+    elements = math.prod(taken if is_transposed else given)
+    return 2.0 * elements * math.prod(filters[1:]) * sum(map(bool, wanted[:2]))
 
 
 _FLOPS: dict[Any, Callable[[list[Shape], list[Shape], Any], float]] = {
@@ -225,6 +240,11 @@ _FLOPS: dict[Any, Callable[[list[Shape], list[Shape], Any], float]] = {
     aten._scaled_dot_product_flash_attention: _attention,
     aten._scaled_dot_product_efficient_attention: _attention,
     aten._scaled_dot_product_cudnn_attention: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten._scaled_dot_product_flash_attention_backward: _attention_backward,
+    aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
+    aten._scaled_dot_product_cudnn_attention_backward: _attention_backward,
+    aten.convolution_backward: _convolution_backward,
 }
 _LOOKUPS = {
     aten.embedding,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bigmodel.device_map.counter import NotTriedError
-from bigmodel.device_map.rehearsal import rehearsed_bytes
+from bigmodel.device_map.rehearsal import rehearse
 from bigmodel.device_map.trial import Call
 from bigmodel.models import example_inputs
 
@@ -61,7 +61,7 @@ class Recorded:
 
             units = [name for name in self.units if name in dict(model.named_modules())]
             try:
-                self._seen[key] = rehearsed_bytes(model, call, units, adapts=adapts)
+                self._seen[key] = rehearse(model, call, units, adapts=adapts).host_bytes
             except NotTriedError as error:
                 logger.info("what training takes could not be tried, and is not planned for: %s", error)
                 self._seen[key] = 0

@@ -9,6 +9,7 @@ from bigmodel.models.adapters import (
     adapter_tensors,
     is_adapted,
     load_adapter,
+    lora_of,
     merge_adapter,
     trains_adapters_alone,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "leave_heads",
     "load_adapter",
     "load_generation_config",
+    "lora_of",
     "merge_adapter",
     "owners_of",
     "revert_of",

@@ -31,6 +31,7 @@ __all__ = [
     "adapter_tensors",
     "is_adapted",
     "load_adapter",
+    "lora_of",
     "merge_adapter",
     "trains_adapters_alone",
 ]
@@ -264,17 +265,31 @@ def adapter_nbytes(folder: str | os.PathLike[str]) -> int:
     return sum(4 * math.prod(each.shape) for each in tensors.values())
 
 
+def lora_of(rank: int) -> Any:
+    """A `peft.LoraConfig` of a rank, on all linear layers but the head.
+
+    Raises:
+        InvalidArgumentError: PEFT is not installed.
+    """
+    return _peft().LoraConfig(r=rank, target_modules="all-linear")
+
+
 # --- How
 
 
-def _config_of(adapter: Any) -> tuple[Any, Path | None]:
-    """A configuration of one's own, and the folder that it is of."""
+def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
         raise InvalidArgumentError(
             'Adapters are PEFT\'s, which is not installed. Run pip install "bigmodel[training]".'
         ) from error
+    return peft
+
+
+def _config_of(adapter: Any) -> tuple[Any, Path | None]:
+    """A configuration of one's own, and the folder that it is of."""
+    peft = _peft()
     if isinstance(adapter, peft.PeftConfig):
         return copy.deepcopy(adapter), None
     if not isinstance(adapter, (str, os.PathLike)):

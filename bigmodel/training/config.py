@@ -31,7 +31,8 @@ class TrainingConfig:
     Attributes:
         strategy: "single" (one process), "ddp" (each process holds the model), "fsdp" (each holds a part of every unit);
             DeepSpeed's "zero1" (each holds a part of the optimizer's state), "zero2" (of the gradients too) and "zero3" (of the
-            parameters too); "auto" is "single" for one process and "fsdp" for more.
+            parameters too); "auto" is what a forecast says is the fastest that fits (`TrainingRun.explain`), and "single" for one
+            process on the host.
         precision: "bf16" (bfloat16 copies compute; masters, gradients and their reduction are float32), "fp16" (the same with
             float16 and a loss that is scaled), "fp8" ("bf16" with the products of linear layers in float8; of "fsdp", by
             torchao, where the device multiplies float8) or "fp32".
@@ -39,7 +40,8 @@ class TrainingConfig:
             after 2000 steps that it did not.
         global_batch_size: samples of one optimizer step, over all processes and micro-batches; None: one micro-batch of each
             process.
-        micro_batch_size: samples of one pass of one process; "auto" is 1, or the batch size of the DataLoader that is given.
+        micro_batch_size: samples of one pass of one process; "auto" is the batch size of the DataLoader that is given, or, where
+            `global_batch_size` is stated, what a forecast says has most tokens/s among what fits; otherwise 1.
         grad_clip: the largest norm of all gradients together; None for no limit.
         seed: of the order of samples, of what they draw at random, and of weights that no checkpoint has.
         drop_last: whether samples that do not fill a last global batch are left out; otherwise it is stepped as it is.
@@ -49,7 +51,8 @@ class TrainingConfig:
             ZeRO-3), or kept (as in ZeRO-2); what is in no unit, or comes after the last block, is kept.
         replicas: of "fsdp": groups of processes that hold the same parts; 1 divides each unit over all processes.
         activation_checkpointing: "on": between forward and backward each unit keeps its inputs alone, and computes the rest
-            again, for about a third more time; "off"; "auto" is "off".
+            again, for about a third more time; "off"; "auto" is what a forecast says, where one chooses the strategy or the
+            micro-batch, and otherwise "off".
         offload_optimizer: where the optimizer's state lies, with the masters that it steps: "none", where the model computes, or
             "cpu", in host memory, and the step is computed there. "fsdp" has it with `offload_params`, "zero1" to "zero3" by
             itself.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["recompute"]
+__all__ = ["recompute", "recomputed_units"]
 
 
 def recompute(module: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module]:
@@ -22,19 +22,24 @@ def recompute(module: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module]:
 
     Args:
         module: all of it.
-        units: of which those that consist of other modules count: nothing is won with a single layer.
+        units: of which `recomputed_units` count.
 
     Returns:
         Those.
 
     Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
     """
-    chosen = [unit for unit in units if any(True for _ in unit.children())]
+    chosen = recomputed_units(units)
     for unit in chosen:
         unit.forward = _recomputed(unit, unit.forward)
     if chosen and "use_cache" in inspect.signature(module.forward).parameters:
         module.register_forward_pre_hook(_without_cache, with_kwargs=True)
     return chosen
+
+
+def recomputed_units(units: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those that consist of other modules: nothing is won with a single layer."""
+    return [unit for unit in units if any(True for _ in unit.children())]
 
 
 def _recomputed(unit: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from bigmodel.device_map.counter import NotTriedError
+from bigmodel.device_map.machine import Machine
 from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.footprint import bound_heap
 from bigmodel.models import adapter_scales, is_adapted
 from bigmodel.progress import progress_bar
-from bigmodel.training.choice import engine_of
+from bigmodel.training.choice import CHOSEN, cluster_here, decide, engine_of, outlook_of, stays_open
 from bigmodel.training.collectives import Collectives
 from bigmodel.training.config import TrainingConfig
 from bigmodel.training.data import GlobalLoader, Shard, data_of
@@ -30,7 +32,9 @@ from bigmodel.training.draws import mixed
 from bigmodel.training.evaluation import Evaluation, generated, mean_loss, rows_of_all
 from bigmodel.training.export import export_model
 from bigmodel.training.given import kind_of, optimizer_of, scheduler_of
+from bigmodel.training.job import unread
 from bigmodel.training.losses import CountItems
+from bigmodel.training.outlook import Outlook
 from bigmodel.training.place import Cursor, Division
 from bigmodel.training.prepared import PreparedOptimizer, PreparedScheduler
 from bigmodel.training.processes import Processes
@@ -118,6 +122,8 @@ class TrainingRun(Collectives):
         self._wants_to_stop = self._stops = self._heeds_signals = False
         self._stream: Iterator[Any] | None = None
         self._loaders: list[GlobalLoader] = []
+        self._outlook: Outlook | None = None
+        self._look_out: Callable[[], Outlook] | None = None
 
     def prepare(
         self,
@@ -131,6 +137,7 @@ class TrainingRun(Collectives):
         shard: Shard | None = None,
         adapter: Any = None,
         count_items: CountItems | None = None,
+        resumes: str | os.PathLike[str] | None = None,
         trust_remote_code: bool = False,
         progress: bool | None = None,
     ) -> Any:
@@ -154,6 +161,9 @@ class TrainingRun(Collectives):
             adapter: a `peft.LoraConfig`, or the folder of an adapter that is gone on with: put around the model, and alone
                 trained. The model keeps the dtype that it is stored in; a checkpoint of the run holds the adapter alone.
             count_items: of a micro-batch, what its loss is a sum over; its labels that are not -100 if None.
+            resumes: the checkpoint, or the folder of checkpoints, that will be loaded: what its run chose (engine, recomputation,
+                and with as many processes the micro-batch) is kept where the configuration leaves it open. Nothing is loaded, and
+                a folder without a checkpoint is one that begins.
             trust_remote_code: whether code of the checkpoint may run.
             progress: bars while weights are read; where stderr is a terminal if None.
 
@@ -162,6 +172,7 @@ class TrainingRun(Collectives):
 
         Raises:
             InvalidArgumentError: for what means nothing, or contradicts the configuration.
+            DoesNotFitError: nothing that the configuration leaves open fits.
             As `load_sharded`, for a checkpoint.
         """
         if self._engine is not None:
@@ -191,16 +202,37 @@ class TrainingRun(Collectives):
         elif shard is not None:
             raise InvalidArgumentError("shard was given, and no data that it divides. Give both.")
         sources = {kind: data_of(each, None, 0, processes=self.processes) for kind, each in evaluated.items()}
-        micro = self._micro_batch_size(None if loaded is None else loaded.batch_size)
+        of_loader = None if loaded is None else loaded.batch_size
+        _refuse_two_sizes(self.config, of_loader)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)  # weights that no checkpoint has are the same everywhere
+            origin = Origin.of(named["model"], adapter=adapter, trust_remote_code=trust_remote_code)
+        if not origin.streams:
+            here, asked = unread(origin), self.config
+            self._look_out = lambda: outlook_of(
+                asked if of_loader is None else replace(asked, micro_batch_size=of_loader),
+                here,
+                cluster_here(Machine.probe(), self.processes),
+                source=loaded,
+                optimizer=named["optimizer"],
+            )
+        if not origin.streams and stays_open(self.config, self.processes, of_loader):
+            self.config, self._outlook = decide(
+                self.config,
+                origin,
+                self.processes,
+                source=loaded,
+                optimizer=named["optimizer"],
+                resumes=resumes,
+            )
+            self._make_engine = engine_of(self.config, self.processes)
+        micro = self._micro_batch_size(of_loader)
         together = self.config.global_batch_size or micro * self.processes.size
         if shard is not None and together < self.processes.size:
             raise InvalidArgumentError(
                 f"global_batch_size is {together}, and each of {self.processes.size} processes reads a part of its own: some "
                 "would never be read. Give at least as many samples as processes."
             )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)  # weights that no checkpoint has are the same everywhere
-            origin = Origin.of(named["model"], adapter=adapter, trust_remote_code=trust_remote_code)
         if is_adapted(origin.module) and self.config.precision == "fp8":
             raise InvalidArgumentError('precision is "fp8", and adapters are not trained in it. Give precision="bf16".')
         if self.config.activation_checkpointing == "on" and not origin.streams:  # whose units are recomputed anyway
@@ -242,6 +274,24 @@ class TrainingRun(Collectives):
             self._loaders.append(self._loader)
         found = tuple(made[kind] for kind in order)
         return found[0] if len(found) == 1 else found
+
+    def explain(self) -> str:
+        """What each way that the configuration left open takes in memory and time, which one was taken, and why.
+
+        Where nothing was left open it is tried now, without the weights, which takes some passes' Python.
+
+        Raises:
+            TrainingError: nothing was prepared, or it cannot be tried: the message says why.
+        """
+        engine = self._prepared()
+        if self._look_out is None:
+            return f"{engine.describe()}. Where its weights are: bigmodel.plan_of(model).explain()"
+        if self._outlook is None:
+            try:
+                self._outlook = self._look_out()
+            except NotTriedError as error:
+                raise TrainingError(f"What a step takes could not be tried: {error}") from error
+        return f"{engine.describe()}\n{self._outlook.explain()}"
 
     # --- The loop's verbs
 
@@ -495,7 +545,8 @@ class TrainingRun(Collectives):
                 "loss_scale": None if engine.loss_scale is None else engine.loss_scale.state_dict(),
             }
 
-        manifest = {"step": self._num_steps, "cursor": cursor, "adapter": self._scales()}
+        chosen = {name: getattr(self.config, name) for name in CHOSEN}
+        manifest = {"step": self._num_steps, "cursor": cursor, "adapter": self._scales(), "chosen": chosen}
         self._saves.write(path, engine, self._optimizer, manifest, others, keep=keep, wait=wait)
         return path
 
@@ -688,11 +739,6 @@ class TrainingRun(Collectives):
                 logger.info("micro_batch_size is 1: it was not stated")
             return of_loader or 1
         assert isinstance(stated, int)
-        if of_loader is not None and of_loader != stated:
-            raise InvalidArgumentError(
-                f"micro_batch_size is {stated}, and the DataLoader's batch_size is {of_loader}. Both are the samples of one "
-                "pass of one process: give one of them."
-            )
         return stated
 
     @property
@@ -728,6 +774,15 @@ class TrainingRun(Collectives):
                 "The optimizer that prepare was given was stepped. Step the one that it returned, or call run.step: they clip, "
                 "step and schedule after the last micro-batch of a global batch, and clear the gradients."
             )
+
+
+def _refuse_two_sizes(config: TrainingConfig, of_loader: int | None) -> None:
+    stated = config.micro_batch_size
+    if stated != "auto" and of_loader is not None and of_loader != stated:
+        raise InvalidArgumentError(
+            f"micro_batch_size is {stated}, and the DataLoader's batch_size is {of_loader}. Both are the samples of one "
+            "pass of one process: give one of them."
+        )
 
 
 def _refuse_wrong_masters(engine: Engine) -> None:

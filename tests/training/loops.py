@@ -891,3 +891,78 @@ def hooked(folder: str) -> list[str]:
     run.save(folder)
     run.load(folder)
     return found
+
+
+def chosen(path: str, folder: str) -> list[dict[str, Any]]:
+    """What is chosen for a run, for one that goes on with it, and for one that goes on with another one."""
+    found = []
+    for stated, into, resumes in (
+        ({}, "own", None),
+        ({}, None, "own"),
+        ({"strategy": "zero1", "micro_batch_size": 2}, "other", None),
+        ({}, None, "other"),
+    ):
+        run = TrainingRun(TrainingConfig(precision="fp32", global_batch_size=8, **stated))
+        model, _, loader = run.prepare(
+            model=path,
+            optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
+            data=Sentences(),
+            resumes=None if resumes is None else f"{folder}/{resumes}",
+        )
+        for batch in loader:
+            with run.accumulate():
+                run.backward(run.loss(model(**batch), batch))
+                run.step()
+            if loader.is_last:
+                break
+        if into is not None:
+            run.save(f"{folder}/{into}/1")
+        if not stated:
+            config = run.config
+            found.append(
+                {
+                    "strategy": config.strategy,
+                    "micro_batch_size": config.micro_batch_size,
+                    "reshard_after_forward": config.reshard_after_forward,
+                    "activation_checkpointing": config.activation_checkpointing,
+                }
+            )
+    return found
+
+
+def risen(path: str, tiny: str, **options: Any) -> int:
+    """By how many bytes this process grows, at the most, from before a run is prepared to its fourth step.
+
+    Args:
+        tiny: another checkpoint, on which what libraries take at first is taken before.
+        options: of TrainingConfig, in float32.
+    """
+    import gc
+
+    from bigmodel.footprint import PeakFootprint, footprint_bytes
+
+    class Ids(Dataset):
+        def __len__(self) -> int:
+            return 64
+
+        def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+            ids = torch.randint(90, (256,), generator=torch.Generator().manual_seed(number))
+            return {"input_ids": ids, "labels": ids}
+
+    def trained(folder: str) -> int:
+        gc.collect()
+        run = TrainingRun(TrainingConfig(precision="fp32", **options))
+        before = footprint_bytes()
+        model, _, loader = run.prepare(model=folder, optimizer=torch.optim.AdamW, data=Ids())
+        with contextlib.ExitStack() as stack:
+            for number, batch in enumerate(loader):
+                run.backward(run.loss(model(**batch), batch))
+                run.step()
+                if not number:
+                    peak = stack.enter_context(PeakFootprint())
+                if number == 3:
+                    break
+        return peak.peak_bytes - before
+
+    trained(tiny)
+    return trained(path)
