@@ -53,6 +53,9 @@ class TrainingConfig:
         activation_checkpointing: "on": between forward and backward each unit keeps its inputs alone, and computes the rest
             again, for about a third more time; "off"; "auto" is what a forecast says, where one chooses the strategy or the
             micro-batch, and otherwise "off".
+        compile_blocks: whether torch.compile makes code of units' forward and backward, one for all that are alike; or the name
+            of its backend. Losses differ in last bits, and the first passes take the compiler's time (on the host it needs g++).
+            Not with "zero3", whose hooks fetch weights inside of units.
         offload_optimizer: where the optimizer's state lies, with the masters that it steps: "none", where the model computes, or
             "cpu", in host memory, and the step is computed there. "fsdp" has it with `offload_params`, "zero1" to "zero3" by
             itself.
@@ -78,6 +81,7 @@ class TrainingConfig:
     reshard_after_forward: bool = True
     replicas: int = 1
     activation_checkpointing: str = "auto"
+    compile_blocks: bool | str = False
     offload_optimizer: str = "none"
     offload_params: str = "none"
     reduce_dtype: str | None = None
@@ -122,6 +126,15 @@ class TrainingConfig:
         _one_of("offload_optimizer", self.offload_optimizer, OFFLOADS)
         _one_of("offload_params", self.offload_params, OFFLOADS)
         self._refuse_offloads()
+        if not isinstance(self.compile_blocks, (bool, str)) or self.compile_blocks == "":
+            raise InvalidArgumentError(
+                f"compile_blocks is {shown(self.compile_blocks)}. Give True, False, or the name of a backend of torch.compile."
+            )
+        if self.compile_blocks and self.strategy == "zero3":
+            raise InvalidArgumentError(
+                f'compile_blocks is {shown(self.compile_blocks)}, and strategy="zero3" fetches weights by hooks inside of units, '
+                'which compiled code would leave out. Give another strategy ("fsdp" divides parameters too), or leave it out.'
+            )
         if self.reduce_dtype is not None:
             _one_of("reduce_dtype", self.reduce_dtype, tuple(DTYPES))
         scale = self.loss_scale

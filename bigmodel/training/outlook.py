@@ -188,6 +188,8 @@ def _ways(job: Job, cluster: Cluster, config: TrainingConfig, deepspeed: bool) -
         zero = ["zero1", "zero2", "zero3"] if size > 1 else []
         if size == 1 and not cluster.is_host:
             strategies, zero = ["single", "fsdp"], ["zero2", "zero3"]  # for their offloading
+        if config.compile_blocks:
+            zero = [each for each in zero if each != "zero3"]
         if config.precision == "fp8":
             strategies, zero = ["fsdp"], []
         elif deepspeed and not (config.precision == "fp16" and cluster.is_host):

@@ -38,7 +38,7 @@ from bigmodel.training.outlook import Outlook
 from bigmodel.training.place import Cursor, Division
 from bigmodel.training.prepared import PreparedOptimizer, PreparedScheduler
 from bigmodel.training.processes import Processes
-from bigmodel.training.recompute import recompute
+from bigmodel.training.recompute import compile_units, recompute
 from bigmodel.training.saves import Hook, Saves
 from bigmodel.training.sources import Source
 from bigmodel.training.strategy import Engine, Streamed
@@ -235,6 +235,13 @@ class TrainingRun(Collectives):
             )
         if is_adapted(origin.module) and self.config.precision == "fp8":
             raise InvalidArgumentError('precision is "fp8", and adapters are not trained in it. Give precision="bf16".')
+        if self.config.compile_blocks:
+            if origin.streams:
+                raise InvalidArgumentError(
+                    "compile_blocks was given, and the model streams its weights: its units run as they are. Leave it out."
+                )
+            backend = self.config.compile_blocks if isinstance(self.config.compile_blocks, str) else "inductor"
+            compile_units(origin.module, origin.groups(), backend, self.processes.device)
         if self.config.activation_checkpointing == "on" and not origin.streams:  # whose units are recomputed anyway
             recompute(origin.module, origin.groups())
         before = dict(origin.module.named_parameters())

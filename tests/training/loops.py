@@ -966,3 +966,13 @@ def risen(path: str, tiny: str, **options: Any) -> int:
 
     trained(tiny)
     return trained(path)
+
+
+def compiled(path: str, **options: Any) -> tuple[dict[str, Any], int]:
+    """What `train` finds with compiled blocks, and how many graphs were made."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    found = train(path, 3, compile_blocks="aot_eager", **options)
+    return found, counters["stats"]["unique_graphs"]

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.training import TrainingConfig, TrainingRun
-from training.loops import train
+from training.loops import save_llama, train
 
 ENGINES = ["ddp", "fsdp", pytest.param("zero2", marks=pytest.mark.slow), "zero3"]
 
@@ -98,3 +98,35 @@ def test_a_module_without_blocks_is_trained_as_it_is():
     assert "forward" not in vars(model)
     with pytest.raises(InvalidArgumentError, match="activation_checkpointing is 'some'"):
         TrainingConfig(activation_checkpointing="some")
+
+
+@pytest.mark.parametrize("recompute", ["off", "on"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("zero2", marks=pytest.mark.slow)])
+def test_compiled_blocks_train_as_others_do_in_every_engine(two, tmp_path, strategy, recompute):
+    save_llama(tmp_path, num_hidden_layers=6)
+    asked = {
+        "path": str(tmp_path),
+        "strategy": strategy,
+        "precision": "fp32",
+        "micro_batch_size": 4,
+        "activation_checkpointing": recompute,
+    }
+    plain = two.run("training.loops:train", steps=3, **asked)[0]
+    for found, num_graphs in two.run("training.loops:compiled", **asked):
+        assert num_graphs == 1  # for all blocks
+        assert max(abs(a - b) for a, b in zip(found["losses"], plain["losses"], strict=True)) <= 5e-6
+        for name, values in plain["parameters"].items():
+            assert (found["parameters"][name] - values).abs().max() <= 1e-5
+
+
+def test_what_cannot_be_compiled_is_refused(folder):
+    with pytest.raises(InvalidArgumentError, match=r'strategy="zero3" fetches weights by hooks'):
+        TrainingConfig(strategy="zero3", compile_blocks=True)
+    with pytest.raises(InvalidArgumentError, match="compile_blocks is 1"):
+        TrainingConfig(compile_blocks=1)
+    run = TrainingRun(TrainingConfig(strategy="single", precision="fp32", compile_blocks="none"))
+    with pytest.raises(InvalidArgumentError, match=r"torch\.compile has: "):
+        run.prepare(model=folder)
+    run = TrainingRun(TrainingConfig(strategy="single", precision="fp32", compile_blocks=True))
+    with pytest.raises(InvalidArgumentError, match="it has none"):
+        run.prepare(model=nn.Linear(2, 2))
