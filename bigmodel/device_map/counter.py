@@ -126,7 +126,9 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if func is _GROUPED_PRODUCT:
             # Its shape function refuses dtypes that its CPU kernel takes.
-            result: Any = _grouped_product(*args[:2])
+            result: Any = _grouped_product(
+                args[0], args[1], (kwargs or {}).get("offs", args[2] if len(args) > 2 else None)
+            )
         else:
             result = func(*args, **(kwargs or {}))
         self.tally.note(func, args, kwargs, result)
@@ -180,12 +182,15 @@ _PRODUCTS = (
 _BATCHED_PRODUCTS = (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
 
 
-def _grouped_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The empty result of a product of groups of rows: [rows, k] with [groups, k, n], or batched on either side."""
+def _grouped_product(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
+    """The empty result of a product of groups of rows: [rows, k] with [groups, k, n], or batched on either side; or of groups
+    of the inner dimension, which backward makes: [m, rows] with [rows, n], whose groups end at `ends`."""
     if left.ndim == 2 and right.ndim == 3:
         shape: tuple[int, ...] = (left.shape[0], right.shape[2])
     elif left.ndim == 3 and right.ndim == 3:
         shape = (left.shape[0], left.shape[1], right.shape[2])
+    elif ends is not None and left.ndim == right.ndim == 2:
+        shape = (ends.shape[0], left.shape[0], right.shape[1])
     else:
         raise NotTriedError("a product of groups along the inner dimension needs its group sizes")
     return left.new_empty(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,8 @@ def rehearse(
             weights |= {name: torch.empty(each.shape, dtype=each.dtype, device="cpu") for name, each in large.items()}
             counter.leave_out(weights.values())
             args, kwargs = make_call()
+            if checkpointed and "use_cache" in inspect.signature(twin.forward).parameters:
+                kwargs = {**kwargs, "use_cache": False}  # a second forward would fill it again
             counter.leave_out(tensors_in((args, kwargs)))
             with collector_off(), counter:
                 torch.func.functional_call(

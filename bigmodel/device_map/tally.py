@@ -195,6 +195,12 @@ def _mm(shapes: list[Shape], results: list[Shape], args: Any) -> float:
     return 2.0 * math.prod(results[0]) * shapes[0][-1]
 
 
+def _grouped(shapes: list[Shape], results: list[Shape], args: Any) -> float:
+    """Of groups of the inner dimension each is a product of its own rows alone."""
+    num_groups = results[0][0] if len(shapes[0]) == len(shapes[1]) == 2 and len(results[0]) == 3 else 1
+    return _mm(shapes, results, args) / max(1, num_groups)
+
+
 def _addmm(shapes: list[Shape], results: list[Shape], args: Any) -> float:
     return 2.0 * math.prod(results[0]) * shapes[1][-1]
 
@@ -233,7 +239,7 @@ _FLOPS: dict[Any, Callable[[list[Shape], list[Shape], Any], float]] = {
     aten.bmm: _mm,
     aten.addmm: _addmm,
     aten.baddbmm: _addmm,
-    aten._grouped_mm: _mm,
+    aten._grouped_mm: _grouped,
     aten._scaled_mm: _mm,
     aten.convolution: _convolution,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from bigmodel.device_map.counter import NotTriedError
 from bigmodel.device_map.machine import Machine
 from bigmodel.draws import draws_kept
-from bigmodel.errors import BigModelError, InvalidArgumentError, MissingFilesError
+from bigmodel.errors import InvalidArgumentError, MissingFilesError
 from bigmodel.progress import Report
 from bigmodel.training.cluster import Cluster
 from bigmodel.training.config import PRECISIONS, TrainingConfig
@@ -46,9 +46,10 @@ CHOSEN = (
     "micro_batch_size",
 )
 """What a forecast chooses of a configuration."""
+_OF_ENGINES = ("reshard_after_forward", "replicas", "offload_optimizer", "offload_params")
 
 # Samples that are looked at for the longest; what is sent to learn how fast processes talk, and how often.
-_NUM_SAMPLES, _SENT_BYTES, _NUM_SENT = 16, 8 << 20, 5
+_NUM_SAMPLES, _SENT_BYTES, _NUM_SENT = 64, 8 << 20, 5
 
 Make = Callable[[Origin, TrainingConfig, Processes, "Report | None"], Engine]
 
@@ -133,8 +134,8 @@ def decide(
         resumes: a checkpoint, or a folder of them, whose choices are kept where they are open and as many processes train.
 
     Returns:
-        The configuration, and on the main process the outlook that it was chosen from; None where it could not be made, or was
-        kept.
+        The configuration, and on the main process the outlook that it was chosen from; None where it could not be made, or where
+        the choice of another run was kept.
 
     Raises:
         DoesNotFitError: nothing that it leaves open fits.
@@ -168,7 +169,7 @@ def decide(
                 logger.info("%s", outlook.explain())
         except NotTriedError as caught:
             logger.info("what a step takes could not be tried, and nothing is chosen by it: %s", caught)
-        except BigModelError as caught:
+        except Exception as caught:  # the others wait
             error = caught
     processes.all_right(error)
     return replace(config, **processes.same(fields)), outlook
@@ -211,19 +212,31 @@ def outlook_of(
         job = job_of(origin, example=example, **made)
         try:
             return look_out(job, cluster, stated, deepspeed=deepspeed)
-        except NotTriedError:  # what is in a batch may be what a forward decides by
-            tokens = job.tokens_per_sample
+        except NotTriedError as first:  # what is in a batch may be what a forward decides by
+            try:
+                return look_out(
+                    job_of(origin, num_tokens=job.tokens_per_sample, **made), cluster, stated, deepspeed=deepspeed
+                )
+            except NotTriedError:
+                raise first from None
     return look_out(job_of(origin, num_tokens=tokens, **made), cluster, stated, deepspeed=deepspeed)
 
 
 def cluster_here(machine: Machine, processes: Processes, link_bytes_per_s: float | None = None) -> Cluster:
     """What these processes have, on nodes like this machine."""
-    local = min(processes.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    # Where no launcher says, all are taken to be on one host: less is promised to each.
+    local = min(processes.size, int(os.environ.get("LOCAL_WORLD_SIZE", processes.size)))
     if processes.device.type == "cpu":
         machine = replace(machine, accelerators=())
     elif processes.size == 1:  # the one that it computes on
         own = [each for each in machine.accelerators if each.device == str(processes.device)]
         machine = replace(machine, accelerators=tuple(own or machine.accelerators[:1]))
+    elif 0 < len(machine.accelerators) < local:  # each process sees its own alone
+        first = machine.accelerators[0]
+        kind = first.device.partition(":")[0]
+        machine = replace(
+            machine, accelerators=tuple(replace(first, device=f"{kind}:{number}") for number in range(local))
+        )
     network = None if link_bytes_per_s is None else link_bytes_per_s * local
     options = {} if network is None else {"network_bytes_per_s": network}
     return Cluster.of(
@@ -276,6 +289,12 @@ def _kept(config: TrainingConfig, resumes: str | os.PathLike[str] | None, proces
             return {}
         manifest = found[0][1]
     chosen = dict(manifest.get("chosen", {}))
+    if config.strategy not in ("auto", chosen.get("strategy")):  # what is said of another engine
+        for name in _OF_ENGINES:
+            chosen.pop(name, None)
+    each = None if config.global_batch_size is None else -(-config.global_batch_size // processes.size)
+    if each is not None and isinstance(chosen.get("micro_batch_size"), int):
+        chosen["micro_batch_size"] = min(chosen["micro_batch_size"], each)
     if manifest.get("num_processes") != processes.size:
         chosen.pop("micro_batch_size", None)
         chosen.pop("replicas", None)
@@ -312,7 +331,12 @@ def _longest(source: Source | None) -> dict[str, torch.Tensor] | None:
     best: dict[str, torch.Tensor] | None = None
     with draws_kept():
         for place in range(number):
-            batch = source.collate_fn([source.dataset[place * source.num_samples // number]])
+            at = place * (source.num_samples - 1) // max(1, number - 1)  # the first, the last, and between them
+            try:
+                batch = source.collate_fn([source.dataset[at]])
+            except Exception as error:  # what takes no sample alone, or fails later too: not now
+                logger.info("sample %d was not looked at: %s: %s", at, type(error).__name__, error)
+                return None
             if not isinstance(batch, Mapping) or not all(
                 isinstance(each, torch.Tensor) and each.ndim and each.shape[0] == 1 for each in batch.values()
             ):

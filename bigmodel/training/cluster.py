@@ -12,8 +12,8 @@ __all__ = ["Cluster"]
 
 # Of what is free, left to others: what the system, libraries and the forecast's own error take.
 _SPARE = 0.05
-# Between nodes, where nobody stated it: eight links of 100 Gbit/s are usual beside accelerators.
-_NETWORK_BYTES_PER_S = 25e9
+# Between nodes, where nobody stated it: eight links of 100 Gbit/s, all processes of a node together.
+_NETWORK_BYTES_PER_S = 100e9
 # Between processes of one host over gloo: measured on two cores, 32 MiB at a time.
 _GLOO_BYTES_PER_S = 1.0e9
 # What gloo takes to gather and to reduce into parts, over what it takes to send as many bytes in a sum for all: it copies what it
@@ -166,8 +166,16 @@ class Cluster:
         times = _GLOO_REDUCES if self.is_host else 1.0
         return times * num_bytes * (size - 1) / size / self._bytes_per_s(size) if size > 1 else 0.0
 
-    def all_reduce_s(self, num_bytes: float, size: int) -> float:
-        """Seconds until all have all of a sum."""
+    def all_reduce_s(self, num_bytes: float, size: int, *, beside: int = 1) -> float:
+        """Seconds until all have all of a sum.
+
+        Args:
+            beside: neighbours that do the same at the same time, each with others of its place: where a node holds them, what
+                they send leaves it, over one network.
+        """
+        if size > 1 and beside > 1 and size * beside > self.num_per_node:
+            together = min(beside, self.num_per_node)
+            return 2 * num_bytes * (size - 1) / size / min(self.link_bytes_per_s, self.network_bytes_per_s / together)
         return 2 * num_bytes * (size - 1) / size / self._bytes_per_s(size) if size > 1 else 0.0
 
     def _bytes_per_s(self, size: int) -> float:

@@ -25,7 +25,7 @@ _LIBRARIES_BYTES = 64 << 20
 # Of a parameter in a pass of ZeRO-3: gathered for forward and backward, its gradient sent.
 _MESSAGES = 3
 # DeepSpeed's defaults: elements.
-_REDUCED, _PERSISTENT, _MOST_LIVE = 500_000_000, 100_000, 1_000_000_000
+_REDUCED, _MOST_LIVE, _STEPPED = 500_000_000, 1_000_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,10 @@ class Way:
     micro_batch_size: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def parts(self, num_processes: int) -> int:
+        """Into how many parts states are divided: one where each process has all of them."""
+        return 1 if self.strategy in ("single", "ddp") else num_processes // self.replicas
+
     @property
     def is_offloaded(self) -> bool:
         return self.offload_optimizer != "none" or self.offload_params != "none"
@@ -167,15 +171,18 @@ def forecast(job: Job, cluster: Cluster, way: Way) -> Forecast:
     rehearsal = job.rehearsed(way.micro_batch_size, way.checkpoints)
     most = _most(_Sharing(job, cluster, way, rehearsal, num_passes > 1).piles())
     on_host = 0
-    parts = size // way.replicas
+    parts = way.parts(size)
     if way.is_offloaded and not cluster.is_host:
         if way.offload_optimizer != "none":
             on_host += (job.optimizer.state_bytes + 2 * _MASTER * job.num_trained) // parts
-        if way.offload_params != "none":
-            on_host += (job.itemsize * job.num_trained + job.frozen_bytes) // parts
+        if way.offload_params != "none":  # FSDP2 has no copies beside its masters
+            copies = 0 if way.strategy == "fsdp" else job.itemsize * job.num_trained
+            on_host += (copies + job.frozen_bytes) // parts
     seconds = _seconds(job, cluster, way, rehearsal, num_passes)
     # An accelerator computes while others send; on the host all of it takes the same processors.
-    hidden_s = 0.0 if cluster.is_host else min(seconds["passes"], seconds["collectives"] + seconds["transfers"])
+    # ZeRO-1 and 2 send what they reduce and gather in turn with the rest.
+    beside = seconds["transfers"] + (0.0 if way.strategy in ("zero1", "zero2") else seconds["collectives"])
+    hidden_s = 0.0 if cluster.is_host else min(seconds["passes"], beside)
     step_s = sum(seconds.values()) - hidden_s
     return Forecast(
         way=way,
@@ -226,7 +233,7 @@ class _Sharing:
         self._job, self._cluster, self._way, self._rehearsal = job, cluster, way, rehearsal
         self._accumulates = accumulates
         self._size = cluster.num_processes
-        self._parts = self._size // way.replicas
+        self._parts = way.parts(self._size)
         self._is_host = cluster.is_host
 
     def piles(self) -> Iterator[_Pile]:
@@ -260,10 +267,11 @@ class _Sharing:
         """With what an optimizer holds while it steps: of one parameter after the other, or of all at once."""
         job = self._job
         most = job.optimizer.most_bytes
-        if is_flat:  # one parameter, as it sees it
+        if not self._is_host:
+            values = min(job.num_trained, parts * _STEPPED) if is_flat else job.num_trained
+            most = max(0 if is_flat else most, _MASTER * values)
+        elif is_flat:  # one parameter, as it sees it
             most = math.ceil(most / (_MASTER * max(job.sizes.values())) * _MASTER * job.num_trained)
-        elif not self._is_host:
-            most = max(most, _MASTER * job.num_trained)
         return _Pile(pile).add("optimizer", most / parts, block_bytes=math.inf)
 
     def _whole(self) -> Iterator[_Pile]:
@@ -294,8 +302,10 @@ class _Sharing:
         for size in job.sizes.values():
             if not away:
                 full.add("gradients", _MASTER * size / parts)
-        if self._accumulates:
-            pile = full
+        if self._accumulates:  # whole, where the passes compute, until the last one reduces them
+            pile = _Pile(pile)
+            for size in job.sizes.values():
+                pile.add("gradients", _MASTER * size)
         last = len(job.groups) - 1
         is_copied = parts > 1 or job.itemsize < _MASTER
         kept = {last, *range(last - job.num_tail, last)}
@@ -310,7 +320,8 @@ class _Sharing:
             for number in numbers if is_copied else ():
                 for name in names[number]:
                     pile.add("gathered", job.itemsize * job.sizes[name])
-                pile.add("gathered", job.groups[number].frozen_bytes, block_bytes=math.inf)
+                if parts > 1:  # where each has all of them, what is frozen computes as it is
+                    pile.add("gathered", job.groups[number].frozen_bytes, block_bytes=math.inf)
             return pile
 
         def pieces(pile: _Pile, number: int) -> _Pile:
@@ -359,7 +370,9 @@ class _Sharing:
         job, size = self._job, self._size
         total, copies = _MASTER * job.num_trained, job.itemsize * job.num_trained
         options = self._way.options
-        bucket = min(int(options.get("reduce_bucket_size", _REDUCED)), job.num_trained)
+        bucket = int(options.get("reduce_bucket_size", _REDUCED))
+        if self._is_host:  # what is never touched is not there
+            bucket = min(bucket, job.num_trained)
         away = not self._is_host and self._way.offload_optimizer != "none"
         own = (copies + job.frozen_bytes) / (size if stage == 3 else 1)
         if stage == 3 and not self._is_host and self._way.offload_params != "none":
@@ -367,27 +380,33 @@ class _Sharing:
         shard = 0 if away else total / size
         pile = self._base(own + shard, 0 if away else job.optimizer.state_bytes / size)
         if stage == 3:
-            live = min(int(options.get("stage3_max_live_parameters", _MOST_LIVE)), job.num_trained)
+            share = _live(job, self._way)
             for each in job.sizes.values():
-                pile.add("gathered", job.itemsize * each * live / job.num_trained, block_bytes=job.itemsize * each)
+                pile.add("gathered", share * job.itemsize * each, block_bytes=job.itemsize * each)
+            pile.add("gathered", share * job.frozen_bytes, block_bytes=math.inf)
         full = _Pile(pile).add("gradients", shard, block_bytes=math.inf)
-        buffers = job.itemsize * bucket
-        keeps = stage == 3 or self._accumulates
+        if stage == 1 and job.itemsize < _MASTER and self._way.offload_optimizer == "none":
+            # DeepSpeed's other optimizer: sums of the whole model in float32, beside gradients in the dtype that computes.
+            pile = _Pile(pile).add("gradients", total + copies, block_bytes=math.inf)
+            full = pile
+        buffers = (job.itemsize + (_MASTER if job.itemsize < _MASTER else 0)) * bucket  # sent in float32
+        keeps = stage == 3 or self._accumulates or full is pile
         done = 0
         for moment in self._rehearsal.moments:
             now = _Pile(full if keeps else pile)
             if not keeps:
                 now.add("gradients", min(done / size, shard), block_bytes=math.inf)
-            yield self._until(now.add("buckets", min(done * job.itemsize / _MASTER, buffers)), moment)
+            touched = min(done * job.itemsize / _MASTER, buffers) if self._is_host else buffers
+            yield self._until(now.add("buckets", touched), moment)
             done += _MASTER * job.sizes[moment.name]
         yield _Pile(full).add("buckets", buffers * (1 + self._cluster.copies_collectives))
-        if stage < 3:  # what was averaged is put together for the step
+        if stage < 3 and self._is_host:  # what was averaged is put together for the step
             full = _Pile(full).add("gradients", shard, block_bytes=math.inf)
         yield full if away else self._stepping(full, size, is_flat=True)
 
 
 def _seconds(job: Job, cluster: Cluster, way: Way, rehearsal: Rehearsal, num_passes: int) -> dict[str, float]:
-    size, parts = cluster.num_processes, cluster.num_processes // way.replicas
+    size, parts = cluster.num_processes, way.parts(cluster.num_processes)
     passes = num_passes * cluster.compute_s(rehearsal.work)
     is_whole = way.strategy in ("single", "ddp")
     on_host = way.offload_optimizer != "none"
@@ -410,12 +429,16 @@ def _seconds(job: Job, cluster: Cluster, way: Way, rehearsal: Rehearsal, num_pas
         copied = cluster.copy_s((2 * gathers * weights + values) if parts > 1 else 0.0)
         sent = gathers * cluster.gather_s(weights, parts) + cluster.reduce_s(values, parts) + copied
         if way.replicas > 1:
-            sent += cluster.all_reduce_s(values / parts, way.replicas)
+            sent += cluster.all_reduce_s(values / parts, way.replicas, beside=parts)
     elif size > 1:
         stage = int(way.strategy[-1])
         reduces = 1 if stage == 1 else num_passes
-        gathers = num_passes * (1 if _stays_gathered(job, way) else 2) if stage == 3 else 1
-        sent = gathers * cluster.gather_s(weights, size) + reduces * cluster.reduce_s(values, size)
+        gathers = num_passes * (1 if _live(job, way) == 1.0 else 2) if stage == 3 else 1
+        gathered = weights if stage == 3 else copies  # what is frozen is whole
+        sent = gathers * cluster.gather_s(gathered, size)
+        # ZeRO-1 and 2 make the sum whole everywhere, and keep their part.
+        reduce_s = cluster.reduce_s if stage == 3 or cluster.is_host else cluster.all_reduce_s
+        sent += reduces * reduce_s(values, size)
         # Into buckets, apart, and together for the step; ZeRO-3 parameter by parameter.
         sent += cluster.copy_s((5 if stage == 3 else 3) * values)
         if stage == 3:
@@ -423,13 +446,16 @@ def _seconds(job: Job, cluster: Cluster, way: Way, rehearsal: Rehearsal, num_pas
     seconds["collectives"] = sent
     moved = 0.0
     if not cluster.is_host:
-        if way.offload_params != "none":  # to the device for forward and for backward
-            moved += 2 * num_passes * weights / parts
-        if on_host:  # gradients there, values back
-            moved += num_passes * values / parts + copies / parts
+        is_fsdp = way.strategy == "fsdp"
+        if way.offload_params != "none":  # to the device for forward and for backward; FSDP2's are cast there
+            moved += 2 * num_passes * ((values + job.frozen_bytes) if is_fsdp else weights) / parts
+        if on_host:  # gradients there, and ZeRO's values back
+            moved += (1 if is_fsdp else num_passes) * values / parts + (0 if is_fsdp else copies / parts)
     seconds["transfers"] = moved / cluster.h2d_bytes_per_s
     return seconds
 
 
-def _stays_gathered(job: Job, way: Way) -> bool:
-    return job.num_trained <= int(way.options.get("stage3_max_live_parameters", _MOST_LIVE))
+def _live(job: Job, way: Way) -> float:
+    """The share of weights that ZeRO-3 keeps gathered at once, frozen ones among them."""
+    number = job.num_trained + job.frozen_bytes / job.itemsize
+    return min(1.0, int(way.options.get("stage3_max_live_parameters", _MOST_LIVE)) / max(1, number))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bigmodel.device_map.counter import NotTriedError
 from bigmodel.errors import DoesNotFitError
 from bigmodel.training.cluster import Cluster
 from bigmodel.training.config import TrainingConfig
@@ -19,12 +20,14 @@ __all__ = ["Outlook", "has_deepspeed", "look_out"]
 
 # One way is not preferred to a simpler one for less.
 _WORTH = 0.02
+# Samples of a pass up to which each number is tried.
+_SMALL = 8
 _SIMPLEST = ("single", "ddp", "fsdp", "zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """What each way would take, fastest first among those that fit, and then by what they need.
+    """What each way would take, fastest first among those that fit without offloading, then with it, then by what they need.
 
     Attributes:
         forecasts: at least one.
@@ -146,7 +149,11 @@ class Outlook:
         slower = [each for each in others if each.fits]
         if slower:
             times = chosen.tokens_per_s / slower[0].tokens_per_s
-            text += f"; the next, {slower[0].way.title}, has {1 / times:.0%} of its tokens/s"
+            text += (
+                f"; the next, {slower[0].way.title}, has {1 / times:.0%} of its tokens/s"
+                if times >= 1
+                else f"; {slower[0].way.title} is no more than {1 / times - 1:.0%} faster, and less simple"
+            )
         binding = max(chosen.seconds_by_kind.items(), key=lambda each: each[1])
         return f"{text}; most of a step is {binding[0]}"
 
@@ -158,13 +165,28 @@ def look_out(job: Job, cluster: Cluster, config: TrainingConfig, *, deepspeed: b
         job, cluster: of which.
         config: what it states is kept; what is "auto" is tried.
         deepspeed: whether ZeRO can be had; whether it is installed here if None.
+
+    Raises:
+        NotTriedError: no way is left, or the model cannot be tried.
     """
     is_there = has_deepspeed() if deepspeed is None else deepspeed
     found = [forecast(job, cluster, way) for way in _ways(job, cluster, config, is_there)]
-    fitting = sorted((each for each in found if each.fits), key=lambda each: -each.tokens_per_s)
+    if not found:
+        raise NotTriedError(
+            "of the engines that the configuration leaves open none takes this model (parameters without a dimension, or "
+            "without a gradient)"
+        )
+    # What is offloaded is for what does not fit otherwise: that all of it hides behind passes is hoped for, not known.
+    fitting = sorted(
+        (each for each in found if each.fits), key=lambda each: (each.way.is_offloaded, -each.tokens_per_s)
+    )
     if fitting:  # the simplest of those that are about as fast
-        best = fitting[0].tokens_per_s
-        close = [each for each in fitting if each.tokens_per_s >= best / (1 + _WORTH)]
+        best = fitting[0]
+        close = [
+            each
+            for each in fitting
+            if each.tokens_per_s >= best.tokens_per_s / (1 + _WORTH) and each.way.is_offloaded == best.way.is_offloaded
+        ]
         first = min(close, key=_complexity)
         fitting.remove(first)
         fitting.insert(0, first)
@@ -194,7 +216,7 @@ def _ways(job: Job, cluster: Cluster, config: TrainingConfig, deepspeed: bool) -
             strategies, zero = ["fsdp"], []
         elif deepspeed and not (config.precision == "fp16" and cluster.is_host):
             strategies = [*strategies, *zero]
-    if is_auto and _is_about_parts(config):
+    if is_auto and _is_about_parts(config, cluster):
         strategies = ["fsdp"]
     if is_auto and not _is_whole(job, config):
         strategies = [each for each in strategies if each != "ddp"]  # it waits for every gradient
@@ -215,7 +237,7 @@ def _ways(job: Job, cluster: Cluster, config: TrainingConfig, deepspeed: bool) -
 
 def _shapes(strategy: str, cluster: Cluster, config: TrainingConfig, is_auto: bool) -> list[dict[str, Any]]:
     """What else a strategy leaves open."""
-    if not is_auto or _is_about_parts(config):
+    if not is_auto or _is_about_parts(config, cluster):
         fields = ("reshard_after_forward", "replicas", "offload_optimizer", "offload_params")
         return [{name: getattr(config, name) for name in fields}]
     size, offloads = cluster.num_processes, not cluster.is_host
@@ -226,7 +248,7 @@ def _shapes(strategy: str, cluster: Cluster, config: TrainingConfig, is_auto: bo
             found += [{}, {"reshard_after_forward": False}]
             if cluster.num_nodes > 1 and cluster.num_per_node > 1:
                 found += [{"replicas": cluster.num_nodes}]
-        return found + ([both] if offloads else [])
+        return (found + ([both] if offloads else [])) or [{}]
     if strategy.startswith("zero"):
         found += [{}] if size > 1 else []
         found += [{"offload_optimizer": "cpu"}] if offloads else []
@@ -234,8 +256,10 @@ def _shapes(strategy: str, cluster: Cluster, config: TrainingConfig, is_auto: bo
     return [{}]
 
 
-def _is_about_parts(config: TrainingConfig) -> bool:
+def _is_about_parts(config: TrainingConfig, cluster: Cluster) -> bool:
     """Whether it states what only FSDP2 has."""
+    if cluster.num_processes == 1 and cluster.is_host:
+        return False
     return config.replicas > 1 or not config.reshard_after_forward or config.reduce_dtype is not None
 
 
@@ -249,8 +273,13 @@ def _micro_batch_sizes(job: Job, size: int, config: TrainingConfig) -> list[int]
     if isinstance(config.micro_batch_size, int):
         return [config.micro_batch_size]
     each = -(-job.global_batch_size // size)
-    # Of sizes that give as many passes the smallest does.
-    return sorted({-(-each // number) for number in range(1, each + 1)})
+    # Of sizes that give as many passes the smallest does; of large ones about every other.
+    sizes = sorted({-(-each // number) for number in range(1, min(each, 4096) + 1)} | {1})
+    found: list[int] = []
+    for size in sizes:
+        if size <= _SMALL or size == sizes[-1] or size >= 1.5 * found[-1]:
+            found.append(size)
+    return found
 
 
 def _complexity(each: Forecast) -> tuple[bool, int, bool, bool, int]:

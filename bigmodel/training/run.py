@@ -192,6 +192,8 @@ class TrainingRun(Collectives):
                 )
             named[kind] = each
         order += [kind for kind in named if named[kind] is not None and kind not in order]
+        if resumes is not None and not isinstance(resumes, (str, os.PathLike)):
+            raise InvalidArgumentError(f"resumes is a {type(resumes).__name__}. Give the folder of a checkpoint.")
         if named["model"] is None:
             raise InvalidArgumentError("There is no model to train. Give a folder, a Hub repo id or a module.")
         loaded, skips = None, self.config.skip_samples
@@ -216,7 +218,13 @@ class TrainingRun(Collectives):
                 source=loaded,
                 optimizer=named["optimizer"],
             )
-        if not origin.streams and stays_open(self.config, self.processes, of_loader):
+        opens = not origin.streams and stays_open(self.config, self.processes, of_loader)
+        if len(set(self.processes.gathered((opens, self.config.strategy)))) > 1:
+            raise InvalidArgumentError(
+                "Processes were given different configurations: some leave the strategy or micro_batch_size open, others do not. "
+                "Give all of them the same."
+            )
+        if opens:
             self.config, self._outlook = decide(
                 self.config,
                 origin,
@@ -225,6 +233,8 @@ class TrainingRun(Collectives):
                 optimizer=named["optimizer"],
                 resumes=resumes,
             )
+            if self._outlook is None and resumes is not None and self.config.strategy != asked.strategy:
+                asked = self.config  # as another run chose
             self._make_engine = engine_of(self.config, self.processes)
         micro = self._micro_batch_size(of_loader)
         together = self.config.global_batch_size or micro * self.processes.size

@@ -309,8 +309,13 @@ class Sharded(Engine):
             home = torch.device("cpu")
         if processes.size > 1:
             refuse_scalars(origin.module, "FSDP2", 'strategy="ddp" with precision="fp32", or "zero3"')
-        scalars = {each for each in origin.module.parameters() if not each.ndim}
-        options["ignored_params"] = scalars
+        # What is frozen and held whole computes as it is: a second copy would be one of the whole base under adapters.
+        is_whole = processes.size == replicas
+        options["ignored_params"] = {
+            each
+            for each in origin.module.parameters()
+            if not each.ndim or (is_whole and not each.requires_grad and each.dtype == dtype)
+        }
         names = {module: name for name, module in origin.module.named_modules()}
         units = [names[module] for module in origin.groups(config.engine_options.get("units"))]
         in_float8: list[str] = []

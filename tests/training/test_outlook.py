@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import bigmodel
 from bigmodel.cli import app
+from bigmodel.device_map.counter import NotTriedError
 from bigmodel.device_map.rates import Rates
 from bigmodel.errors import DoesNotFitError
 from bigmodel.training import TrainingConfig, TrainingRun
@@ -162,6 +163,52 @@ def test_accelerators_may_offload_and_nodes_may_hold_copies(folder):
     assert away.host_bytes >= 16 * alone.job.num_trained * 0.9
     assert away.seconds_by_kind["transfers"] > near.seconds_by_kind["transfers"] == 0
     assert away.hidden_s <= away.seconds_by_kind["transfers"]
+
+
+def test_in_bfloat16_ddp_holds_all_of_the_masters_and_passes_before_the_last_all_gradients(folder):
+    config = TrainingConfig(precision="bf16", global_batch_size=64, micro_batch_size=1)
+    found = {each.way.title: each for each in outlook(folder, accelerators(8), config).forecasts}
+    values = 4 * outlook(folder, accelerators(8), config).job.num_trained
+    assert found["ddp"].bytes_by_kind["parameters"] >= values
+    assert found["ddp"].bytes_by_kind["optimizer"] >= 2 * values
+    assert found["fsdp"].bytes_by_kind["parameters"] == pytest.approx(1.05 * values / 8, rel=0.01)
+    assert found["fsdp"].bytes_by_kind["gradients"] >= values  # eight passes
+    assert found["zero1"].bytes_by_kind["gradients"] >= values  # DeepSpeed's sums of the whole
+
+
+def test_recomputed_units_fill_no_cache(folder):
+    inputs = {name: torch.ones(1, 12, dtype=torch.int64) for name in ("input_ids", "attention_mask", "labels")}
+    job = job_of(Origin.of(folder), precision="fp32", global_batch_size=8, example=inputs)
+    plain, again = (job.rehearsed(1, on) for on in (False, True))
+    assert max(m.highest_bytes for m in again.moments) < max(m.highest_bytes for m in plain.moments)
+
+
+def test_experts_can_be_tried(tmp_path):
+    from families import make_checkpoint
+
+    origin = Origin.of(make_checkpoint("mixtral", tmp_path))
+    job = job_of(origin, precision="fp32", global_batch_size=2, num_tokens=32)
+    assert {each.name for each in job.rehearsed(1, False).moments} == set(job.sizes)
+
+
+def test_no_way_and_no_sample_leave_what_was_before(folder):
+    def pairs(samples):
+        assert len(samples) > 1
+        return torch.utils.data.default_collate(samples)
+
+    run = TrainingRun(TrainingConfig(precision="fp32", global_batch_size=8))
+    run.prepare(model=folder, optimizer=torch.optim.AdamW, data=Sentences(), collate_fn=pairs)
+    assert run.config.micro_batch_size in (1, 2, 3, 4, 8)  # of samples that are made up
+    scalar = Origin.of(folder)
+    scalar.module.register_parameter("scale", torch.nn.Parameter(torch.empty((), device="meta")))
+    with pytest.raises(NotTriedError, match="none takes this model"):
+        outlook_of(TrainingConfig(precision="fp32"), scalar, cluster(), num_tokens=64, deepspeed=False)
+
+
+def test_nodes_of_copies_send_over_the_network():
+    where = accelerators(8, num_nodes=4, network_bytes_per_s=1e11)
+    assert where.all_reduce_s(1e9, 4, beside=8) == pytest.approx(2 * 1e9 * 3 / 4 / (1e11 / 8))
+    assert where.all_reduce_s(1e9, 4) < where.all_reduce_s(1e9, 4, beside=8)
 
 
 def test_a_model_whose_backward_leaves_something_out_is_not_given_to_ddp(tmp_path):
