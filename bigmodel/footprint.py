@@ -16,6 +16,7 @@ __all__ = [
     "bound_heap",
     "bound_product_cache",
     "footprint_bytes",
+    "trim_heap",
     "use_huge_pages",
 ]
 
@@ -26,6 +27,7 @@ MAPPED_BYTES = 4 << 20
 """Of the smallest block that malloc maps by itself after `bound_heap`."""
 # <malloc.h>
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_WORTH_BYTES = 64 << 20
 PERIOD_S = 0.005
 """Between two samples; one costs about 30 us."""
 
@@ -89,7 +91,7 @@ def bound_product_cache() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRODUCTS_KEPT))
 
 
-def bound_heap() -> None:
+def bound_heap() -> bool:
     """Have malloc map blocks of 4 MiB and more one by one, so that each goes back when it is freed.
 
     glibc raises that bound to the largest block that was freed, up to 32 MiB, and serves what is smaller from a heap. There
@@ -98,18 +100,57 @@ def bound_heap() -> None:
     without it (five runs of either). What is mapped anew costs time, less with `use_huge_pages`: how much is within what a shared
     machine's steps vary by.
 
-    For the whole process. It does nothing where the user set glibc's own variables, or where malloc is another one.
+    For the whole process. It does nothing where the user set glibc's own variables, or where malloc is another one: then False.
 
     Source: mallopt(3).
     """
     if sys.platform != "linux":
-        return
+        return False
     if "MALLOC_MMAP_THRESHOLD_" in os.environ or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
-        return
+        return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_TRIM_THRESHOLD, MAPPED_BYTES)
-        mallopt(_MMAP_THRESHOLD, MAPPED_BYTES)
+    if mallopt is None:
+        return False
+    mallopt(_TRIM_THRESHOLD, MAPPED_BYTES)
+    mallopt(_MMAP_THRESHOLD, MAPPED_BYTES)
+    return True
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+def trim_heap() -> None:
+    """Give the pages of malloc's heap back in which nothing lies, where they are more than 64 MiB.
+
+    Between an optimizer's states and gradients that are made again the heap keeps what is free, and more of it from step to step:
+    after four steps of 135 million parameters in float32 a process of FSDP2 (4 samples of 256 tokens) peaked at 3366 MiB, and at
+    3080 MiB with this after each step; one of DDP (1 sample, recomputed) at 3177 and 2907 MiB. It takes up to 0.1 s of a step
+    of seconds.
+
+    Source: malloc_trim(3), mallinfo(3); it does nothing where malloc is not glibc's (2.33).
+    """
+    library = ctypes.CDLL(None)
+    found, trim = getattr(library, "mallinfo2", None), getattr(library, "malloc_trim", None)
+    if found is None or trim is None:
+        return
+    found.restype = _Mallinfo
+    if found().fordblks >= _WORTH_BYTES:
+        trim(0)
 
 
 def use_huge_pages() -> None:

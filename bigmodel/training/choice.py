@@ -110,7 +110,9 @@ def stays_open(config: TrainingConfig, processes: Processes, of_loader: int | No
     Args:
         of_loader: samples of a pass, where a DataLoader of the user's says.
     """
-    if config.strategy == "auto" and (processes.size > 1 or processes.device.type != "cpu"):
+    if config.strategy == "auto" and (
+        processes.size > 1 or processes.device.type != "cpu" or config.nvme_folder is not None
+    ):
         return True
     return config.micro_batch_size == "auto" and of_loader is None and config.global_batch_size is not None
 
@@ -141,10 +143,16 @@ def decide(
         DoesNotFitError: nothing that it leaves open fits.
     """
     link = _link_bytes_per_s(processes)
-    own = processes.gathered(_cluster(processes, link))
+    here: Cluster | None = None
+    error: BaseException | None = None
+    try:
+        here = cluster_here(Machine.probe(config.nvme_folder), processes, link, nvme_folder=config.nvme_folder)
+    except Exception as caught:  # the others wait
+        error = caught
+    processes.all_right(error)
+    own: list[Cluster] = processes.gathered(here)
     fields: dict[str, Any] = {}
     outlook: Outlook | None = None
-    error: BaseException | None = None
     if processes.is_main:
         try:
             fields = _kept(config, resumes, processes)
@@ -168,11 +176,19 @@ def decide(
                 fields = _fields(outlook.take(), config, of_loader)
                 logger.info("%s", outlook.explain())
         except NotTriedError as caught:
-            logger.info("what a step takes could not be tried, and nothing is chosen by it: %s", caught)
+            logger.warning(
+                "What a step takes could not be tried, and nothing is chosen by it: the strategy is %s, a pass has the samples "
+                "that are stated, or one. Why: %s",
+                config.strategy if config.strategy != "auto" else ("single" if processes.size == 1 else "fsdp"),
+                caught,
+            )
         except Exception as caught:  # the others wait
             error = caught
     processes.all_right(error)
-    return replace(config, **processes.same(fields)), outlook
+    fields = processes.same(fields)
+    if "nvme" not in [fields.get(name, getattr(config, name)) for name in ("offload_optimizer", "offload_params")]:
+        fields = {**fields, "nvme_folder": None}
+    return replace(config, **fields), outlook
 
 
 def outlook_of(
@@ -222,8 +238,22 @@ def outlook_of(
     return look_out(job_of(origin, num_tokens=tokens, **made), cluster, stated, deepspeed=deepspeed)
 
 
-def cluster_here(machine: Machine, processes: Processes, link_bytes_per_s: float | None = None) -> Cluster:
-    """What these processes have, on nodes like this machine."""
+def cluster_here(
+    machine: Machine,
+    processes: Processes,
+    link_bytes_per_s: float | None = None,
+    *,
+    nvme_folder: str | os.PathLike[str] | None = None,
+    disk_rates: tuple[float, float] | None = None,
+) -> Cluster:
+    """What these processes have, on nodes like this machine.
+
+    Args:
+        machine: its disk is the one that would be written to.
+        link_bytes_per_s: as it was measured; a default if None.
+        nvme_folder: None where nothing may be written.
+        disk_rates: of reads and writes, as it was measured; the machine's, of another folder, if None.
+    """
     # Where no launcher says, all are taken to be on one host: less is promised to each.
     local = min(processes.size, int(os.environ.get("LOCAL_WORLD_SIZE", processes.size)))
     if processes.device.type == "cpu":
@@ -239,17 +269,16 @@ def cluster_here(machine: Machine, processes: Processes, link_bytes_per_s: float
         )
     network = None if link_bytes_per_s is None else link_bytes_per_s * local
     options = {} if network is None else {"network_bytes_per_s": network}
-    return Cluster.of(
+    found = Cluster.of(
         machine,
         num_nodes=max(1, processes.size // local),
         num_per_node=local,
         link_bytes_per_s=link_bytes_per_s,
         **options,
     )
-
-
-def _cluster(processes: Processes, link_bytes_per_s: float | None) -> Cluster:
-    return cluster_here(Machine.probe(), processes, link_bytes_per_s)
+    if disk_rates is not None:
+        found = replace(found, disk_read_bytes_per_s=disk_rates[0], disk_write_bytes_per_s=disk_rates[1])
+    return found if nvme_folder is not None else replace(found, disk_limit_bytes=0)
 
 
 def _link_bytes_per_s(processes: Processes) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from bigmodel.device_map.machine import Machine
 from bigmodel.device_map.rates import Rates, Work
@@ -21,6 +22,8 @@ _GLOO_BYTES_PER_S = 1.0e9
 _GLOO_GATHERS, _GLOO_REDUCES = 2.2, 3.6
 # Of one collective, Python and hooks of DeepSpeed included.
 _GLOO_MESSAGE_S, _DEVICE_MESSAGE_S = 2.5e-3, 2e-5
+# Writes of a disk, over its reads, where nobody measured them.
+_WRITES = 0.5
 # Of blocks and what their allocator adds: see `Forecast`.
 _HOST_ALLOCATED, _DEVICE_ALLOCATED = 1.02, 1.05
 
@@ -39,6 +42,9 @@ class Cluster:
         link_bytes_per_s: from one process to another of the same node.
         network_bytes_per_s: from one node to another, of all its processes together.
         h2d_bytes_per_s: from host memory to the device, of each process when all copy.
+        disk_read_bytes_per_s, disk_write_bytes_per_s: of each process when all do, past the page cache; None for half the
+            reads.
+        disk_limit_bytes: that one process may keep on its machine's disk; 0 where none is used.
         wasted_bytes: of larger devices, that equal parts leave unused on a node.
         name: of the machine.
     """
@@ -53,6 +59,9 @@ class Cluster:
     link_bytes_per_s: float = _GLOO_BYTES_PER_S
     network_bytes_per_s: float = _NETWORK_BYTES_PER_S
     h2d_bytes_per_s: float = 20e9
+    disk_read_bytes_per_s: float = 2e9
+    disk_write_bytes_per_s: float | None = None
+    disk_limit_bytes: int = 0
     wasted_bytes: int = 0
     name: str = ""
 
@@ -84,6 +93,10 @@ class Cluster:
                 f"{number} processes on a node, and {machine.name!r} has {len(accelerators)} accelerators. Give at most as many."
             )
         host = int(machine.host_bytes * (1 - _SPARE)) // number
+        disk: dict[str, Any] = {
+            "disk_read_bytes_per_s": machine.disk_read_bytes_per_s / number,
+            "disk_limit_bytes": int(machine.disk_bytes * (1 - _SPARE)) // number,
+        }
         if not accelerators:
             return cls(
                 rates=machine.host_rates,
@@ -95,6 +108,7 @@ class Cluster:
                 link_bytes_per_s=link_bytes_per_s or _GLOO_BYTES_PER_S,
                 network_bytes_per_s=network_bytes_per_s,
                 name=machine.name,
+                **disk,
             )
         used = accelerators[:number]
         least = min(each.memory_bytes for each in used)
@@ -113,6 +127,7 @@ class Cluster:
             h2d_bytes_per_s=min(links, machine.h2d_bytes_per_s_all / number),
             wasted_bytes=sum(each.memory_bytes - least for each in used),
             name=machine.name,
+            **disk,
         )
 
     @property
@@ -128,6 +143,11 @@ class Cluster:
     def allocated(self) -> float:
         """What an allocator takes for a byte that is asked for."""
         return _HOST_ALLOCATED if self.is_host else _DEVICE_ALLOCATED
+
+    def disk_s(self, read_bytes: float, written_bytes: float) -> float:
+        """Seconds of reads and writes of each process, one after the other."""
+        writes = self.disk_write_bytes_per_s or _WRITES * self.disk_read_bytes_per_s
+        return read_bytes / self.disk_read_bytes_per_s + written_bytes / writes
 
     def compute_s(self, work: Work) -> float:
         """Seconds of work where a process computes; on the host its processors are shared."""

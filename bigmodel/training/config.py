@@ -17,7 +17,7 @@ from bigmodel.training.foreign import fields_of, owned_by_deepspeed, read_file, 
 __all__ = ["DTYPES", "OFFLOADS", "PRECISIONS", "STRATEGIES", "TrainingConfig"]
 
 STRATEGIES = ("auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3")
-OFFLOADS = ("none", "cpu")
+OFFLOADS = ("none", "cpu", "nvme")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = {**DTYPES, "fp8": torch.bfloat16}
 """The dtype that passes compute in, of which "fp8" rounds the products' factors further; masters of what is trained are
@@ -57,9 +57,12 @@ class TrainingConfig:
             of its backend. Losses differ in last bits, and the first passes take the compiler's time (on the host it needs g++).
             Not with "zero3", whose hooks fetch weights inside of units.
         offload_optimizer: where the optimizer's state lies, with the masters that it steps: "none", where the model computes, or
-            "cpu", in host memory, and the step is computed there. "fsdp" has it with `offload_params`, "zero1" to "zero3" by
-            itself.
-        offload_params: where parameters lie between passes: the same. "fsdp" has it with `offload_optimizer`, "zero3" by itself.
+            "cpu", in host memory, and the step is computed there; or "nvme", in files of `nvme_folder`, from which it comes there
+            a range at a time. "fsdp" has "cpu" with `offload_params`, "zero1" and "zero2" "cpu", "zero3" either, by itself.
+        offload_params: where parameters lie between passes: the same. "fsdp" has "cpu" with `offload_optimizer`, "zero3" either,
+            by itself.
+        nvme_folder: of "nvme", on a fast local disk: each process makes a folder of its own there, and removes it at its end.
+            Tensors below 1 MiB stay in host memory. DeepSpeed compiles its reader at the first use (g++ and libaio's headers).
         reduce_dtype: in which gradients are summed over processes: "fp32", or "bf16" or "fp16", which sums micro-batches
             in it too; None for "fp32".
         engine_options: of "zero1" to "zero3": settings of a DeepSpeed JSON that no other field says; of "fsdp": `prefetch`, how
@@ -84,6 +87,7 @@ class TrainingConfig:
     compile_blocks: bool | str = False
     offload_optimizer: str = "none"
     offload_params: str = "none"
+    nvme_folder: str | os.PathLike[str] | None = None
     reduce_dtype: str | None = None
     find_unused_parameters: bool = False
     engine_options: Mapping[str, Any] = field(default_factory=dict)
@@ -180,6 +184,20 @@ class TrainingConfig:
         if self.strategy in ("zero1", "zero2") and self.offload_params != "none":
             raise InvalidArgumentError(
                 f'{told}, and strategy="{self.strategy}" offloads the optimizer alone. Give strategy="zero3".'
+            )
+        on_disk = "nvme" in asked.values()
+        if on_disk and self.strategy != "zero3":
+            raise InvalidArgumentError(
+                f'{told}, and strategy="{self.strategy}" offloads to "cpu" alone. Give that, or strategy="zero3".'
+            )
+        if on_disk and self.nvme_folder is None:
+            raise InvalidArgumentError(f"{told}, and there is no nvme_folder. Give a folder on a fast local disk.")
+        if self.nvme_folder is not None and not isinstance(self.nvme_folder, (str, os.PathLike)):
+            raise InvalidArgumentError(f"nvme_folder is {shown(self.nvme_folder)}. Give a folder, or None.")
+        if self.nvme_folder is not None and not on_disk and self.strategy != "auto":
+            raise InvalidArgumentError(
+                f"nvme_folder is {shown(self.nvme_folder)}, and nothing is offloaded there. Leave it out, or give "
+                'offload_optimizer="nvme".'
             )
 
     def _refuse_options(self) -> None:

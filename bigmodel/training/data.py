@@ -153,6 +153,7 @@ class GlobalLoader:
 
     Attributes:
         cursor: where the next global batch begins.
+        division: of a global batch.
         is_last: whether the micro-batch that was given last is the last of its global batch.
         is_touched: whether there are gradients of a global batch that was not stepped; set by who makes them.
         number: of the micro-batch that was given last, in its global batch.
@@ -177,7 +178,7 @@ class GlobalLoader:
         self.is_touched = False
         self.number, self.counted = 0, [0] * division.num_processes
         self.given_at = -1
-        self._source, self._division = source, division
+        self._source, self.division = source, division
         self._drop_last, self._begin = drop_last, begin
         self._pass = 0  # whose iterator may give batches
         self._given = 0  # samples of the global batch under way
@@ -186,7 +187,7 @@ class GlobalLoader:
         """Micro-batches of an epoch; TypeError where that is not known before its end."""
         if not self.cursor.num_samples:
             raise TypeError("how many samples an iterable dataset has is not known before its end")
-        division = self._division
+        division = self.division
         full, rest = divmod(self.cursor.num_samples, division.global_batch_size)
         count = full * len(division.passes(range(division.global_batch_size)))
         return count + (len(division.passes(range(rest))) if rest and not self._drop_last else 0)
@@ -248,7 +249,7 @@ class GlobalLoader:
         self.refuse_inside("begin a pass over the data")
         self._pass += 1
         self._given = 0  # what was only looked at comes again
-        own, division = self._pass, self._division
+        own, division = self._pass, self.division
         first = next(batches := self._source.global_batches(self.cursor, division, self._drop_last), None)
         if first is None and self.cursor.num_consumed:
             self._next_epoch()

@@ -24,6 +24,10 @@ _MASTER = 4  # bytes of a value that is trained
 _LIBRARIES_BYTES = 64 << 20
 # Of a parameter in a pass of ZeRO-3: gathered for forward and backward, its gradient sent.
 _MESSAGES = 3
+# What ZeRO leaves in memory of what it keeps on a disk: tensors below that, and buffers.
+_SWAPPED_BYTES = 1 << 20
+NUM_SWAPPED, NUM_SWAP_BUFFERS = 32 << 20, 16
+"""Of ZeRO's values on a disk: how many are in memory at once for a step, and of how many parameters for passes."""
 # DeepSpeed's defaults: elements.
 _REDUCED, _MOST_LIVE, _STEPPED = 500_000_000, 1_000_000_000, 1_000_000_000
 
@@ -107,6 +111,10 @@ class Way:
         return 1 if self.strategy in ("single", "ddp") else num_processes // self.replicas
 
     @property
+    def is_on_disk(self) -> bool:
+        return "nvme" in (self.offload_optimizer, self.offload_params)
+
+    @property
     def is_offloaded(self) -> bool:
         return self.offload_optimizer != "none" or self.offload_params != "none"
 
@@ -118,11 +126,11 @@ class Way:
             parts.append("kept")
         if self.replicas > 1:
             parts.append(f"{self.replicas} replicas")
-        where = {self.offload_params, self.offload_optimizer} - {"none"}
-        if where:
-            what = "all" if self.offload_params != "none" and self.offload_optimizer != "none" else "optimizer"
-            what = "parameters" if self.offload_optimizer == "none" else what
-            parts.append(f"{what} on {'/'.join(sorted(where))}")
+        if self.is_offloaded and self.offload_params == self.offload_optimizer:
+            parts.append(f"all on {self.offload_params}")
+        elif self.is_offloaded:
+            asked = (("parameters", self.offload_params), ("optimizer", self.offload_optimizer))
+            parts += [f"{what} on {where}" for what, where in asked if where != "none"]
         return ", ".join(parts)
 
 
@@ -133,21 +141,24 @@ class Forecast:
     Attributes:
         way: it.
         bytes_by_kind: kind -> bytes of one process, where it computes, when it holds most.
-        host_bytes: that one process has offloaded.
-        seconds_by_kind: "passes", "optimizer", "collectives", "transfers" -> seconds of an optimizer step.
-        hidden_s: of the last two, what goes on while passes compute.
+        host_bytes: that one process has offloaded to its host's memory.
+        disk_bytes: that it has on a disk.
+        seconds_by_kind: "passes", "optimizer", "collectives", "transfers", "disk" -> seconds of an optimizer step.
+        hidden_s: of collectives and transfers, what goes on while passes compute.
         tokens_per_s: of all processes.
-        limit_bytes, host_limit_bytes: what one process may use, where it computes and on its host.
+        limit_bytes, host_limit_bytes, disk_limit_bytes: what one process may use, where it computes, on its host and on a disk.
     """
 
     way: Way
     bytes_by_kind: Mapping[str, int]
     host_bytes: int
+    disk_bytes: int
     seconds_by_kind: Mapping[str, float]
     hidden_s: float
     tokens_per_s: float
     limit_bytes: int
     host_limit_bytes: int
+    disk_limit_bytes: int
 
     @property
     def peak_bytes(self) -> int:
@@ -156,7 +167,11 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        return self.peak_bytes <= self.limit_bytes and self.host_bytes <= self.host_limit_bytes
+        return (
+            self.peak_bytes <= self.limit_bytes
+            and self.host_bytes <= self.host_limit_bytes
+            and self.disk_bytes <= self.disk_limit_bytes
+        )
 
     @property
     def step_s(self) -> float:
@@ -170,14 +185,25 @@ def forecast(job: Job, cluster: Cluster, way: Way) -> Forecast:
     num_passes = max(1, math.ceil(math.ceil(job.global_batch_size / size) / way.micro_batch_size))
     rehearsal = job.rehearsed(way.micro_batch_size, way.checkpoints)
     most = _most(_Sharing(job, cluster, way, rehearsal, num_passes > 1).piles())
-    on_host = 0
+    on_host = on_disk = 0
     parts = way.parts(size)
-    if way.is_offloaded and not cluster.is_host:
-        if way.offload_optimizer != "none":
-            on_host += (job.optimizer.state_bytes + 2 * _MASTER * job.num_trained) // parts
-        if way.offload_params != "none":  # FSDP2 has no copies beside its masters
-            copies = 0 if way.strategy == "fsdp" else job.itemsize * job.num_trained
-            on_host += (copies + job.frozen_bytes) // parts
+    moved = (job.optimizer.state_bytes + 2 * _MASTER * job.num_trained) // parts
+    if way.offload_optimizer == "nvme":
+        on_disk += moved
+    elif way.offload_optimizer == "cpu" and not cluster.is_host:
+        on_host += moved
+    if (
+        way.strategy == "zero3" and way.offload_optimizer != "none" and not cluster.is_host
+    ):  # gradients, as they are averaged
+        on_host += _MASTER * job.num_trained // parts
+    # FSDP2 has no copies beside its masters.
+    moved = ((0 if way.strategy == "fsdp" else job.itemsize * job.num_trained) + job.frozen_bytes) // parts
+    if way.offload_params == "nvme":
+        on_disk += moved
+    elif way.offload_params == "cpu" and not cluster.is_host:
+        on_host += moved
+    if not cluster.is_host:
+        on_host += math.ceil(sum(_swap_buffers(job, way, parts)))
     seconds = _seconds(job, cluster, way, rehearsal, num_passes)
     # An accelerator computes while others send; on the host all of it takes the same processors.
     # ZeRO-1 and 2 send what they reduce and gather in turn with the rest.
@@ -188,11 +214,13 @@ def forecast(job: Job, cluster: Cluster, way: Way) -> Forecast:
         way=way,
         bytes_by_kind={kind: math.ceil(cluster.allocated * most.get(kind, 0)) for kind in KINDS},
         host_bytes=on_host,
+        disk_bytes=on_disk,
         seconds_by_kind=seconds,
         hidden_s=hidden_s,
         tokens_per_s=job.global_batch_size * job.tokens_per_sample / step_s,
         limit_bytes=cluster.limit_bytes,
         host_limit_bytes=cluster.host_limit_bytes,
+        disk_limit_bytes=cluster.disk_limit_bytes,
     )
 
 
@@ -373,17 +401,25 @@ class _Sharing:
         bucket = int(options.get("reduce_bucket_size", _REDUCED))
         if self._is_host:  # what is never touched is not there
             bucket = min(bucket, job.num_trained)
-        away = not self._is_host and self._way.offload_optimizer != "none"
+        way = self._way
+        away = way.offload_optimizer == "nvme" or (not self._is_host and way.offload_optimizer != "none")
         own = (copies + job.frozen_bytes) / (size if stage == 3 else 1)
-        if stage == 3 and not self._is_host and self._way.offload_params != "none":
+        if stage == 3 and (way.offload_params == "nvme" or (not self._is_host and way.offload_params != "none")):
             own = 0
         shard = 0 if away else total / size
         pile = self._base(own + shard, 0 if away else job.optimizer.state_bytes / size)
-        if stage == 3:
+        if self._is_host:
+            of_step, of_passes = _swap_buffers(job, way, size)
+            pile.add("optimizer", of_step, block_bytes=math.inf).add("gathered", of_passes, block_bytes=math.inf)
+        if way.offload_params == "nvme":  # what a module and those that are read ahead have
+            pile.add("gathered", 2 * max(job.gathered_bytes(each) for each in range(len(job.groups))))
+        elif stage == 3:
             share = _live(job, self._way)
             for each in job.sizes.values():
                 pile.add("gathered", share * job.itemsize * each, block_bytes=job.itemsize * each)
             pile.add("gathered", share * job.frozen_bytes, block_bytes=math.inf)
+        if stage == 3 and way.offload_optimizer != "none":  # averaged on the host, and put together there for the step
+            shard = total / size * ((1 if away else 2) if self._is_host else 0)
         full = _Pile(pile).add("gradients", shard, block_bytes=math.inf)
         if stage == 1 and job.itemsize < _MASTER and self._way.offload_optimizer == "none":
             # DeepSpeed's other optimizer: sums of the whole model in float32, beside gradients in the dtype that computes.
@@ -452,7 +488,28 @@ def _seconds(job: Job, cluster: Cluster, way: Way, rehearsal: Rehearsal, num_pas
         if on_host:  # gradients there, and ZeRO's values back
             moved += (1 if is_fsdp else num_passes) * values / parts + (0 if is_fsdp else copies / parts)
     seconds["transfers"] = moved / cluster.h2d_bytes_per_s
+    read = written = 0.0
+    if way.offload_optimizer == "nvme":  # masters and states there and back, gradients written in backward
+        read += (2 * values + job.optimizer.state_bytes) / parts
+        written += (2 * values + job.optimizer.state_bytes) / parts
+    if way.offload_params == "nvme":  # for forward and for backward
+        read += 2 * num_passes * weights / parts
+        written += copies / parts
+    seconds["disk"] = cluster.disk_s(read, written)
     return seconds
+
+
+def _swap_buffers(job: Job, way: Way, parts: int) -> tuple[float, float]:
+    """Bytes in a process's host memory of what ZeRO has on a disk: for a step and for passes."""
+    of_step = of_passes = 0.0
+    largest = max(job.sizes.values(), default=0) / parts
+    group = min(NUM_SWAPPED + largest, job.num_trained / parts)
+    if way.offload_optimizer == "nvme":  # masters, gradients and states
+        of_step = 2 * _MASTER * group + job.optimizer.state_bytes / max(1, job.num_trained) * group
+    if way.offload_params == "nvme":
+        shares = [job.itemsize * each / parts for each in job.sizes.values()]
+        of_passes = job.itemsize * (NUM_SWAP_BUFFERS * largest + group) + sum(s for s in shares if s < _SWAPPED_BYTES)
+    return of_step, of_passes
 
 
 def _live(job: Job, way: Way) -> float:

@@ -218,12 +218,17 @@ def _offloads(zero: Mapping[str, Any]) -> dict[str, Any]:
         device = _stated(section, "device", "none")
         if device in ("none", None):
             continue
-        if device != "cpu":
+        if device not in ("cpu", "nvme"):
             raise InvalidArgumentError(
-                f"zero_optimization.{key} asks for {device}, and training offloads to the CPU alone. Set its device to cpu or "
-                "none."
+                f"zero_optimization.{key} asks for {device}. Set its device to cpu, nvme or none."
             )
         fields[name] = device
+        folder = _stated(section, "nvme_path", None)
+        if device == "nvme" and folder is not None and fields.setdefault("nvme_folder", str(folder)) != str(folder):
+            raise InvalidArgumentError(
+                f"zero_optimization.{key} has nvme_path {folder}, and another section {fields['nvme_folder']}. Both lie in "
+                "one folder here: give one."
+            )
     return fields
 
 
@@ -305,8 +310,9 @@ def _of_accelerate(settings: Mapping[str, Any], num_processes: int, folder: Path
         for part in ("optimizer", "param"):
             device = deepspeed.pop(f"offload_{part}_device", "none")
             made["zero_optimization"][f"offload_{part}"] = {"device": device}
-            if device != "nvme":  # of no use
-                deepspeed.pop(f"offload_{part}_nvme_path", None)
+            nvme_path = deepspeed.pop(f"offload_{part}_nvme_path", None)
+            if device == "nvme" and nvme_path not in (None, "none"):
+                made["zero_optimization"][f"offload_{part}"]["nvme_path"] = nvme_path
         for key in ("gradient_accumulation_steps", "gradient_clipping"):
             if key in deepspeed:
                 made[key] = deepspeed.pop(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,9 @@ from bigmodel.training.forecast import Group, Job
 from bigmodel.training.recompute import recomputed_units
 from bigmodel.training.weights import Origin
 
-__all__ = ["job_of", "unread"]
+__all__ = ["job_of", "num_states", "unread"]
+
+_SIZE = 1024  # of a parameter that an optimizer is tried with
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -89,6 +92,14 @@ def job_of(
         global_batch_size=global_batch_size,
         has_scalars=any(not each.ndim for each in module.parameters()),
     )
+
+
+def num_states(optimizer: Optimizer) -> int:
+    """How many tensors of a parameter's size it keeps of each; two, as Adam, where that cannot be tried."""
+    try:
+        return math.ceil(rehearse_optimizer(_maker_of(optimizer), [(_SIZE,)]).state_bytes / (4 * _SIZE) - 0.5)
+    except NotTriedError:
+        return 2
 
 
 def unread(origin: Origin) -> Origin:

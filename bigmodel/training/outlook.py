@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bigmodel.device_map.counter import NotTriedError
@@ -32,11 +32,13 @@ class Outlook:
     Attributes:
         forecasts: at least one.
         cluster, job: of which.
+        near: the first of them, if nothing were offloaded; None where nothing is.
     """
 
     forecasts: tuple[Forecast, ...]
     cluster: Cluster
     job: Job
+    near: Forecast | None = None
 
     @property
     def chosen(self) -> Forecast | None:
@@ -65,6 +67,11 @@ class Outlook:
             available_bytes=least.limit_bytes,
         )
 
+    @property
+    def slowdown(self) -> float | None:
+        """How many times as long a step of the first way takes as if nothing of it were offloaded; None where nothing is."""
+        return None if self.near is None else self.forecasts[0].step_s / self.near.step_s
+
     def explain(self) -> str:
         """A table of all strategies, each at its best, the choice and the reason."""
         cluster, job = self.cluster, self.job
@@ -81,7 +88,7 @@ class Outlook:
             lines.append(
                 f"devices are unequal: equal parts leave {format_bytes(cluster.wasted_bytes)} of the larger ones unused"
             )
-        heads = ["", "strategy", "recompute", "micro", *KINDS, "peak", "on host", "step", "tokens/s", ""]
+        heads = ["", "strategy", "recompute", "micro", *KINDS, "peak", "on host", "on disk", "step", "tokens/s", ""]
         rows = [heads]
         for each in shown:
             rows.append(
@@ -93,6 +100,7 @@ class Outlook:
                     *(format_bytes(each.bytes_by_kind[kind]) for kind in KINDS),
                     format_bytes(each.peak_bytes),
                     format_bytes(each.host_bytes) if each.host_bytes else "",
+                    format_bytes(each.disk_bytes) if each.disk_bytes else "",
                     f"{each.step_s:.3g} s",
                     f"{each.tokens_per_s:,.0f}",
                     "" if each.fits else "does not fit",
@@ -121,6 +129,7 @@ class Outlook:
                 "tokens_per_sample": self.job.tokens_per_sample,
                 "global_batch_size": self.job.global_batch_size,
                 "chosen": None if self.chosen is None else _described(self.chosen),
+                "offloading_slows_by": self.slowdown,
                 "ways": [_described(each) for each in self._best_of_each()],
             },
             indent=1,
@@ -139,7 +148,7 @@ class Outlook:
         chosen = self.chosen
         if chosen is None:
             least = min(each.peak_bytes / max(1, each.limit_bytes) for each in self.forecasts)
-            return f"none fits: the least needs {least:.2f} times what there is"
+            return f"none fits: the least needs {least:.2f} times what there is{self._slowness()}"
         others = [each for each in self._best_of_each() if each is not chosen]
         text = f"{chosen.way.title} is the fastest that fits"
         faster = [each for each in others if not each.fits and each.tokens_per_s > chosen.tokens_per_s]
@@ -155,7 +164,16 @@ class Outlook:
                 else f"; {slower[0].way.title} is no more than {1 / times - 1:.0%} faster, and less simple"
             )
         binding = max(chosen.seconds_by_kind.items(), key=lambda each: each[1])
-        return f"{text}; most of a step is {binding[0]}"
+        return f"{text}; most of a step is {binding[0]}{self._slowness()}"
+
+    def _slowness(self) -> str:
+        if self.near is None:
+            return ""
+        first, near = self.forecasts[0], self.near
+        return (
+            f"\noffloading makes a step of {first.way.title} take {self.slowdown:.2g} times as long ({first.step_s:.3g} s for "
+            f"{near.step_s:.3g} s), and a process hold {format_bytes(first.peak_bytes)} for {format_bytes(near.peak_bytes)}"
+        )
 
 
 def look_out(job: Job, cluster: Cluster, config: TrainingConfig, *, deepspeed: bool | None = None) -> Outlook:
@@ -193,7 +211,11 @@ def look_out(job: Job, cluster: Cluster, config: TrainingConfig, *, deepspeed: b
     rest = sorted(
         (each for each in found if not each.fits), key=lambda each: each.peak_bytes / max(1, each.limit_bytes)
     )
-    return Outlook(forecasts=(*fitting, *rest), cluster=cluster, job=job)
+    ordered = (*fitting, *rest)
+    near = None
+    if ordered[0].way.is_offloaded:
+        near = forecast(job, cluster, replace(ordered[0].way, offload_optimizer="none", offload_params="none"))
+    return Outlook(forecasts=ordered, cluster=cluster, job=job, near=near)
 
 
 def has_deepspeed() -> bool:
@@ -210,6 +232,8 @@ def _ways(job: Job, cluster: Cluster, config: TrainingConfig, deepspeed: bool) -
         zero = ["zero1", "zero2", "zero3"] if size > 1 else []
         if size == 1 and not cluster.is_host:
             strategies, zero = ["single", "fsdp"], ["zero2", "zero3"]  # for their offloading
+        elif size == 1 and cluster.disk_limit_bytes:
+            zero = ["zero3"]
         if config.compile_blocks:
             zero = [each for each in zero if each != "zero3"]
         if config.precision == "fp8":
@@ -252,7 +276,12 @@ def _shapes(strategy: str, cluster: Cluster, config: TrainingConfig, is_auto: bo
     if strategy.startswith("zero"):
         found += [{}] if size > 1 else []
         found += [{"offload_optimizer": "cpu"}] if offloads else []
-        return found + ([both] if offloads and strategy == "zero3" else [])
+        if strategy == "zero3":
+            found += [both] if offloads else []
+            if cluster.disk_limit_bytes:
+                found += [{"offload_optimizer": "nvme"}, {"offload_optimizer": "nvme", "offload_params": "nvme"}]
+                found += [{"offload_optimizer": "nvme", "offload_params": "cpu"}] if offloads else []
+        return found
     return [{}]
 
 
@@ -299,7 +328,9 @@ def _described(each: Forecast) -> dict[str, Any]:
         "bytes_by_kind": dict(each.bytes_by_kind),
         "peak_bytes": each.peak_bytes,
         "host_bytes": each.host_bytes,
+        "disk_bytes": each.disk_bytes,
         "limit_bytes": each.limit_bytes,
+        "disk_limit_bytes": each.disk_limit_bytes,
         "seconds_by_kind": dict(each.seconds_by_kind),
         "hidden_s": each.hidden_s,
         "step_s": each.step_s,

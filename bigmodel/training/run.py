@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from bigmodel.device_map.counter import NotTriedError
 from bigmodel.device_map.machine import Machine
 from bigmodel.errors import InvalidArgumentError, TrainingError
-from bigmodel.footprint import bound_heap
+from bigmodel.footprint import bound_heap, trim_heap
 from bigmodel.models import adapter_scales, is_adapted
 from bigmodel.progress import progress_bar
 from bigmodel.training.choice import CHOSEN, cluster_here, decide, engine_of, outlook_of, stays_open
@@ -40,6 +40,7 @@ from bigmodel.training.prepared import PreparedOptimizer, PreparedScheduler
 from bigmodel.training.processes import Processes
 from bigmodel.training.recompute import compile_units, recompute
 from bigmodel.training.saves import Hook, Saves
+from bigmodel.training.shortage import note_shortage
 from bigmodel.training.sources import Source
 from bigmodel.training.strategy import Engine, Streamed
 from bigmodel.training.weighing import Weighing, loss_of, moved
@@ -99,8 +100,7 @@ class TrainingRun(Collectives):
             raise InvalidArgumentError(f"config is a {type(config).__name__}. Give a bigmodel.training.TrainingConfig.")
         self.config = config or TrainingConfig()
         self.processes = Processes.join()
-        if self.processes.device.type == "cpu":
-            bound_heap()
+        self._trims = self.processes.device.type == "cpu" and bound_heap()
         self._make_engine = engine_of(self.config, self.processes)
         self.last_step: StepRecord | None = None
         self._engine: Engine | None = None
@@ -214,7 +214,12 @@ class TrainingRun(Collectives):
             self._look_out = lambda: outlook_of(
                 asked if of_loader is None else replace(asked, micro_batch_size=of_loader),
                 here,
-                cluster_here(Machine.probe(), self.processes),
+                cluster_here(
+                    Machine.probe(asked.nvme_folder),
+                    self.processes,
+                    nvme_folder=asked.nvme_folder,
+                    disk_rates=None if self._engine is None else self._engine.disk_rates,
+                ),
                 source=loaded,
                 optimizer=named["optimizer"],
             )
@@ -271,6 +276,7 @@ class TrainingRun(Collectives):
                 logger.info("adapters: %d of %d parameters are trained", *trained)
         engine.model.register_forward_pre_hook(self._look, with_kwargs=True)
         engine.model.register_forward_hook(lambda module, args, outputs: self._weighed.saw(outputs))
+        engine.model.register_forward_hook(self._note, always_call=True)  # also where it fails
         made: dict[str, Any] = {"model": engine.model}
         made |= {kind: self._evaluated(each) for kind, each in sources.items()}
         self._scheduler = scheduler_of(named["scheduler"], own)
@@ -367,7 +373,11 @@ class TrainingRun(Collectives):
         if self._loader is not None:
             self._loader.is_touched = True
         self._is_fresh = self._is_last
-        engine.backward(part * times if times > 1 else part, self._is_last)
+        try:
+            engine.backward(part * times if times > 1 else part, self._is_last)
+        except Exception:
+            self._note(engine.model)
+            raise
 
     def step(self) -> None:
         """After the last micro-batch of a global batch: clip, step and schedule; before it, nothing.
@@ -402,6 +412,9 @@ class TrainingRun(Collectives):
         self._is_stepping = True
         try:
             norm, (lost, stopping), has_stepped = engine.step(optimizer, most, [lost, float(self._wants_to_stop)])
+        except Exception:
+            self._note(engine.model)
+            raise
         finally:
             self._is_stepping = self._is_fresh = False
         self._most, self._stops, self._was_scheduled = None, stopping > 0, schedules
@@ -420,6 +433,8 @@ class TrainingRun(Collectives):
         self._lost = []
         if self._loader is not None:
             self._loader.stepped()
+        if self._trims:
+            trim_heap()
 
     def train_step(self) -> StepRecord:
         """Forward, backward and step for all micro-batches of the next global batch; after the last of an epoch, of the next.
@@ -769,6 +784,10 @@ class TrainingRun(Collectives):
 
     def _look(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         return self._weighed.look(None if self._loader is None else self._loader.number, args, kwargs)
+
+    def _note(self, model: nn.Module, *of_forward: Any) -> None:
+        if self._loader is not None:
+            note_shortage(self.config, self._loader.division, is_training=model.training)
 
     def _seed_draws(self, step: int) -> None:
         torch.manual_seed(mixed(self.config.seed, step, self.processes.rank))

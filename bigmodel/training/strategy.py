@@ -76,6 +76,7 @@ class Engine(ABC):
         loss_scale: of float16; None for other precisions.
         gathers: whether passes gather weights from other processes, so that all make as many.
         needs_gradients: whether the library cannot step without a backward since the last step.
+        disk_rates: reads and writes of this process, bytes per second, where something is offloaded to a disk.
     """
 
     model: nn.Module
@@ -86,6 +87,7 @@ class Engine(ABC):
     loss_scale: LossScale | None = None
     gathers: bool = False
     needs_gradients: bool = False
+    disk_rates: tuple[float, float] | None = None
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Name -> what an optimizer is made of."""
@@ -382,11 +384,14 @@ class Sharded(Engine):
 def told_of_offload(config: TrainingConfig, processes: Processes) -> str:
     """What is offloaded, for `Engine.describe`."""
     asked = (("parameters", config.offload_params), ("optimizer state", config.offload_optimizer))
-    parts = [what for what, to in asked if to == "cpu"]
-    if not parts:
-        return ""
-    told = f", {' and '.join(parts)} in host memory"
-    return told + (" (which computes here: nothing is won)" if processes.device.type == "cpu" else "")
+    told = ""
+    for place, name in (("cpu", "in host memory"), ("nvme", f"in {config.nvme_folder}")):
+        parts = [what for what, to in asked if to == place]
+        if parts:
+            told += f", {' and '.join(parts)} {name}"
+        if parts and place == processes.device.type:
+            told += " (which computes here: nothing is won)"
+    return told
 
 
 def refuse_narrow(module: nn.Module) -> None:

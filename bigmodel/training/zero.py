@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,13 +24,18 @@ from bigmodel.errors import InvalidArgumentError, TrainingError, join_some
 from bigmodel.models import owners_of
 from bigmodel.progress import Report
 from bigmodel.training.config import PRECISIONS, TrainingConfig
+from bigmodel.training.forecast import NUM_SWAP_BUFFERS, NUM_SWAPPED
 from bigmodel.training.gradients import LossScale, norm_and_sums, scale
+from bigmodel.training.job import num_states
 from bigmodel.training.pieces import Pieces
 from bigmodel.training.processes import Processes
 from bigmodel.training.strategy import Engine, Stored, refuse_narrow, refuse_scalars, told_of_offload
+from bigmodel.training.swap import SwapFolder, mapped
 from bigmodel.training.weights import Origin, put, with_masters
 
 __all__ = ["ZeRO", "refuse_float16"]
+
+logger = logging.getLogger("bigmodel.training")
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -76,6 +82,8 @@ class ZeRO(Engine):
         self._groups: list[list[str]] = []
         self._blank: dict[tuple[int, str], torch.Tensor] = {}
         self._zero: Any = None
+        self._swap: SwapFolder | None = None
+        self._num_states = 0  # tensors that the optimizer keeps of a parameter
 
     def take(self, optimizer: Optimizer | None) -> None:
         import deepspeed
@@ -100,6 +108,9 @@ class ZeRO(Engine):
                 f"{len(left)} parameters that are trained are not in the optimizer, such as {min(left)}, and ZeRO has masters of "
                 "those alone. Give the optimizer all of them, or call requires_grad_(False) on what is not trained."
             )
+        if "nvme" in (self._config.offload_optimizer, self._config.offload_params):
+            self._swap = self._swap_folder(optimizer)
+            self.disk_rates = self._swap.read_bytes_per_s, self._swap.write_bytes_per_s
         settings = self._settings()
         self._divide(settings) if self._stage == 3 else self._fill()
         now = dict(self.module.named_parameters())
@@ -118,6 +129,7 @@ class ZeRO(Engine):
             self.loss_scale = _DeepSpeedScale(self._zero.loss_scaler)
         self._find(optimizer)
         self._fill_masters()
+        self.module.register_forward_pre_hook(self._forget_read, prepend=True)
 
     @contextlib.contextmanager
     def syncing(self, is_last: bool) -> Iterator[None]:
@@ -153,7 +165,14 @@ class ZeRO(Engine):
             return [each for group in self._zero.averaged_gradients.values() for each in group], 1
         if self.processes.device.type != "cpu":  # they are copied while backward goes on
             torch.accelerator.synchronize(self.processes.device)
-        return [flat.grad for flat in self._flats if flat.grad is not None], 1
+        found = [flat.grad for flat in self._flats if flat.grad is not None]
+        if self._config.offload_optimizer == "nvme":
+            swapper = self._zero.optimizer_swapper
+            swapper.flush_gradients()
+            for info in swapper.swap_params_info.values():
+                found += [mapped(each.path, each.length, torch.float32) for each in info.swapped_gradients.values()]
+                found += info.unswapped_gradients.values()
+        return found, 1
 
     def clip(self, optimizer: Optimizer, most: float) -> float | None:
         return None
@@ -165,11 +184,11 @@ class ZeRO(Engine):
         parameter: Any
         for name, parameter in self.module.named_parameters():
             if name in self._places:
-                found[name] = self._pieces(name, self._flats[self._places[name].flat])
+                found[name] = self._pieces(name, self._values(self._places[name].flat))
             elif hasattr(parameter, "ds_tensor"):  # frozen, divided
                 start = parameter.ds_tensor.numel() * self.processes.rank
                 number = max(0, min(parameter.ds_tensor.numel(), parameter.ds_numel - start))
-                found[name] = Pieces(parameter.ds_shape, start, parameter.ds_tensor.detach()[:number])
+                found[name] = Pieces(parameter.ds_shape, start, _held(parameter).detach()[:number])
             else:
                 found[name] = parameter.detach()
         return found
@@ -180,12 +199,26 @@ class ZeRO(Engine):
             self._zero.update_lp_params()
             return
         self._zero._partition_all_parameters()  # a pass without gradients leaves some gathered
-        for number, flat in enumerate(self._flats):
-            self._zero.fp16_partitioned_groups_flat[number].data.copy_(flat)
+        self._forget_read()
+        for number in range(len(self._flats)):
+            flat, copies = self._values(number), self._zero.fp16_partitioned_groups_flat[number]
+            if copies is not None:
+                copies.data.copy_(flat)
+                continue
+            at = 0
+            for parameter in self._zero.fp16_groups[number]:
+                size = parameter.ds_tensor.ds_numel
+                _held(parameter).copy_(flat[at : at + size])
+                at += size
         kept = [each for each in self._zero.persistent_parameters if each.requires_grad]
         if kept:  # held whole by each process
             kept[0].partition(kept)
             kept[0].all_gather(kept)
+
+    def _forget_read(self, *of_forward: Any) -> None:
+        parameter: Any = next(self.module.parameters())
+        if self._config.offload_params == "nvme":
+            parameter.nvme_swapper.forget()
 
     def groups(self, optimizer: Optimizer) -> list[list[str]]:
         return self._groups
@@ -195,10 +228,15 @@ class ZeRO(Engine):
         for name, place in self._places.items():
             flat = self._flats[place.flat]
             for key, value in optimizer.state.get(flat, {}).items():
-                is_like = isinstance(value, torch.Tensor) and value.shape == flat.shape and value.ndim
                 tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+                is_swapped = self._is_swapped(place.flat)  # and empty, but for what a checkpoint had
+                is_like = tensor.ndim and (is_swapped or tensor.shape == flat.shape)
                 # What is one for a flat tensor, such as a step, is saved once per parameter.
-                found.setdefault(name, {})[key] = self._pieces(name, tensor) if is_like else tensor.clone()
+                found.setdefault(name, {})[key] = (
+                    self._pieces(name, self._values(place.flat, key) if is_swapped else tensor)
+                    if is_like
+                    else tensor.clone()
+                )
         return found
 
     def blank_states(self, stored: Stored) -> dict[str, dict[str, torch.Tensor]]:
@@ -210,7 +248,7 @@ class ZeRO(Engine):
                     found.setdefault(name, {})[key] = torch.zeros(each.shape, dtype=each.dtype)
                     continue
                 if (place.flat, key) not in flats:
-                    flats[place.flat, key] = torch.zeros_like(self._flats[place.flat].detach(), dtype=each.dtype)
+                    flats[place.flat, key] = self._blank_values(place.flat, key, each.dtype)
                 found.setdefault(name, {})[key] = self._pieces(name, flats[place.flat, key])
         self._blank = flats
         return found
@@ -231,6 +269,8 @@ class ZeRO(Engine):
 
     def put_states(self, optimizer: Optimizer, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         optimizer.state.clear()
+        if self._config.offload_optimizer == "nvme":
+            self._zero.optimizer_swapper.purge_state()
         for (number, key), flat in self._blank.items():
             optimizer.state[self._flats[number]][key] = flat
         for name, values in states.items():
@@ -244,6 +284,9 @@ class ZeRO(Engine):
 
     def describe(self) -> str:
         told = told_of_offload(self._config, self.processes)
+        if self._swap is not None:
+            told += f" (this process reads {self._swap.read_bytes_per_s / 1e9:.2g} GB/s there, and writes "
+            told += f"{self._swap.write_bytes_per_s / 1e9:.2g} GB/s)"
         return f"DeepSpeed ZeRO-{self._stage}, {self._config.precision}, {self.processes.size} parts{told}"
 
     # --- How
@@ -274,7 +317,49 @@ class ZeRO(Engine):
             if to != "none":
                 is_pinned = self.processes.device.type != "cpu"
                 zero[key] = {"pin_memory": is_pinned, **zero.get(key, {}), "device": to}
+        if self._swap is not None:
+            self._set_swapping(zero)
         return {**settings, **options, "zero_optimization": zero}
+
+    def _set_swapping(self, zero: dict[str, Any]) -> None:
+        """Buffers as large as what goes through them, where the options say nothing: DeepSpeed's own take gigabytes."""
+        assert self._swap is not None
+        zero.setdefault("sub_group_size", NUM_SWAPPED)
+        section = zero.get("offload_optimizer", {})
+        if section.get("device") == "nvme":  # a master, a gradient, and states
+            section.setdefault("buffer_count", 2 + self._num_states)
+            section["nvme_path"] = str(self._swap.path)
+        section = zero.get("offload_param", {})
+        if section.get("device") == "nvme":
+            largest = max(_num_values(each) for each in self.module.parameters())
+            section.setdefault("buffer_size", -(-largest // self.processes.size))
+            section.setdefault("buffer_count", NUM_SWAP_BUFFERS)
+            section.setdefault("max_in_cpu", 0)
+            section["nvme_path"] = str(self._swap.path)
+            # What stays gathered keeps its buffer.
+            zero.setdefault("stage3_max_reuse_distance", 0)
+
+    def _swap_folder(self, optimizer: Optimizer) -> SwapFolder:
+        _reader(self.processes)
+        self._num_states = num_states(optimizer)
+        size = self.processes.size
+        trained = [each.numel() for each in self.module.parameters() if each.requires_grad]
+        numbers = [each.numel() for each in self.module.parameters()]
+        on_disk = locked = 0.0
+        group = min(NUM_SWAPPED + max(trained) / size, sum(trained) / size)
+        if self._config.offload_optimizer == "nvme":
+            on_disk += 4 * (2 + self._num_states) * sum(trained)
+            locked += 4 * (2 + self._num_states) * group
+        if self._config.offload_params == "nvme":
+            on_disk += self._dtype.itemsize * sum(numbers)
+            locked += self._dtype.itemsize * (NUM_SWAP_BUFFERS * max(numbers) / size + group)
+        assert self._config.nvme_folder is not None
+        return SwapFolder.make(
+            self._config.nvme_folder,
+            self.processes,
+            disk_bytes=math.ceil(on_disk / size),
+            locked_bytes=math.ceil(locked),
+        )
 
     def _fill(self) -> None:
         """The model whole in this process, in the dtype that computes."""
@@ -296,7 +381,9 @@ class ZeRO(Engine):
                 self._convert_to_deepspeed_param(parameter)
                 parameter.partition()
 
-        divided = Divided(module=nn.Module(), config_dict_or_path={**settings, "train_batch_size": self.processes.size})
+        settings = {**settings, "train_batch_size": self.processes.size}
+        swapper = _param_swapper(settings, self._dtype) if self._config.offload_params == "nvme" else None
+        divided = Divided(module=nn.Module(), config_dict_or_path=settings, param_swapper=swapper)
         owners = owners_of(self.module)
         wanted = {}
         for name, parameter in list(self.module.named_parameters()):
@@ -313,7 +400,7 @@ class ZeRO(Engine):
         parameters: dict[str, Any] = dict(self.module.named_parameters())
         for tensors in self._origin.values(wanted, self._progress):
             for name, values in tensors.items():
-                parameters[name].ds_tensor.data[: values.numel()].copy_(values)
+                _held(parameters[name])[: values.numel()].copy_(values)
         self._origin.fill_buffers(self.processes.device)
 
     def _find(self, optimizer: Optimizer) -> None:
@@ -348,13 +435,38 @@ class ZeRO(Engine):
         for name, place in self._places.items():
             if name in self._given:
                 values = self._given[name].reshape(-1)[place.start : place.start + place.number]
-                self._range(name, self._flats[place.flat]).copy_(values)
+                self._range(name, self._values(place.flat)).copy_(values)
             elif name in self._origin.sources and self._origin.sources[name].stored_dtype != self._dtype:
                 narrow[name] = place.start, place.start + place.number, torch.float32
         self._given = {}
         for tensors in self._origin.values(narrow):
             for name, values in tensors.items():
-                self._range(name, self._flats[self._places[name].flat]).copy_(values)
+                self._range(name, self._values(self._places[name].flat)).copy_(values)
+
+    def _values(self, number: int, key: str | None = None) -> torch.Tensor:
+        """A flat tensor's values, in memory or the file's; or, of one in a file, what the optimizer keeps of them."""
+        if not self._is_swapped(number):
+            return self._flats[number].detach()
+        return mapped(self._file(number, key), self._zero.fp16_partitioned_groups_flat_numel[number], torch.float32)
+
+    def _blank_values(self, number: int, key: str, dtype: torch.dtype) -> torch.Tensor:
+        flat = self._flats[number].detach()
+        if not self._is_swapped(number):
+            return torch.zeros_like(flat, dtype=dtype)
+        swapper, size = self._zero.optimizer_swapper, self._zero.fp16_partitioned_groups_flat_numel[number]
+        file = self._file(number, key)
+        with open(file, "wb") as opened:
+            opened.truncate(swapper._io_aligned_numel(size) * flat.itemsize)
+        return mapped(file, size, dtype)
+
+    def _is_swapped(self, number: int) -> bool:
+        return bool(self._stage == 3 and self._zero._swappable_optimizer_subgroup(number))
+
+    def _file(self, number: int, key: str | None) -> str:
+        """Where DeepSpeed keeps it."""
+        flat: Any = self._flats[number]
+        swapper, name = self._zero.optimizer_swapper, flat.ds_id
+        return os.path.join(swapper.swap_folder, f"{name if key is None else f'{key}-{name}'}.tensor.swp")
 
     def _range(self, name: str, flat: torch.Tensor) -> torch.Tensor:
         place = self._places[name]
@@ -362,6 +474,60 @@ class ZeRO(Engine):
 
     def _pieces(self, name: str, flat: torch.Tensor) -> Pieces:
         return Pieces(self._places[name].shape, self._places[name].start, self._range(name, flat))
+
+
+def _num_values(parameter: Any) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _held(parameter: Any) -> torch.Tensor:
+    """This process's range of a divided parameter ``[its share]``: in memory, or the file's values."""
+    if parameter.ds_tensor.status.name == "AVAILABLE":
+        held: torch.Tensor = parameter.ds_tensor.data
+        return held
+    swapper = parameter.nvme_swapper
+    swapper.synchronize_writes()
+    return mapped(swapper.get_path(parameter, True), parameter.ds_tensor.ds_numel, swapper.dtype)
+
+
+def _param_swapper(settings: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """DeepSpeed's reader of parameters from files, that takes what its caller gets wrong.
+
+    What is read ahead may name a parameter twice, for forward and for the backward that follows it; and what was read ahead for a
+    pass that did not come, such as backward after an evaluation, keeps its buffers.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
+
+    class Swapper(AsyncPartitionedParameterSwapper):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(DeepSpeedConfig(dict(settings)), dtype)
+            self._read: dict[int, Any] = {}
+
+        def swap_in(self, params: list[Any], async_op: bool = True, swap_in_buffers: Any = None) -> None:
+            wanted = {each.ds_id: each for each in params}
+            lacking = len(wanted) - self.available_swap_in_buffers()
+            if swap_in_buffers is None and lacking > 0:
+                raise TrainingError(
+                    f"{len(wanted)} parameters of one module are read together from the disk, such as one of "
+                    f"{tuple(next(iter(wanted.values())).ds_shape)}, and {self.available_swap_in_buffers()} buffers are free. "
+                    'Give more: engine_options={"zero_optimization": {"offload_param": {"buffer_count": ...}}}.'
+                )
+            self._read |= wanted
+            super().swap_in(list(wanted.values()), async_op=async_op, swap_in_buffers=swap_in_buffers)
+
+        def forget(self) -> None:
+            """Between passes: let go of what was read ahead and is not gathered."""
+            self.synchronize_reads()
+            self.remove_partition_and_release_buffers(
+                [
+                    each
+                    for key, each in self._read.items()
+                    if key in self.available_params and each.ds_status.name == "NOT_AVAILABLE"
+                ]
+            )
+
+    return Swapper()
 
 
 class _DeepSpeedScale(LossScale):
@@ -384,6 +550,23 @@ class _DeepSpeedScale(LossScale):
         if scaler.dynamic:
             scaler.cur_scale = state["value"]
             scaler.last_overflow_iter = scaler.cur_iter - 1 - int(state["num_good"])
+
+
+def _reader(processes: Processes) -> None:
+    """Compile DeepSpeed's reader and writer of files, where that was not done yet."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder, error = AsyncIOBuilder(), None
+    if not builder.is_compatible(verbose=False) or shutil.which("g++") is None:
+        error = InvalidArgumentError(
+            'offloading to "nvme" takes a part of DeepSpeed that is compiled here, and g++ or the headers of libaio are missing. '
+            'Install them (apt-get install g++ libaio-dev), or offload to "cpu".'
+        )
+    processes.all_right(error)
+    if processes.is_main:
+        logger.info("DeepSpeed's reader of files is loaded: the first time it is compiled, which takes minutes")
+    with _quiet():
+        builder.load(verbose=False)
 
 
 def refuse_float16(processes: Processes) -> None:

@@ -305,6 +305,29 @@ def resumed(path: str, folder: str, first: int, then: int, **options: Any) -> di
     return train(path, first if first else then, checkpoint=folder, resumes=not first, **options)
 
 
+def interrupted(path: str, folder: str, **options: Any) -> dict[str, Any]:
+    """Steps with an evaluation, generated text, and a checkpoint that is loaded again between them.
+
+    Returns:
+        ``losses`` of the steps and of the evaluations; ``ids`` that were generated; ``parameters`` at the end.
+    """
+    run = TrainingRun(TrainingConfig(**{"global_batch_size": 8, "micro_batch_size": 2, "grad_clip": 1.0, **options}))
+    run.prepare(
+        model=path, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3), data=Sentences(), progress=False
+    )
+    held_out = run.prepare_eval(Sentences())
+    losses, ids = [], []
+    for number in range(4):
+        losses.append(run.train_step().loss)
+        if number == 1:
+            run.save(folder)
+        losses.append(run.evaluate(held_out).loss)
+        ids.append(run.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=4, do_sample=False).tolist())
+        if number == 2:
+            run.load(folder)
+    return {"losses": losses, "ids": ids, "parameters": masters(run)}
+
+
 def exported(path: str, folder: str, steps: int = 2, **options: Any) -> dict[str, torch.Tensor]:
     """Train a little and export; name -> values of the parameters that were."""
     return train(path, steps, export=folder, **options)["parameters"]

@@ -93,9 +93,10 @@ def test_what_goes_through_reaches_deepspeed(tmp_path):
         ({"train_batch_size": 10, "train_micro_batch_size_per_gpu": "auto"}, "4 passes of 2 processes do not divide"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 3e-5, "betas": "auto"}}}, r"AdamW\(lr=3e-05\)"),
         (
-            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
-            "offload_param asks for nvme, and training offloads to the CPU alone",
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "tape"}}},
+            "offload_param asks for tape. Set its device to cpu, nvme or none",
         ),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "there is no nvme_folder"),
         ({"zero_optimization": {"stage": 5}}, "stage is 5"),
         ({"fp16": {"enabled": True}}, "fp16 and bf16 are both enabled"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype is bf16"),

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from bigmodel.errors import InvalidArgumentError
+from bigmodel.errors import DoesNotFitError, InvalidArgumentError
 from bigmodel.training import TrainingConfig, TrainingRun
+from bigmodel.training.processes import Processes
+from bigmodel.training.swap import SwapFolder
 from training.loops import Sentences, save_llama
 
 BOTH = {"offload_optimizer": "cpu", "offload_params": "cpu"}
@@ -71,6 +76,73 @@ def test_a_checkpoint_does_not_know_where_things_lay(two, folder, tmp_path, befo
             assert equal(found["parameters"], whole["parameters"])
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Of whose halves some are above a MiB, and go to the disk, and some stay."""
+    path = tmp_path_factory.mktemp("wide")
+    save_llama(path, hidden_size=768, intermediate_size=2048, vocab_size=1501, tie_word_embeddings=False)
+    return path
+
+
+@pytest.mark.long  # compiles DeepSpeed's reader: minutes, once
+@pytest.mark.parametrize(
+    ("offload", "precision"), [(OPTIMIZER, "fp32"), ({"offload_params": "cpu"}, "bf16"), (BOTH, "bf16"), (BOTH, "fp32")]
+)
+def test_what_lies_on_a_disk_trains_to_the_same_bits(two, wide, tmp_path, offload, precision):
+    common = {"path": str(wide), "strategy": "zero3", "precision": precision}
+    plain = two.run("training.loops:interrupted", folder=str(tmp_path / "1"), **common)[0]
+    on_disk = dict.fromkeys(offload, "nvme") | {"nvme_folder": str(tmp_path / "nvme")}
+    found = two.run("training.loops:interrupted", folder=str(tmp_path / "2"), **on_disk, **common)[0]
+    assert found["losses"] == plain["losses"]
+    assert found["ids"] == plain["ids"]
+    assert equal(found["parameters"], plain["parameters"])
+    assert list((tmp_path / "nvme").glob("*/zero_stage_3"))
+    for options in (on_disk, {}):  # its checkpoint, there and elsewhere
+        asked = {"steps": 1, "checkpoint": str(tmp_path / "1"), "resumes": True, **common}
+        expected, found = (two.run("training.loops:train", **asked, **each)[0] for each in ({}, options))
+        assert found["losses"] == expected["losses"]
+        assert equal(found["parameters"], expected["parameters"])
+
+
+def test_a_folder_on_a_disk_is_its_process_s_own_and_goes_with_it(tmp_path):
+    asked = {"disk_bytes": 1 << 20, "locked_bytes": 0}
+    made = [SwapFolder.make(tmp_path, Processes.join(), **asked) for _ in range(2)]
+    assert made[0].path != made[1].path
+    assert all(each.path.parent == tmp_path and each.read_bytes_per_s > 0 < each.write_bytes_per_s for each in made)
+    script = (
+        "import sys, os\nfrom bigmodel.training.swap import SwapFolder\nfrom bigmodel.training.processes import Processes\n"
+        f"made = SwapFolder.make({str(tmp_path)!r}, Processes.join(), disk_bytes=1, locked_bytes=0)\n"
+        "print(made.path, flush=True)\n"
+        "os.fork() == 0 and sys.exit()\n"  # nothing of a process is removed by one that was forked from it
+        "os.wait()\nassert made.path.exists()\n"
+        "len(sys.argv) > 1 and os.kill(os.getpid(), 9)\n"
+    )
+    ended, killed = (
+        Path(subprocess.run([sys.executable, "-c", script, *more], stdout=subprocess.PIPE, text=True).stdout.strip())
+        for more in ([], ["killed"])
+    )
+    assert ended.parent == killed.parent == tmp_path
+    assert not ended.exists()
+    assert killed.exists()
+    first = made[0].path
+    made.pop(0)
+    assert not first.exists()
+    SwapFolder.make(tmp_path, Processes.join(), **asked)
+    assert list(tmp_path.iterdir()) == [made[0].path]
+
+
+def test_what_a_disk_cannot_do_is_refused_and_nothing_is_left(tmp_path):
+    here = Processes.join()
+    with pytest.raises(DoesNotFitError, match="will be kept there") as caught:
+        SwapFolder.make(tmp_path, here, disk_bytes=1 << 60, locked_bytes=0)
+    assert caught.value.tier == "disk"
+    assert caught.value.available_bytes < caught.value.needed_bytes == 1 << 60
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidArgumentError, match="cannot be written to"):
+        SwapFolder.make(tmp_path / "file", here, disk_bytes=0, locked_bytes=0)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_run_says_what_lies_elsewhere(folder):
     run = TrainingRun(TrainingConfig(strategy="fsdp", precision="fp32", **BOTH))
     run.prepare(model=str(folder), progress=False)
@@ -85,7 +157,18 @@ def test_a_run_says_what_lies_elsewhere(folder):
         ({"strategy": "fsdp", **OPTIMIZER}, "in one place"),
         ({"strategy": "fsdp", "offload_params": "cpu"}, 'offload_params is "cpu" alone'),
         ({"strategy": "zero2", **BOTH}, "offloads the optimizer alone"),
-        ({"strategy": "zero3", "offload_optimizer": "disk"}, "offload_optimizer is 'disk'. Give one of: none, cpu"),
+        (
+            {"strategy": "zero3", "offload_optimizer": "disk"},
+            "offload_optimizer is 'disk'. Give one of: none, cpu, nvme",
+        ),
+        ({"strategy": "zero3", "offload_optimizer": "nvme"}, "there is no nvme_folder"),
+        ({"strategy": "zero3", **OPTIMIZER, "nvme_folder": 3}, "nvme_folder is 3"),
+        ({"strategy": "zero3", **OPTIMIZER, "nvme_folder": "x"}, "nothing is offloaded there"),
+        ({"strategy": "zero2", "offload_optimizer": "nvme", "nvme_folder": "x"}, 'offloads to "cpu" alone'),
+        (
+            {"strategy": "fsdp", "offload_optimizer": "nvme", "offload_params": "nvme", "nvme_folder": "x"},
+            'offloads to "cpu" alone',
+        ),
         (
             {"strategy": "zero3", "engine_options": {"zero_optimization": {"offload_param": {"device": "cpu"}}}},
             "zero_optimization.offload_param.device, which other fields",
@@ -126,3 +209,19 @@ def test_configurations_of_others_say_what_is_offloaded(tmp_path):
         {"distributed_type": "DEEPSPEED", "mixed_precision": "bf16", "deepspeed_config": deepspeed}, num_processes=1
     )
     assert (found.strategy, found.offload_optimizer, found.offload_params) == ("zero2", "cpu", "none")
+    on_disk = {"device": "nvme", "nvme_path": "/mnt/fast"}
+    zero = {"stage": 3, "offload_optimizer": {**on_disk, "pipeline_read": True}, "offload_param": on_disk}
+    found = TrainingConfig.read({"zero_optimization": zero, "aio": {"queue_depth": 16}}, num_processes=1)
+    assert (found.offload_optimizer, found.offload_params, found.nvme_folder) == ("nvme", "nvme", "/mnt/fast")
+    assert found.engine_options == {
+        "zero_optimization": {"offload_optimizer": {"pipeline_read": True}},
+        "aio": {"queue_depth": 16},
+    }
+    deepspeed = {"zero_stage": 3, "offload_optimizer_device": "nvme", "offload_optimizer_nvme_path": "/mnt/fast"}
+    found = TrainingConfig.read({"distributed_type": "DEEPSPEED", "deepspeed_config": deepspeed}, num_processes=1)
+    assert (found.offload_optimizer, found.offload_params, found.nvme_folder) == ("nvme", "none", "/mnt/fast")
+    with pytest.raises(InvalidArgumentError, match="one folder"):
+        TrainingConfig.read(
+            {"zero_optimization": {**zero, "offload_param": {"device": "nvme", "nvme_path": "/mnt/other"}}},
+            num_processes=1,
+        )

@@ -275,3 +275,38 @@ def test_plans_of_training_from_the_command_line(folder, options):
     assert found["num_nodes"] == (4 if options[:1] == ("--nodes",) else 1)
     assert found["chosen"]["fits"]
     assert (found["frozen_bytes"] > 0) == (options[:1] == ("--lora",))
+
+
+def test_a_disk_is_weighed_where_there_is_one(folder):
+    near = accelerators(2, host_limit_bytes=8 * GIB)
+    there = replace(near, disk_limit_bytes=64 * GIB, disk_read_bytes_per_s=2e9)
+    ways = {each.way.title: each for each in outlook(folder, there).forecasts}
+    on_disk = ways["zero3, all on nvme"]
+    assert {each.way.title for each in outlook(folder, near).forecasts} == {
+        title for title, each in ways.items() if not each.way.is_on_disk
+    }
+    values = outlook(folder, there).job.num_trained
+    assert on_disk.disk_bytes == pytest.approx((16 + 4) * values / 2, rel=0.01)
+    assert on_disk.seconds_by_kind["disk"] >= 16 * values / 2 / 2e9
+    assert on_disk.step_s >= on_disk.seconds_by_kind["disk"]
+    assert on_disk.peak_bytes < ways["zero3"].peak_bytes
+    slow = outlook(folder, replace(there, disk_write_bytes_per_s=1e6))
+    assert {each.way.title: each for each in slow.forecasts}["zero3, all on nvme"].step_s > 10 * on_disk.step_s
+    full = outlook(folder, replace(there, disk_limit_bytes=on_disk.disk_bytes - 1))
+    assert not {each.way.title: each for each in full.forecasts}["zero3, all on nvme"].fits
+
+
+def test_offloading_says_what_it_costs(folder):
+    config = TrainingConfig(
+        precision="fp32", global_batch_size=8, strategy="zero3", offload_optimizer="cpu", offload_params="cpu"
+    )
+    found = outlook(folder, accelerators(2), config)
+    stated = TrainingConfig(precision="fp32", global_batch_size=8, strategy="zero3")
+    plain = outlook(folder, accelerators(2), stated)
+    micro = found.forecasts[0].way.micro_batch_size
+    assert found.slowdown == found.forecasts[0].step_s / found.near.step_s > 1
+    assert found.near in [each for each in plain.forecasts if each.way.micro_batch_size == micro]
+    assert f"take {found.slowdown:.2g} times as long" in found.explain()
+    assert json.loads(found.to_json())["offloading_slows_by"] == found.slowdown
+    assert plain.slowdown is None
+    assert "times as long" not in plain.explain()
