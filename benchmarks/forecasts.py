@@ -52,38 +52,39 @@ def main() -> None:
 
 
 def _compare(report: Report, settings: Settings, path: str, title: str) -> None:
-    sizes, speeds, notes = [], [], []
-    machine: dict[int, str] = {}
-    for (name, (size, options)), (samples, recompute) in itertools.product(ENGINES.items(), SHAPES):
-        asked = options | {"precision": "fp32", "activation_checkpointing": recompute}
-        if size not in machine:
-            machine[size] = run_processes(1, "calibrated", {"size": size})[0]["machine"]
-        expected = run_processes(
-            1,
-            "expected",
-            {
-                "path": path,
-                "size": size,
-                "micro_batch_size": samples,
-                "num_tokens": NUM_TOKENS,
-                "machine": machine[size],
-                **asked,
-            },
-        )[0]
-        found = run_processes(
+    cases = [
+        (
+            name,
             size,
-            "taken",
-            {"path": path, "tiny": str(settings.tiny), "micro_batch_size": samples, "num_tokens": NUM_TOKENS, **asked},
+            options | {"precision": "fp32", "activation_checkpointing": recompute, "micro_batch_size": samples},
         )
+        for (samples, recompute), (name, (size, options)) in itertools.product(SHAPES, ENGINES.items())
+    ]
+    machine = {size: run_processes(1, "calibrated", {"size": size})[0]["machine"] for size in (1, 2)}
+    common = {"path": path, "num_tokens": NUM_TOKENS}
+    expected: list[Any] = [None] * len(cases)
+    for size, rates in machine.items():
+        places = [place for place, case in enumerate(cases) if case[1] == size]
+        asked = {"size": size, "machine": rates, "cases": [cases[place][2] for place in places]}
+        ways = run_processes(1, "forecasts", asked | common)[0]["ways"]
+        for place, way in zip(places, ways, strict=True):
+            expected[place] = way
+    sizes, speeds, notes = [], [], []
+    measured: list[tuple[dict[str, Any], float, float]] = []  # of two processes with the larger passes
+    for (name, size, asked), way in zip(cases, expected, strict=True):
+        found = run_processes(size, "taken", {"tiny": str(settings.tiny), **common, **asked})
         rise = max(each["rise_bytes"] for each in found)
+        samples = asked["micro_batch_size"]
         tokens_per_s = size * samples * NUM_TOKENS / statistics.median(found[0]["seconds"])
-        sizes.append(rise / expected["peak_bytes"])
-        speeds.append(tokens_per_s / expected["tokens_per_s"])
-        kinds = ", ".join(f"{kind} {each / MIB:.0f}" for kind, each in expected["bytes_by_kind"].items() if each)
+        sizes.append(rise / way["peak_bytes"])
+        speeds.append(tokens_per_s / way["tokens_per_s"])
+        if size > 1 and samples == SHAPES[-1][0]:
+            measured.append((asked, rise, tokens_per_s))
+        kinds = ", ".join(f"{kind} {each / MIB:.0f}" for kind, each in way["bytes_by_kind"].items() if each)
         notes.append(
-            f"{name}, {samples} x {NUM_TOKENS}, recomputation {recompute}: "
-            f"{rise / MIB:.0f} of {expected['peak_bytes'] / MIB:.0f} MiB ({kinds}); "
-            f"{tokens_per_s:.0f} of {expected['tokens_per_s']:.0f} tokens/s"
+            f"{name}, {samples} x {NUM_TOKENS}, recomputation {asked['activation_checkpointing']}: "
+            f"{rise / MIB:.0f} of {way['peak_bytes'] / MIB:.0f} MiB ({kinds}); "
+            f"{tokens_per_s:.0f} of {way['tokens_per_s']:.0f} tokens/s"
         )
         print(notes[-1], file=sys.stderr, flush=True)
     for what, ratios, limit in (("memory", sizes, 0.10), ("tokens/s", speeds, 0.15)):
@@ -105,6 +106,41 @@ def _compare(report: Report, settings: Settings, path: str, title: str) -> None:
             note="; ".join(notes),
         )
     )
+    _choices(report, title, measured, {"size": 2, "machine": machine[2], **common})
+
+
+def _choices(
+    report: Report, title: str, measured: list[tuple[dict[str, Any], float, float]], asked: dict[str, Any]
+) -> None:
+    """What "auto" takes within three limits, against the fastest run that stayed within them."""
+    peaks = sorted(rise for _, rise, _ in measured)
+    limits = [1.02 * peaks[0], statistics.median(peaks), 1.1 * peaks[-1]]
+    cases = [measured[-1][0]]
+    chosen = run_processes(1, "forecasts", asked | {"cases": cases, "limits": limits})[0]["chosen"]
+    for limit, way in zip(limits, chosen, strict=True):
+        fastest = max(speed for _, rise, speed in measured if rise <= limit)
+        name = f'{title}: the fastest run within {limit / MIB:.0f} MiB of each process, over what "auto" takes'
+        if way is None:
+            report.add(Figure(name=name, values=[], limit=1.05, note='"auto" finds none that fits'))
+            continue
+        rise, speed = next(
+            (rise, speed)
+            for case, rise, speed in measured
+            if case["strategy"] == way["strategy"]
+            and case.get("reshard_after_forward", True) == way["reshard_after_forward"]
+            and (case["activation_checkpointing"] == "on") == way["checkpoints"]
+            and "offload_params" not in case
+        )
+        told = f"{way['strategy']}, kept" if not way["reshard_after_forward"] else way["strategy"]
+        report.add(
+            Figure(
+                name=name,
+                values=[fastest / speed],
+                limit=1.05,
+                note=f"{told}, recomputation {'on' if way['checkpoints'] else 'off'}: {rise / MIB:.0f} MiB"
+                + ("" if rise <= limit else ", which is more than the limit"),
+            )
+        )
 
 
 if __name__ == "__main__":

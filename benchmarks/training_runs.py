@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import bigmodel.models
 from bigmodel.footprint import PeakFootprint, footprint_bytes
 from bigmodel.training import TrainingConfig, TrainingRun
 
-__all__ = ["calibrated", "collectives", "exact", "expected", "load", "loops", "overhead", "resume", "speed", "taken"]
+__all__ = ["calibrated", "collectives", "exact", "forecasts", "load", "loops", "overhead", "resume", "speed", "taken"]
 
 # Of a sample; the fewer where many engines take their turns.
 NUM_TOKENS, SHORT = 256, 64
@@ -220,22 +220,39 @@ def taken(path: str, tiny: str, *, micro_batch_size: int, num_tokens: int, **opt
     return {"rise_bytes": memory.peak_bytes - before, "seconds": times}
 
 
-def expected(
-    path: str, *, size: int, micro_batch_size: int, num_tokens: int, machine: str, **options: Any
+def forecasts(
+    path: str, *, size: int, num_tokens: int, machine: str, cases: list[dict[str, Any]], limits: Sequence[float] = ()
 ) -> dict[str, Any]:
-    """What is predicted of `taken` with so many processes on this machine, whose rates were measured with all its threads."""
-    from bigmodel.training.choice import outlook_of
+    """What is predicted of `taken` with so many processes on this machine, whose rates were measured with all its threads.
+
+    Args:
+        cases: fields of a TrainingConfig, each of one run.
+        limits: bytes that a process may use, of each of which "auto" chooses, with the last case's micro-batch.
+
+    Returns:
+        ``ways`` of the cases, and ``chosen`` for the limits, as `Outlook.to_json` has them.
+    """
     from bigmodel.training.cluster import Cluster
+    from bigmodel.training.job import job_of
+    from bigmodel.training.outlook import look_out
     from bigmodel.training.weights import Origin
 
-    config = TrainingConfig(micro_batch_size=micro_batch_size, **options)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "machine.json"
         file.write_text(machine)
-        cluster = Cluster.of(bigmodel.Machine.load(file), num_per_node=size)
-    outlook = outlook_of(config, Origin.of(path), cluster, num_tokens=num_tokens)
-    found: dict[str, Any] = json.loads(outlook.to_json())["ways"][0]
-    return found
+        cluster = dataclasses.replace(Cluster.of(bigmodel.Machine.load(file), num_per_node=size), disk_limit_bytes=0)
+    job = job_of(Origin.of(path), precision="fp32", global_batch_size=size, num_tokens=num_tokens)
+    ways, chosen = [], []
+    for case in cases:
+        config = TrainingConfig(**case)
+        of_case = dataclasses.replace(job, global_batch_size=size * case["micro_batch_size"])
+        ways.append(json.loads(look_out(of_case, cluster, config).to_json())["ways"][0])
+    for limit in limits:
+        config = TrainingConfig(precision="fp32", micro_batch_size=cases[-1]["micro_batch_size"])
+        of_case = dataclasses.replace(job, global_batch_size=size * cases[-1]["micro_batch_size"])
+        limited = dataclasses.replace(cluster, limit_bytes=int(limit))
+        chosen.append(json.loads(look_out(of_case, limited, config, deepspeed=False).to_json())["chosen"])
+    return {"ways": ways, "chosen": chosen}
 
 
 def calibrated(size: int) -> dict[str, Any]:
