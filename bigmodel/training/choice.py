@@ -29,6 +29,7 @@ from bigmodel.training.outlook import Outlook, has_deepspeed, look_out
 from bigmodel.training.processes import Processes
 from bigmodel.training.sources import Listed, Source
 from bigmodel.training.strategy import Engine, Plain, Sharded
+from bigmodel.training.swap import SwapFolder
 from bigmodel.training.weights import Origin
 from bigmodel.training.zero import ZeRO, refuse_float16
 
@@ -158,6 +159,7 @@ def decide(
             fields = _kept(config, resumes, processes)
             if not fields:
                 cluster = min(own, key=lambda each: each.limit_bytes)  # the smallest limits all
+                cluster = replace(cluster, disk_limit_bytes=min(each.disk_limit_bytes for each in own))
                 of_loader = None if source is None else source.batch_size
                 known = of_loader or (
                     None if source is None or isinstance(source, Listed) else 1
@@ -244,7 +246,7 @@ def cluster_here(
     link_bytes_per_s: float | None = None,
     *,
     nvme_folder: str | os.PathLike[str] | None = None,
-    disk_rates: tuple[float, float] | None = None,
+    swap: SwapFolder | None = None,
 ) -> Cluster:
     """What these processes have, on nodes like this machine.
 
@@ -252,7 +254,7 @@ def cluster_here(
         machine: its disk is the one that would be written to.
         link_bytes_per_s: as it was measured; a default if None.
         nvme_folder: None where nothing may be written.
-        disk_rates: of reads and writes, as it was measured; the machine's, of another folder, if None.
+        swap: where something lies on that disk already; the machine's rates, of another folder, hold if None.
     """
     # Where no launcher says, all are taken to be on one host: less is promised to each.
     local = min(processes.size, int(os.environ.get("LOCAL_WORLD_SIZE", processes.size)))
@@ -276,8 +278,13 @@ def cluster_here(
         link_bytes_per_s=link_bytes_per_s,
         **options,
     )
-    if disk_rates is not None:
-        found = replace(found, disk_read_bytes_per_s=disk_rates[0], disk_write_bytes_per_s=disk_rates[1])
+    if swap is not None:
+        found = replace(
+            found,
+            disk_read_bytes_per_s=swap.read_bytes_per_s,
+            disk_write_bytes_per_s=swap.write_bytes_per_s,
+            disk_limit_bytes=found.disk_limit_bytes + swap.disk_bytes,
+        )
     return found if nvme_folder is not None else replace(found, disk_limit_bytes=0)
 
 
@@ -318,6 +325,12 @@ def _kept(config: TrainingConfig, resumes: str | os.PathLike[str] | None, proces
             return {}
         manifest = found[0][1]
     chosen = dict(manifest.get("chosen", {}))
+    if config.nvme_folder is None and "nvme" in [chosen.get(name) for name in _OF_ENGINES]:
+        if config.strategy == "auto":
+            logger.info("the run that is gone on with kept values on a disk, and no nvme_folder is given: chosen anew")
+            return {}
+        for name in _OF_ENGINES:
+            chosen.pop(name, None)
     if config.strategy not in ("auto", chosen.get("strategy")):  # what is said of another engine
         for name in _OF_ENGINES:
             chosen.pop(name, None)

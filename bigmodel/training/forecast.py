@@ -58,6 +58,7 @@ class Job:
         optimizer: of a step of all parameters.
         rehearsed: of samples in a pass, and whether units are checkpointed: what the pass takes.
         has_scalars: whether a parameter has no dimension.
+        num_largest: values of the largest parameter, trained or not.
         tokens_per_sample: the longest.
         global_batch_size: samples of a step.
     """
@@ -72,6 +73,7 @@ class Job:
     tokens_per_sample: int
     global_batch_size: int
     has_scalars: bool = False
+    num_largest: int = 0
 
     @property
     def num_trained(self) -> int:
@@ -489,8 +491,8 @@ def _seconds(job: Job, cluster: Cluster, way: Way, rehearsal: Rehearsal, num_pas
             moved += (1 if is_fsdp else num_passes) * values / parts + (0 if is_fsdp else copies / parts)
     seconds["transfers"] = moved / cluster.h2d_bytes_per_s
     read = written = 0.0
-    if way.offload_optimizer == "nvme":  # masters and states there and back, gradients written in backward
-        read += (2 * values + job.optimizer.state_bytes) / parts
+    if way.offload_optimizer == "nvme":  # masters and states there and back, gradients written, normed and read again
+        read += (3 * values + job.optimizer.state_bytes) / parts
         written += (2 * values + job.optimizer.state_bytes) / parts
     if way.offload_params == "nvme":  # for forward and for backward
         read += 2 * num_passes * weights / parts
@@ -502,7 +504,7 @@ def _seconds(job: Job, cluster: Cluster, way: Way, rehearsal: Rehearsal, num_pas
 def _swap_buffers(job: Job, way: Way, parts: int) -> tuple[float, float]:
     """Bytes in a process's host memory of what ZeRO has on a disk: for a step and for passes."""
     of_step = of_passes = 0.0
-    largest = max(job.sizes.values(), default=0) / parts
+    largest = job.num_largest / parts
     group = min(NUM_SWAPPED + largest, job.num_trained / parts)
     if way.offload_optimizer == "nvme":  # masters, gradients and states
         of_step = 2 * _MASTER * group + job.optimizer.state_bytes / max(1, job.num_trained) * group

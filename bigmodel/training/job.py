@@ -91,6 +91,7 @@ def job_of(
         tokens_per_sample=num_tokens or _tokens_of(example),
         global_batch_size=global_batch_size,
         has_scalars=any(not each.ndim for each in module.parameters()),
+        num_largest=max(each.numel() for each in module.parameters()),
     )
 
 

@@ -218,7 +218,7 @@ class TrainingRun(Collectives):
                     Machine.probe(asked.nvme_folder),
                     self.processes,
                     nvme_folder=asked.nvme_folder,
-                    disk_rates=None if self._engine is None else self._engine.disk_rates,
+                    swap=None if self._engine is None else self._engine.swap,
                 ),
                 source=loaded,
                 optimizer=named["optimizer"],
@@ -412,9 +412,6 @@ class TrainingRun(Collectives):
         self._is_stepping = True
         try:
             norm, (lost, stopping), has_stepped = engine.step(optimizer, most, [lost, float(self._wants_to_stop)])
-        except Exception:
-            self._note(engine.model)
-            raise
         finally:
             self._is_stepping = self._is_fresh = False
         self._most, self._stops, self._was_scheduled = None, stopping > 0, schedules
@@ -787,7 +784,8 @@ class TrainingRun(Collectives):
 
     def _note(self, model: nn.Module, *of_forward: Any) -> None:
         if self._loader is not None:
-            note_shortage(self.config, self._loader.division, is_training=model.training)
+            is_host = self.processes.device.type == "cpu"
+            note_shortage(self.config, self._loader.division, is_training=model.training, is_host=is_host)
 
     def _seed_draws(self, step: int) -> None:
         torch.manual_seed(mixed(self.config.seed, step, self.processes.rank))

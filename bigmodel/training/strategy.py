@@ -31,6 +31,7 @@ from bigmodel.training.float8 import use_float8
 from bigmodel.training.gradients import LossScale, gradients_of, norm_and_sums, scale
 from bigmodel.training.pieces import Pieces
 from bigmodel.training.processes import Processes
+from bigmodel.training.swap import SwapFolder
 from bigmodel.training.weights import Origin, with_masters
 
 __all__ = [
@@ -76,7 +77,7 @@ class Engine(ABC):
         loss_scale: of float16; None for other precisions.
         gathers: whether passes gather weights from other processes, so that all make as many.
         needs_gradients: whether the library cannot step without a backward since the last step.
-        disk_rates: reads and writes of this process, bytes per second, where something is offloaded to a disk.
+        swap: where something is offloaded to a disk.
     """
 
     model: nn.Module
@@ -87,7 +88,7 @@ class Engine(ABC):
     loss_scale: LossScale | None = None
     gathers: bool = False
     needs_gradients: bool = False
-    disk_rates: tuple[float, float] | None = None
+    swap: SwapFolder | None = None
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Name -> what an optimizer is made of."""

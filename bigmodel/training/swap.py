@@ -23,6 +23,8 @@ from bigmodel.units import format_bytes
 
 __all__ = ["SwapFolder", "mapped"]
 
+_IPC_LOCK = 14  # <linux/capability.h>
+_SMALL_BYTES = 1024  # what DeepSpeed's lengths and places are multiples of
 _PREFIX, _LOCK = "bigmodel-swap-", "lock"
 # What is written and read to learn the disk's rates, so much at a time.
 _BLOCK_BYTES, _NUM_BLOCKS = 8 << 20, 8
@@ -33,11 +35,15 @@ class SwapFolder:
 
     Attributes:
         path: of it.
+        disk_bytes: that it was made for.
         read_bytes_per_s, write_bytes_per_s: of this process while all of them do the same, past the page cache.
     """
 
-    def __init__(self, path: Path, read_bytes_per_s: float, write_bytes_per_s: float, lock: int) -> None:
-        self.path, self.read_bytes_per_s, self.write_bytes_per_s = path, read_bytes_per_s, write_bytes_per_s
+    def __init__(
+        self, path: Path, disk_bytes: int, read_bytes_per_s: float, write_bytes_per_s: float, lock: int
+    ) -> None:
+        self.path, self.disk_bytes = path, disk_bytes
+        self.read_bytes_per_s, self.write_bytes_per_s = read_bytes_per_s, write_bytes_per_s
         self._finalizer = weakref.finalize(self, _removed_by, os.getpid(), path, lock)
 
     @classmethod
@@ -100,7 +106,7 @@ class SwapFolder:
             if made is not None:
                 _removed(*made)
             raise
-        return cls(made[0], *rates, made[1])
+        return cls(made[0], disk_bytes, *rates, made[1])
 
 
 def mapped(file: str | os.PathLike[str], number: int, dtype: torch.dtype) -> torch.Tensor:
@@ -109,10 +115,10 @@ def mapped(file: str | os.PathLike[str], number: int, dtype: torch.dtype) -> tor
 
 
 def _own(place: Path) -> tuple[Path, int]:
-    path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
-    lock = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    made = Path(tempfile.mkdtemp(prefix=f"new-{_PREFIX}", dir=place))  # which nobody sweeps before it is locked
+    lock = os.open(made / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    return path, lock
+    return made.rename(place / made.name.removeprefix("new-")), lock
 
 
 def _removed_by(process: int, path: Path, lock: int) -> None:
@@ -141,12 +147,20 @@ def _sweep(place: Path) -> None:
 
 def _refuse_unlocked(locked_bytes: int) -> None:
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    if os.geteuid() != 0 and limit != resource.RLIM_INFINITY and limit < locked_bytes:
+    if limit != resource.RLIM_INFINITY and limit < locked_bytes and not _may_lock_all():
         raise InvalidArgumentError(
             f'offloading to "nvme" locks {format_bytes(locked_bytes)} of buffers in memory, and this process may lock '
             f"{format_bytes(limit)}. Raise it (ulimit -l), or give smaller ones: sub_group_size and buffer_count in "
             "engine_options' zero_optimization."
         )
+
+
+def _may_lock_all() -> bool:
+    """Whether the process has CAP_IPC_LOCK, which limits do not hold for; root in a container may not."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _IPC_LOCK & 1)
+    return False
 
 
 def _rates(folder: Path) -> tuple[float, float]:
@@ -164,6 +178,10 @@ def _rates(folder: Path) -> tuple[float, float]:
                     if call(descriptor, [block], number * _BLOCK_BYTES) != _BLOCK_BYTES:
                         raise OSError(0, "a write or read was cut short")
                     times.append(time.perf_counter() - started_s)
+                small = memoryview(block)[_SMALL_BYTES : 2 * _SMALL_BYTES]
+                if call(descriptor, [small], _SMALL_BYTES) != _SMALL_BYTES:
+                    raise OSError(0, f"{_SMALL_BYTES} bytes are not taken alone")
+                small.release()
         finally:
             os.close(descriptor)
             file.unlink()

@@ -37,6 +37,7 @@ __all__ = ["ZeRO", "refuse_float16"]
 
 logger = logging.getLogger("bigmodel.training")
 
+_NEW = ".new"
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
@@ -82,7 +83,6 @@ class ZeRO(Engine):
         self._groups: list[list[str]] = []
         self._blank: dict[tuple[int, str], torch.Tensor] = {}
         self._zero: Any = None
-        self._swap: SwapFolder | None = None
         self._num_states = 0  # tensors that the optimizer keeps of a parameter
 
     def take(self, optimizer: Optimizer | None) -> None:
@@ -109,8 +109,7 @@ class ZeRO(Engine):
                 "those alone. Give the optimizer all of them, or call requires_grad_(False) on what is not trained."
             )
         if "nvme" in (self._config.offload_optimizer, self._config.offload_params):
-            self._swap = self._swap_folder(optimizer)
-            self.disk_rates = self._swap.read_bytes_per_s, self._swap.write_bytes_per_s
+            self.swap = self._swap_folder(optimizer)
         settings = self._settings()
         self._divide(settings) if self._stage == 3 else self._fill()
         now = dict(self.module.named_parameters())
@@ -129,7 +128,8 @@ class ZeRO(Engine):
             self.loss_scale = _DeepSpeedScale(self._zero.loss_scaler)
         self._find(optimizer)
         self._fill_masters()
-        self.module.register_forward_pre_hook(self._forget_read, prepend=True)
+        if self._config.offload_params == "nvme":
+            self.module.register_forward_pre_hook(self._forget_read, prepend=True)
 
     @contextlib.contextmanager
     def syncing(self, is_last: bool) -> Iterator[None]:
@@ -143,7 +143,9 @@ class ZeRO(Engine):
         if self.loss_scale is not None:
             self._zero.clip_grad = most or 0.0
             total = self.processes.summed(torch.tensor(sums, dtype=torch.float64)).tolist()
+            self._begin_absent()
             self.model.step()  # type: ignore[operator]
+            self._end_gradients()
             return float(self._zero._global_grad_norm), total, not self._zero.overflow
         # DeepSpeed's own factor is rounded to float32 three times, and a bfloat16 run shows each last bit.
         gradients, num_copies = self._gradients()
@@ -151,7 +153,9 @@ class ZeRO(Engine):
         if most is not None and math.isfinite(norm) and norm > most:
             scale(gradients, most / (norm + 1e-6))
         self._zero.clip_grad = 0.0
+        self._begin_absent()
         self.model.step()  # type: ignore[operator]
+        self._end_gradients()
         return norm, total, not self._zero.overflow
 
     def forget(self, optimizer: Optimizer) -> None:
@@ -176,6 +180,29 @@ class ZeRO(Engine):
 
     def clip(self, optimizer: Optimizer, most: float) -> float | None:
         return None
+
+    def _begin_absent(self) -> None:
+        """Of what is on a disk, gradients of zeros for what had none: DeepSpeed steps with what its buffers hold."""
+        for name, place in self._places.items() if self._config.offload_optimizer == "nvme" else ():
+            info = self._zero.optimizer_swapper.swap_params_info.get(self._name(place.flat))
+            if info is not None and place.at not in info.swapped_gradients.keys() | info.unswapped_gradients.keys():
+                parameter: Any = self.module.get_parameter(name)
+                info.unswapped_gradients[place.at] = torch.zeros(parameter.partition_numel())
+
+    @torch.no_grad()
+    def _end_gradients(self) -> None:
+        """ZeRO-3 adds to gradients of the step before, or steps with them again, where a pass makes none."""
+        if self._stage < 3:
+            return
+        self._zero.grad_partitions_flat_buffer.zero_()
+        if self._config.offload_optimizer == "nvme":
+            for info in self._zero.optimizer_swapper.swap_params_info.values():
+                info.swapped_gradients = {}
+                info.release_unswapped_gradients()
+        if self._config.offload_optimizer != "none":
+            for flat in self._flats:
+                if flat.grad is not None:
+                    flat.grad.zero_()
 
     # --- Logical tensors
 
@@ -229,11 +256,12 @@ class ZeRO(Engine):
             flat = self._flats[place.flat]
             for key, value in optimizer.state.get(flat, {}).items():
                 tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-                is_swapped = self._is_swapped(place.flat)  # and empty, but for what a checkpoint had
-                is_like = tensor.ndim and (is_swapped or tensor.shape == flat.shape)
+                size = self._size(place.flat)
+                is_away = self._is_swapped(place.flat) and not tensor.numel()
+                is_like = tensor.ndim and (is_away or tensor.numel() == size)
                 # What is one for a flat tensor, such as a step, is saved once per parameter.
                 found.setdefault(name, {})[key] = (
-                    self._pieces(name, self._values(place.flat, key) if is_swapped else tensor)
+                    self._pieces(name, self._values(place.flat, key) if is_away else tensor)
                     if is_like
                     else tensor.clone()
                 )
@@ -272,6 +300,8 @@ class ZeRO(Engine):
         if self._config.offload_optimizer == "nvme":
             self._zero.optimizer_swapper.purge_state()
         for (number, key), flat in self._blank.items():
+            if self._is_swapped(number):
+                os.replace(self._file(number, key) + _NEW, self._file(number, key))
             optimizer.state[self._flats[number]][key] = flat
         for name, values in states.items():
             for key, value in values.items():
@@ -284,9 +314,9 @@ class ZeRO(Engine):
 
     def describe(self) -> str:
         told = told_of_offload(self._config, self.processes)
-        if self._swap is not None:
-            told += f" (this process reads {self._swap.read_bytes_per_s / 1e9:.2g} GB/s there, and writes "
-            told += f"{self._swap.write_bytes_per_s / 1e9:.2g} GB/s)"
+        if self.swap is not None:
+            told += f" (this process reads {self.swap.read_bytes_per_s / 1e9:.2g} GB/s there, and writes "
+            told += f"{self.swap.write_bytes_per_s / 1e9:.2g} GB/s)"
         return f"DeepSpeed ZeRO-{self._stage}, {self._config.precision}, {self.processes.size} parts{told}"
 
     # --- How
@@ -317,48 +347,51 @@ class ZeRO(Engine):
             if to != "none":
                 is_pinned = self.processes.device.type != "cpu"
                 zero[key] = {"pin_memory": is_pinned, **zero.get(key, {}), "device": to}
-        if self._swap is not None:
+        if "nvme" in (config.offload_optimizer, config.offload_params):
             self._set_swapping(zero)
         return {**settings, **options, "zero_optimization": zero}
 
-    def _set_swapping(self, zero: dict[str, Any]) -> None:
-        """Buffers as large as what goes through them, where the options say nothing: DeepSpeed's own take gigabytes."""
-        assert self._swap is not None
-        zero.setdefault("sub_group_size", NUM_SWAPPED)
+    def _set_swapping(self, zero: dict[str, Any]) -> int:
+        """Buffers as large as what goes through them, where the options say nothing: DeepSpeed's own take gigabytes.
+
+        Returns:
+            Bytes of them.
+        """
+        size, locked = self.processes.size, 0
+        numbers = [_num_values(each) for each in self.module.parameters()]
+        trained = [_num_values(each) for each in self.trained().values()]
+        group = min(int(zero.setdefault("sub_group_size", NUM_SWAPPED)) + max(trained) // size, sum(trained) // size)
         section = zero.get("offload_optimizer", {})
-        if section.get("device") == "nvme":  # a master, a gradient, and states
-            section.setdefault("buffer_count", 2 + self._num_states)
-            section["nvme_path"] = str(self._swap.path)
-        section = zero.get("offload_param", {})
-        if section.get("device") == "nvme":
-            largest = max(_num_values(each) for each in self.module.parameters())
-            section.setdefault("buffer_size", -(-largest // self.processes.size))
-            section.setdefault("buffer_count", NUM_SWAP_BUFFERS)
-            section.setdefault("max_in_cpu", 0)
-            section["nvme_path"] = str(self._swap.path)
+        if section.get("device") == "nvme":  # a master, a gradient, and states; of the groups before and after it too
+            ahead = sum(bool(section.get(key)) for key in ("pipeline_read", "pipeline_write"))
+            locked += 4 * group * int(section.setdefault("buffer_count", (2 + self._num_states) * (1 + ahead)))
+        read = zero.get("offload_param", {})
+        if read.get("device") == "nvme":
+            largest = -(-max(numbers) // size)
+            buffer = int(read.setdefault("buffer_size", max(largest, group if section.get("fast_init") else 0)))
+            locked += self._dtype.itemsize * (buffer * int(read.setdefault("buffer_count", NUM_SWAP_BUFFERS)) + group)
+            read.setdefault("max_in_cpu", 0)
             # What stays gathered keeps its buffer.
             zero.setdefault("stage3_max_reuse_distance", 0)
+        for each in (section, read):
+            if each.get("device") == "nvme" and self.swap is not None:
+                each["nvme_path"] = str(self.swap.path)
+        return locked
 
     def _swap_folder(self, optimizer: Optimizer) -> SwapFolder:
         _reader(self.processes)
         self._num_states = num_states(optimizer)
-        size = self.processes.size
-        trained = [each.numel() for each in self.module.parameters() if each.requires_grad]
-        numbers = [each.numel() for each in self.module.parameters()]
-        on_disk = locked = 0.0
-        group = min(NUM_SWAPPED + max(trained) / size, sum(trained) / size)
+        on_disk = 0
         if self._config.offload_optimizer == "nvme":
-            on_disk += 4 * (2 + self._num_states) * sum(trained)
-            locked += 4 * (2 + self._num_states) * group
+            on_disk += 4 * (2 + self._num_states) * sum(each.numel() for each in self.trained().values())
         if self._config.offload_params == "nvme":
-            on_disk += self._dtype.itemsize * sum(numbers)
-            locked += self._dtype.itemsize * (NUM_SWAP_BUFFERS * max(numbers) / size + group)
+            on_disk += self._dtype.itemsize * sum(each.numel() for each in self.module.parameters())
         assert self._config.nvme_folder is not None
         return SwapFolder.make(
             self._config.nvme_folder,
             self.processes,
-            disk_bytes=math.ceil(on_disk / size),
-            locked_bytes=math.ceil(locked),
+            disk_bytes=-(-on_disk // self.processes.size),
+            locked_bytes=self._set_swapping(self._settings()["zero_optimization"]),
         )
 
     def _fill(self) -> None:
@@ -447,25 +480,34 @@ class ZeRO(Engine):
         """A flat tensor's values, in memory or the file's; or, of one in a file, what the optimizer keeps of them."""
         if not self._is_swapped(number):
             return self._flats[number].detach()
-        return mapped(self._file(number, key), self._zero.fp16_partitioned_groups_flat_numel[number], torch.float32)
+        return mapped(self._file(number, key), self._size(number), torch.float32)
+
+    def _size(self, number: int) -> int:
+        """Values of a flat tensor."""
+        if not self._is_swapped(number):
+            return self._flats[number].numel()
+        return int(self._zero.fp16_partitioned_groups_flat_numel[number])
 
     def _blank_values(self, number: int, key: str, dtype: torch.dtype) -> torch.Tensor:
         flat = self._flats[number].detach()
         if not self._is_swapped(number):
             return torch.zeros_like(flat, dtype=dtype)
-        swapper, size = self._zero.optimizer_swapper, self._zero.fp16_partitioned_groups_flat_numel[number]
-        file = self._file(number, key)
+        swapper, size = self._zero.optimizer_swapper, self._size(number)
+        file = self._file(number, key) + _NEW  # until it was read
         with open(file, "wb") as opened:
-            opened.truncate(swapper._io_aligned_numel(size) * flat.itemsize)
+            os.posix_fallocate(opened.fileno(), 0, swapper._io_aligned_numel(size) * flat.itemsize)
         return mapped(file, size, dtype)
 
     def _is_swapped(self, number: int) -> bool:
         return bool(self._stage == 3 and self._zero._swappable_optimizer_subgroup(number))
 
+    def _name(self, number: int) -> str:
+        flat: Any = self._flats[number]
+        return str(flat.ds_id)
+
     def _file(self, number: int, key: str | None) -> str:
         """Where DeepSpeed keeps it."""
-        flat: Any = self._flats[number]
-        swapper, name = self._zero.optimizer_swapper, flat.ds_id
+        swapper, name = self._zero.optimizer_swapper, self._name(number)
         return os.path.join(swapper.swap_folder, f"{name if key is None else f'{key}-{name}'}.tensor.swp")
 
     def _range(self, name: str, flat: torch.Tensor) -> torch.Tensor:
@@ -556,7 +598,8 @@ def _reader(processes: Processes) -> None:
     """Compile DeepSpeed's reader and writer of files, where that was not done yet."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    builder, error = AsyncIOBuilder(), None
+    builder = AsyncIOBuilder()
+    error: Exception | None = None
     if not builder.is_compatible(verbose=False) or shutil.which("g++") is None:
         error = InvalidArgumentError(
             'offloading to "nvme" takes a part of DeepSpeed that is compiled here, and g++ or the headers of libaio are missing. '
@@ -565,8 +608,12 @@ def _reader(processes: Processes) -> None:
     processes.all_right(error)
     if processes.is_main:
         logger.info("DeepSpeed's reader of files is loaded: the first time it is compiled, which takes minutes")
-    with _quiet():
-        builder.load(verbose=False)
+    try:
+        with _quiet():
+            builder.load(verbose=False)
+    except Exception as caught:  # the others wait
+        error = InvalidArgumentError(f"DeepSpeed's reader of files could not be compiled: {caught}")
+    processes.all_right(error)
 
 
 def refuse_float16(processes: Processes) -> None:

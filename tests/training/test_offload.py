@@ -14,7 +14,7 @@ from bigmodel.errors import DoesNotFitError, InvalidArgumentError
 from bigmodel.training import TrainingConfig, TrainingRun
 from bigmodel.training.processes import Processes
 from bigmodel.training.swap import SwapFolder
-from training.loops import Sentences, save_llama
+from training.loops import Sentences, masters, save_llama
 
 BOTH = {"offload_optimizer": "cpu", "offload_params": "cpu"}
 OPTIMIZER = {"offload_optimizer": "cpu"}
@@ -102,6 +102,45 @@ def test_what_lies_on_a_disk_trains_to_the_same_bits(two, wide, tmp_path, offloa
         expected, found = (two.run("training.loops:train", **asked, **each)[0] for each in ({}, options))
         assert found["losses"] == expected["losses"]
         assert equal(found["parameters"], expected["parameters"])
+
+
+class Branches(torch.nn.Module):
+    """Two maps, of which `taken` are used."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (torch.nn.Linear(768, 768, bias=False) for _ in range(2))
+        self.taken = "ab"
+
+    def forward(self, number, labels):
+        given = number.float()[:, None].expand(-1, 768) + 1
+        return {"loss": sum(getattr(self, name)(given).square().mean() for name in self.taken)}
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, number):
+        return {"number": torch.tensor(number), "labels": torch.ones(2, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize(
+    "offload", [{}, OPTIMIZER, pytest.param({"offload_optimizer": "nvme"}, marks=pytest.mark.long)], ids=str
+)
+def test_zero_does_not_step_again_with_the_gradients_of_the_step_before(tmp_path, offload):
+    if "nvme" in offload.values():
+        offload = {**offload, "nvme_folder": tmp_path}
+    run = TrainingRun(TrainingConfig(strategy="zero3", precision="fp32", **offload))
+    module = Branches()
+    run.prepare(model=module, optimizer=lambda params: torch.optim.SGD(params, lr=1e-3), data=Numbers(), progress=False)
+    run.train_step()
+    first = masters(run)
+    module.taken = "a"
+    run.train_step()
+    second = masters(run)
+    assert not torch.equal(second["a.weight"], first["a.weight"])
+    assert torch.equal(second["b.weight"], first["b.weight"])
 
 
 def test_a_folder_on_a_disk_is_its_process_s_own_and_goes_with_it(tmp_path):
