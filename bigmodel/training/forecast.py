@@ -429,14 +429,19 @@ class _Sharing:
             full = pile
         buffers = (job.itemsize + (_MASTER if job.itemsize < _MASTER else 0)) * bucket  # sent in float32
         keeps = stage == 3 or self._accumulates or full is pile
+        is_late = stage == 1 and not keeps  # gradients are reduced after backward, when all of them are there
         done = 0
         for moment in self._rehearsal.moments:
             now = _Pile(full if keeps else pile)
-            if not keeps:
+            if not keeps and not is_late:
                 now.add("gradients", min(done / size, shard), block_bytes=math.inf)
             touched = min(done * job.itemsize / _MASTER, buffers) if self._is_host else buffers
             yield self._until(now.add("buckets", touched), moment)
             done += _MASTER * job.sizes[moment.name]
+            if is_late:
+                pile = _Pile(pile).add("gradients", _MASTER * job.sizes[moment.name])
+        if is_late:
+            yield _Pile(pile).add("gradients", shard, block_bytes=math.inf)
         yield _Pile(full).add("buckets", buffers * (1 + self._cluster.copies_collectives))
         if stage < 3 and self._is_host:  # what was averaged is put together for the step
             full = _Pile(full).add("gradients", shard, block_bytes=math.inf)

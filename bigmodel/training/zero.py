@@ -213,8 +213,9 @@ class ZeRO(Engine):
             if name in self._places:
                 found[name] = self._pieces(name, self._values(self._places[name].flat))
             elif hasattr(parameter, "ds_tensor"):  # frozen, divided
-                start = parameter.ds_tensor.numel() * self.processes.rank
-                number = max(0, min(parameter.ds_tensor.numel(), parameter.ds_numel - start))
+                size = parameter.ds_tensor.ds_numel
+                start = size * self.processes.rank
+                number = max(0, min(size, parameter.ds_numel - start))
                 found[name] = Pieces(parameter.ds_shape, start, _held(parameter).detach()[:number])
             else:
                 found[name] = parameter.detach()

@@ -143,6 +143,19 @@ def test_zero_does_not_step_again_with_the_gradients_of_the_step_before(tmp_path
     assert torch.equal(second["b.weight"], first["b.weight"])
 
 
+@pytest.mark.long
+def test_what_is_frozen_lies_on_the_disk_too(tmp_path):
+    run = TrainingRun(TrainingConfig(strategy="zero3", precision="fp32", offload_params="nvme", nvme_folder=tmp_path))
+    module = Branches()
+    module.b.requires_grad_(False)
+    before = {name: each.detach().clone() for name, each in module.named_parameters()}
+    run.prepare(model=module, optimizer=lambda params: torch.optim.SGD(params, lr=1e-3), data=Numbers(), progress=False)
+    run.train_step()
+    after = masters(run)
+    assert torch.equal(after["b.weight"], before["b.weight"])
+    assert not torch.equal(after["a.weight"], before["a.weight"])
+
+
 def test_a_folder_on_a_disk_is_its_process_s_own_and_goes_with_it(tmp_path):
     asked = {"disk_bytes": 1 << 20, "locked_bytes": 0}
     made = [SwapFolder.make(tmp_path, Processes.join(), **asked) for _ in range(2)]
