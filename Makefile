@@ -70,7 +70,6 @@ test-tools:
 	missing=
 	any chromium chromium-browser google-chrome || missing=chromium
 	any g++ clang++ || missing="$$missing g++"
-	[ -e /usr/include/libaio.h ] || missing="$$missing libaio-dev"  # for DeepSpeed's files, in make test-long
 	[ -n "$$missing" ] || exit 0
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
 		echo "bigmodel: installing what the tests need:" $$missing

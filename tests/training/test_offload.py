@@ -19,6 +19,7 @@ from training.loops import Sentences, masters, save_llama
 BOTH = {"offload_optimizer": "cpu", "offload_params": "cpu"}
 OPTIMIZER = {"offload_optimizer": "cpu"}
 SLOW = pytest.mark.slow
+READER = pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="DeepSpeed compiles against libaio")
 CASES = [
     ("fsdp", BOTH),
     pytest.param("zero1", OPTIMIZER, marks=SLOW),
@@ -84,6 +85,7 @@ def wide(tmp_path_factory):
     return path
 
 
+@READER
 @pytest.mark.long  # compiles DeepSpeed's reader: minutes, once
 @pytest.mark.parametrize(
     ("offload", "precision"), [(OPTIMIZER, "fp32"), ({"offload_params": "cpu"}, "bf16"), (BOTH, "bf16"), (BOTH, "fp32")]
@@ -126,7 +128,7 @@ class Numbers(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize(
-    "offload", [{}, OPTIMIZER, pytest.param({"offload_optimizer": "nvme"}, marks=pytest.mark.long)], ids=str
+    "offload", [{}, OPTIMIZER, pytest.param({"offload_optimizer": "nvme"}, marks=[pytest.mark.long, READER])], ids=str
 )
 def test_zero_does_not_step_again_with_the_gradients_of_the_step_before(tmp_path, offload):
     if "nvme" in offload.values():
@@ -143,6 +145,7 @@ def test_zero_does_not_step_again_with_the_gradients_of_the_step_before(tmp_path
     assert torch.equal(second["b.weight"], first["b.weight"])
 
 
+@READER
 @pytest.mark.long
 def test_what_is_frozen_lies_on_the_disk_too(tmp_path):
     run = TrainingRun(TrainingConfig(strategy="zero3", precision="fp32", offload_params="nvme", nvme_folder=tmp_path))

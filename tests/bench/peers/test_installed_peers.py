@@ -112,6 +112,7 @@ def test_airllm_refuses_modules_that_it_does_not_stream(airllm, tmp_path):
     assert not (tmp_path / "scratch").exists()
 
 
+@pytest.mark.long  # compiles for minutes, once
 @pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="DeepSpeed compiles against libaio")
 def test_deepspeed_gives_the_tokens_of_the_whole_model(deepspeed, tiny_llama, tmp_path):
     files = run(deepspeed, "prepare", tiny_llama, tmp_path)
