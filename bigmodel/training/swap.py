@@ -178,10 +178,9 @@ def _rates(folder: Path) -> tuple[float, float]:
                     if call(descriptor, [block], number * _BLOCK_BYTES) != _BLOCK_BYTES:
                         raise OSError(0, "a write or read was cut short")
                     times.append(time.perf_counter() - started_s)
-                small = memoryview(block)[_SMALL_BYTES : 2 * _SMALL_BYTES]
-                if call(descriptor, [small], _SMALL_BYTES) != _SMALL_BYTES:
-                    raise OSError(0, f"{_SMALL_BYTES} bytes are not taken alone")
-                small.release()
+                with memoryview(block) as whole, whole[_SMALL_BYTES : 2 * _SMALL_BYTES] as small:
+                    if call(descriptor, [small], _SMALL_BYTES) != _SMALL_BYTES:
+                        raise OSError(0, f"{_SMALL_BYTES} bytes are not taken alone")
         finally:
             os.close(descriptor)
             file.unlink()

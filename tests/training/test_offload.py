@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +198,21 @@ def test_what_a_disk_cannot_do_is_refused_and_nothing_is_left(tmp_path):
     with pytest.raises(InvalidArgumentError, match="cannot be written to"):
         SwapFolder.make(tmp_path / "file", here, disk_bytes=0, locked_bytes=0)
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("call", ["pwritev", "preadv"])
+def test_a_disk_whose_smallest_block_is_larger_than_deepspeed_s_is_refused(tmp_path, monkeypatch, call):
+    real = getattr(os, call)
+
+    def as_of_4096(descriptor, buffers, offset):
+        if offset % 4096 or any(each.nbytes % 4096 if isinstance(each, memoryview) else 0 for each in buffers):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, call, as_of_4096)
+    with pytest.raises(InvalidArgumentError, match="O_DIRECT: Invalid argument"):
+        SwapFolder.make(tmp_path, Processes.join(), disk_bytes=0, locked_bytes=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_says_what_lies_elsewhere(folder):
