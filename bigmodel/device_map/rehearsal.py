@@ -33,6 +33,7 @@ class Moment:
         highest_bytes: the most that was alive since the moment before (the first: since the pass began), beside weights and
             gradients that were made before.
         mapped_bytes: of large storages alone, the same.
+        heap_bytes: of all others, the same.
         held_bytes: alive then, beside weights and all gradients.
         held_mapped_bytes: of large storages alone, the same.
     """
@@ -40,6 +41,7 @@ class Moment:
     name: str
     highest_bytes: int
     mapped_bytes: int
+    heap_bytes: int
     held_bytes: int
     held_mapped_bytes: int
 
@@ -51,13 +53,11 @@ class Rehearsal:
     Attributes:
         host_bytes: the most that they hold on a host beside the weights, with gradients, and with what its allocator and kernels
             add.
-        heap_bytes: the most of what is not large that is alive beside weights and gradients.
         moments: in the order of backward.
         work: of both.
     """
 
     host_bytes: int
-    heap_bytes: int
     moments: tuple[Moment, ...]
     work: Work
 
@@ -113,9 +113,7 @@ def rehearse(
                 torch.func.functional_call(
                     _Step(twin), {f"model.{name}": each for name, each in weights.items()}, (args, kwargs)
                 )
-                found = Rehearsal(
-                    counter.taken_bytes({}), moments.heap_bytes, tuple(moments.found), _sum_of(tally.take().values())
-                )
+                found = Rehearsal(counter.taken_bytes({}), tuple(moments.found), _sum_of(tally.take().values()))
             moments.forget()
             return found
     except NotTriedError:
@@ -181,7 +179,6 @@ class _Moments:
 
     def __init__(self, counter: Counter, weights: dict[str, torch.Tensor], mapped_bytes: int) -> None:
         self.found: list[Moment] = []
-        self.heap_bytes = 0
         self._counter, self._least, self._done = counter, mapped_bytes, [0, 0]  # mapped, in the heap
         self._handles = [
             each.register_post_accumulate_grad_hook(functools.partial(self._made, name))  # type: ignore[no-untyped-call]
@@ -192,13 +189,12 @@ class _Moments:
     def _made(self, name: str, weight: torch.Tensor) -> None:
         highest, mapped, heap = self._counter.mark()
         before = sum(self._done)
-        self.heap_bytes = max(self.heap_bytes, heap - self._done[1])
-        mapped -= self._done[0]
+        mapped, heap = mapped - self._done[0], heap - self._done[1]
         assert weight.grad is not None
         self._done[weight.grad.nbytes < self._least] += weight.grad.nbytes
         held = self._counter.live_bytes - sum(self._done)
         held_mapped = self._counter.mapped_bytes - self._done[0]
-        self.found.append(Moment(name, highest - before, mapped, held, held_mapped))
+        self.found.append(Moment(name, highest - before, mapped, heap, held, held_mapped))
 
     def forget(self) -> None:
         for handle in self._handles:

@@ -22,6 +22,8 @@ gradients are reduced in."""
 _MASTER = 4  # bytes of a value that is trained
 # That libraries of products hold on a host beside results, once they have met a model's shapes: 70 to 80 MiB of two models.
 _LIBRARIES_BYTES = 64 << 20
+# What the heap takes for a byte of activations that it serves, with holes between them: SmolLM2, passes of 4 x 256 tokens.
+_HOLES = 1.35
 # Of a parameter in a pass of ZeRO-3: gathered for forward and backward, its gradient sent.
 _MESSAGES = 3
 # What ZeRO leaves in memory of what it keeps on a disk: tensors below that, and buffers.
@@ -56,7 +58,8 @@ class Job:
         num_tail: groups at the end, before the root's, that come after the last block.
         itemsize: bytes of a value that computes.
         optimizer: of a step of all parameters.
-        rehearsed: of samples in a pass, and whether units are checkpointed: what the pass takes.
+        rehearsed: of samples in a pass, whether units are checkpointed, and whether large blocks are told apart, as on a host:
+            what the pass takes.
         has_scalars: whether a parameter has no dimension.
         num_largest: values of the largest parameter, trained or not.
         tokens_per_sample: the longest.
@@ -69,7 +72,7 @@ class Job:
     num_tail: int
     itemsize: int
     optimizer: OptimizerStep
-    rehearsed: Callable[[int, bool], Rehearsal]
+    rehearsed: Callable[[int, bool, bool], Rehearsal]
     tokens_per_sample: int
     global_batch_size: int
     has_scalars: bool = False
@@ -185,8 +188,9 @@ def forecast(job: Job, cluster: Cluster, way: Way) -> Forecast:
     """What a way of training a job takes on a cluster."""
     size = cluster.num_processes
     num_passes = max(1, math.ceil(math.ceil(job.global_batch_size / size) / way.micro_batch_size))
-    rehearsal = job.rehearsed(way.micro_batch_size, way.checkpoints)
-    most = _most(_Sharing(job, cluster, way, rehearsal, num_passes > 1).piles())
+    rehearsal = job.rehearsed(way.micro_batch_size, way.checkpoints, cluster.is_host)
+    sharing = _Sharing(job, cluster, way, rehearsal, num_passes > 1)
+    most = _most(itertools.chain.from_iterable(sharing.piles() for _ in range(min(2, num_passes))))
     on_host = on_disk = 0
     parts = way.parts(size)
     moved = (job.optimizer.state_bytes + 2 * _MASTER * job.num_trained) // parts
@@ -243,17 +247,18 @@ class _Pile:
 
 
 def _most(piles: Iterable[_Pile]) -> dict[str, int]:
-    """Bytes by kind when they are most.
+    """Bytes by kind when they are most, of a step's moments in their order.
 
     What malloc serves from its heap is not given back while what came later lies above it, and not taken again for what is of
-    another size: of each kind the heap keeps its own most.
+    another size: until a step ends the heap keeps the most of each kind that there was.
     """
     heap = dict.fromkeys(KINDS, 0.0)
-    large: dict[str, float] = {}
+    most: dict[str, float] = {}
     for pile in piles:
         heap = {kind: max(nbytes, pile.heap.get(kind, 0.0)) for kind, nbytes in heap.items()}
-        large = max(large, pile.large, key=lambda each: sum(each.values()))
-    return {kind: math.ceil(heap[kind] + large.get(kind, 0.0)) for kind in KINDS}
+        now = {kind: nbytes + pile.large.get(kind, 0.0) for kind, nbytes in heap.items()}
+        most = max(most, now, key=lambda each: sum(each.values()))
+    return {kind: math.ceil(nbytes) for kind, nbytes in most.items()}
 
 
 class _Sharing:
@@ -275,21 +280,20 @@ class _Sharing:
         return self._whole()
 
     def _base(self, parameters: float, optimizer: float) -> _Pile:
-        """What is there all the time; on a host with what activations leave in the heap."""
+        """What is there all the time; on a host with what libraries take."""
         pile = _Pile(has_heap=self._is_host).add("parameters", parameters, block_bytes=math.inf)
         pile.add("optimizer", optimizer, block_bytes=math.inf)
-        if not self._is_host:
-            return pile
-        pile.add("activations", _LIBRARIES_BYTES, block_bytes=math.inf)
-        return pile.add("activations", self._rehearsal.heap_bytes, block_bytes=0)
+        return pile.add("activations", _LIBRARIES_BYTES if self._is_host else 0, block_bytes=math.inf)
 
     def _until(self, pile: _Pile, moment: Moment) -> _Pile:
         """With the most that activations take until a gradient is made."""
-        nbytes = moment.mapped_bytes if self._is_host else moment.highest_bytes
-        return _Pile(pile).add("activations", nbytes, block_bytes=math.inf)
+        if not self._is_host:
+            return _Pile(pile).add("activations", moment.highest_bytes)
+        now = _Pile(pile).add("activations", moment.mapped_bytes, block_bytes=math.inf)
+        return now.add("activations", _HOLES * moment.heap_bytes, block_bytes=0)
 
     def _then(self, pile: _Pile, moment: Moment) -> _Pile:
-        """With what is left of them then."""
+        """With what is left of them then; in the heap that is no more than before."""
         nbytes = moment.held_mapped_bytes if self._is_host else moment.held_bytes
         return _Pile(pile).add("activations", max(0, nbytes), block_bytes=math.inf)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from bigmodel.training.weights import Origin
 __all__ = ["job_of", "num_states", "unread"]
 
 _SIZE = 1024  # of a parameter that an optimizer is tried with
+_SIZES = (1, 2, 4, 8)  # samples of the passes that are tried
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -119,7 +121,10 @@ def unread(origin: Origin) -> Origin:
 
 
 class _Rehearsals:
-    """Passes of one and of two samples, and between and beyond them what these say: all of it grows evenly with samples."""
+    """Passes of a few numbers of samples, and between and beyond them what these say: it grows evenly with samples.
+
+    Where large blocks and small ones are told apart, it does so only from one power of two to the next.
+    """
 
     def __init__(
         self, module: nn.Module, call: Callable[[int], Call], checkpointed: Sequence[str], dtype: torch.dtype
@@ -127,26 +132,28 @@ class _Rehearsals:
         self._module, self._call, self._checkpointed, self._dtype = module, call, checkpointed, dtype
         self._known: dict[tuple[int, bool], Rehearsal] = {}
 
-    def __call__(self, micro_batch_size: int, checkpoints: bool) -> Rehearsal:
-        one = self._tried(1, checkpoints)
-        if micro_batch_size == 1:
-            return one
-        two = self._tried(2, checkpoints)
-        if micro_batch_size == 2 or [m.name for m in one.moments] != [m.name for m in two.moments]:
+    def __call__(self, micro_batch_size: int, checkpoints: bool, by_block: bool = False) -> Rehearsal:
+        sizes = _SIZES if by_block else _SIZES[:2]
+        if micro_batch_size in sizes:
+            return self._tried(micro_batch_size, checkpoints)
+        place = min(bisect.bisect(sizes, micro_batch_size), len(sizes) - 1)
+        fewer, more = sizes[place - 1], sizes[place]
+        one, two = self._tried(fewer, checkpoints), self._tried(more, checkpoints)
+        if [m.name for m in one.moments] != [m.name for m in two.moments]:
             return two
-        times = micro_batch_size - 1
+        times = (micro_batch_size - fewer) / (more - fewer)
 
         def grown(first: int, second: int) -> int:
-            return max(0, first + times * (second - first))
+            return max(0, round(first + times * (second - first)))
 
         return Rehearsal(
             grown(one.host_bytes, two.host_bytes),
-            grown(one.heap_bytes, two.heap_bytes),
             tuple(
                 Moment(
                     first.name,
                     grown(first.highest_bytes, second.highest_bytes),
                     grown(first.mapped_bytes, second.mapped_bytes),
+                    grown(first.heap_bytes, second.heap_bytes),
                     grown(first.held_bytes, second.held_bytes),
                     grown(first.held_mapped_bytes, second.held_mapped_bytes),
                 )

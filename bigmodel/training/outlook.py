@@ -294,7 +294,7 @@ def _is_about_parts(config: TrainingConfig, cluster: Cluster) -> bool:
 
 def _is_whole(job: Job, config: TrainingConfig) -> bool:
     """Whether backward gives every parameter that is trained its gradient."""
-    rehearsal = job.rehearsed(1, config.activation_checkpointing == "on")
+    rehearsal = job.rehearsed(1, config.activation_checkpointing == "on", False)
     return {moment.name for moment in rehearsal.moments} == set(job.sizes)
 
 

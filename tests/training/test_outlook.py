@@ -71,24 +71,24 @@ def in_new_processes(size, folder, **arguments):
 
 def test_each_parameter_s_gradient_has_its_moment(job):
     for checkpoints in (False, True):
-        moments = job.rehearsed(1, checkpoints).moments
+        moments = job.rehearsed(1, checkpoints, False).moments
         assert {each.name for each in moments} == set(job.sizes)
         assert len(moments) == len(job.sizes)
         assert all(each.highest_bytes >= each.held_bytes >= 0 for each in moments)
         assert moments[-1].name == "model.embed_tokens.weight"  # what forward begins with
-    assert job.rehearsed(1, True).work.flops > 1.2 * job.rehearsed(1, False).work.flops
-    highest = [max(each.highest_bytes for each in job.rehearsed(1, on).moments) for on in (False, True)]
+    assert job.rehearsed(1, True, False).work.flops > 1.2 * job.rehearsed(1, False, False).work.flops
+    highest = [max(each.highest_bytes for each in job.rehearsed(1, on, False).moments) for on in (False, True)]
     assert highest[1] < highest[0]
 
 
 def test_larger_passes_take_what_they_take_when_they_are_tried(folder, job):
     origin = Origin.of(folder)
-    four = job.rehearsed(4, False)
+    four = job.rehearsed(4, False, False)
     tokens = torch.zeros(4, 64, dtype=torch.int64)
     # Four samples as an example of one, which has the same shape as a pass of four.
     tried = job_of(
         origin, precision="fp32", global_batch_size=8, example={"input_ids": tokens, "labels": tokens}
-    ).rehearsed(1, False)
+    ).rehearsed(1, False, False)
     assert [each.name for each in tried.moments] == [each.name for each in four.moments]
     for found, expected in zip(four.moments, tried.moments, strict=True):
         assert found.highest_bytes == pytest.approx(expected.highest_bytes, rel=0.01)
@@ -179,7 +179,7 @@ def test_in_bfloat16_ddp_holds_all_of_the_masters_and_passes_before_the_last_all
 def test_recomputed_units_fill_no_cache(folder):
     inputs = {name: torch.ones(1, 12, dtype=torch.int64) for name in ("input_ids", "attention_mask", "labels")}
     job = job_of(Origin.of(folder), precision="fp32", global_batch_size=8, example=inputs)
-    plain, again = (job.rehearsed(1, on) for on in (False, True))
+    plain, again = (job.rehearsed(1, on, False) for on in (False, True))
     assert max(m.highest_bytes for m in again.moments) < max(m.highest_bytes for m in plain.moments)
 
 
@@ -188,7 +188,7 @@ def test_experts_can_be_tried(tmp_path):
 
     origin = Origin.of(make_checkpoint("mixtral", tmp_path))
     job = job_of(origin, precision="fp32", global_batch_size=2, num_tokens=32)
-    assert {each.name for each in job.rehearsed(1, False).moments} == set(job.sizes)
+    assert {each.name for each in job.rehearsed(1, False, False).moments} == set(job.sizes)
 
 
 def test_no_way_and_no_sample_leave_what_was_before(folder):
