@@ -124,6 +124,14 @@ def _steps(bench: Bench, report: Report, settings: Settings, limit_bytes: int) -
     )
     report.add(
         Figure(
+            name="step over the predicted one",
+            values=[mine["seconds"] / mine["planned_s"] for mine, _ in pairs],
+            unit="x",
+            note="the optimizer's step is in the measured one alone; the rates are those of `bigmodel calibrate`, or defaults",
+        )
+    )
+    report.add(
+        Figure(
             name="peak over the planned one, of what streams",
             values=[mine["peak_bytes"] / mine["planned_bytes"] for mine, _ in pairs],
             limit=1.0,
@@ -193,14 +201,15 @@ def run_steps(path: str, tiny: str, *, budget_bytes: int = 0, num_steps: int = 2
     for _ in _stepped(tiny, budget_bytes=budget_bytes, num_steps=1, num_tokens=16):  # what is imported is there before
         pass
     before = footprint_bytes()
-    losses, seconds, digests, read_bytes, planned_bytes = [], [], {}, [], 0
+    losses, seconds, digests, read_bytes, planned_bytes, planned_s = [], [], {}, [], 0, None
     with PeakFootprint() as memory:
         for run, loss, gradients, second, earlier in _stepped(
             path, budget_bytes=budget_bytes, num_steps=1 + num_steps, num_tokens=NUM_TOKENS
         ):
             losses.append(loss)
             if budget_bytes:
-                planned_bytes = bigmodel.plan_of(run.unwrap()).estimate.peak_bytes["cpu"]
+                estimate = bigmodel.plan_of(run.unwrap()).estimate
+                planned_bytes, planned_s = estimate.peak_bytes["cpu"], estimate.train_step_s
             seconds.append(second)
             digests = digests or gradients
             if budget_bytes:
@@ -212,6 +221,7 @@ def run_steps(path: str, tiny: str, *, budget_bytes: int = 0, num_steps: int = 2
         "read_bytes": median(read_bytes[1:]) if budget_bytes else 0,
         "peak_bytes": memory.peak_bytes - before,
         "planned_bytes": planned_bytes,
+        "planned_s": planned_s,
     }
 
 

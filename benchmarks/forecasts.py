@@ -10,6 +10,8 @@ import statistics
 import sys
 from typing import Any
 
+import psutil
+
 from benchmarks.report import Figure, Report
 from benchmarks.settings import Settings, parse_settings
 from benchmarks.training import run_processes
@@ -19,6 +21,7 @@ __all__: list[str] = []
 
 MIB = 1 << 20
 NUM_TOKENS = 256
+MOST = 0.9  # of the free memory, by the prediction: what takes more is not run
 # Elements that DeepSpeed reduces and gathers at once; its own defaults are larger than these models.
 BUCKETS = {"reduce_bucket_size": 5_000_000, "allgather_bucket_size": 5_000_000}
 ZERO = {"engine_options": {"zero_optimization": BUCKETS}}
@@ -72,6 +75,11 @@ def _compare(report: Report, settings: Settings, path: str, title: str) -> None:
     sizes, speeds, notes = [], [], []
     measured: list[tuple[dict[str, Any], float, float]] = []  # of two processes with the larger passes
     for (name, size, asked), way in zip(cases, expected, strict=True):
+        if size * way["peak_bytes"] > MOST * psutil.virtual_memory().available:
+            told = f"{name}, {asked['micro_batch_size']} x {NUM_TOKENS}, recomputation {asked['activation_checkpointing']}"
+            notes.append(f"{told}: not run, {size} x {way['peak_bytes'] / MIB:.0f} MiB are more than there is")
+            print(notes[-1], file=sys.stderr, flush=True)
+            continue
         found = run_processes(size, "taken", {"tiny": str(settings.tiny), **common, **asked})
         rise = max(each["rise_bytes"] for each in found)
         samples = asked["micro_batch_size"]

@@ -84,6 +84,7 @@ SHAPES = {
     # For finding out which modules a load imports; never timed.
     "tiny": LlamaShape(hidden=64, layers=2, intermediate=128, heads=4, vocabulary=256, file_bytes=60_000),
     "quick": LlamaShape(hidden=1024, layers=12, intermediate=2816, heads=16, vocabulary=16000, file_bytes=70_000_000),
+    "400m": LlamaShape(hidden=1024, layers=28, intermediate=2816, heads=16, vocabulary=16000, file_bytes=70_000_000),
     "many": LlamaShape(hidden=512, layers=48, intermediate=1408, heads=8, vocabulary=4096, file_bytes=70_000_000),
     "1.3b": LlamaShape(hidden=2048, layers=24, intermediate=5504, heads=16, vocabulary=32000),
     "3b": LlamaShape(hidden=3200, layers=26, intermediate=8640, heads=32, vocabulary=32000),

@@ -11,6 +11,10 @@ WORKLOAD = Workload(batch_size=2, prompt_tokens=16, new_tokens=8)
 NOTHING = Demand(kv_bytes=0, activation_bytes=0, buffer_bytes=0)
 DEMAND = Demand(kv_bytes=700, activation_bytes=1_300, buffer_bytes=90, baseline_bytes=12345)
 DISK = 10**9
+# A layer's copy over a link, as others measured it.
+COPY_S = 2.74 / 40
+H2D = 25e9
+LAYER = int(COPY_S * H2D)
 HOST = Machine(name="host", host_bytes=1 << 40, num_processors=2, disk_bytes=1 << 40)
 
 
@@ -55,3 +59,21 @@ def accelerator(index: int, **rates) -> Accelerator:
 def room_on(num_bytes: int, demand: Demand = NOTHING) -> int:
     """The limit of an accelerator on which so much is left for weights and slots."""
     return int(num_bytes) + CONTEXT_BYTES + demand.device_activation_bytes + demand.buffer_bytes
+
+
+def copying(num_accelerators=1, *, c=0.5, disk=1e30, **options):
+    """Copies of a layer take COPY_S, its computation c times as long, operators nothing beside their bytes."""
+    roofline = Rates.roofline(LAYER / (c * COPY_S), {"bfloat16": 1e30}, 0.0)
+    cards = tuple(
+        Accelerator(device=f"cuda:{n}", name="card", memory_bytes=1 << 50, rates=roofline, h2d_bytes_per_s=H2D)
+        for n in range(num_accelerators)
+    )
+    return Machine(
+        name="m",
+        host_bytes=1 << 50,
+        num_processors=1,
+        disk_bytes=1 << 50,
+        accelerators=cards,
+        disk_read_bytes_per_s=disk,
+        **options,
+    )

@@ -313,6 +313,15 @@ def plan(
             help="Adapters of this rank on all linear layers, instead of all weights.",
         ),
     ] = None,
+    quantize_base: Annotated[
+        str | None,
+        typer.Option(
+            "--quantize-base",
+            metavar="KIND",
+            rich_help_panel="Training",
+            help="Of --lora: the model in 4 bits (nf4, fp4).",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON, as --device-map reads it.")] = False,
     html_file: Annotated[
         str | None,
@@ -345,6 +354,7 @@ def plan(
                 strategy=strategy,
                 precision=precision,
                 lora_rank=lora,
+                quantize_base=quantize_base,
                 trust_remote_code=trust_remote_code,
             )
             typer.echo(outlook.to_json() if as_json else outlook.explain())

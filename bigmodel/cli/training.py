@@ -27,6 +27,7 @@ def plan_training(
     strategy: str,
     precision: str,
     lora_rank: int | None,
+    quantize_base: str | None,
     trust_remote_code: bool,
 ) -> Any:
     """The `Outlook` of fine-tuning a checkpoint with AdamW, of which headers alone are read.
@@ -55,13 +56,18 @@ def plan_training(
         precision=precision,
         global_batch_size=global_batch_size or _SAMPLES * cluster.num_processes,
         micro_batch_size="auto" if micro_batch_size is None else micro_batch_size,
+        quantize_base=quantize_base,
     )
     if strategy == "single" and cluster.num_processes > 1:
         raise InvalidArgumentError(
             f'--strategy is "single", and there are {cluster.num_processes} processes. Give --gpus 1, or another strategy.'
         )
+    if quantize_base is not None and lora_rank is None:
+        raise InvalidArgumentError(
+            f'--quantize-base is "{quantize_base}", and what is in 4 bits is not trained. Give --lora RANK with it.'
+        )
     adapter = None if lora_rank is None else lora_of(lora_rank)
-    origin = Origin.of(path, adapter=adapter, trust_remote_code=trust_remote_code)
+    origin = Origin.of(path, adapter=adapter, quantize_base=quantize_base, trust_remote_code=trust_remote_code)
     try:
         return outlook_of(config, origin, cluster, num_tokens=num_tokens, deepspeed=True)
     except NotTriedError as error:

@@ -53,6 +53,7 @@ class ModelCosts:
         repeats: each call is a whole pass, because nothing is kept between two: decode is prefill again.
         kv: name of a module -> (bytes per sequence, bytes per sequence and token) of the cache that its forward makes.
         experts: name of a module -> its experts and their routing width.
+        recorded: of a workload that trains: work of a pass that is recorded and its backward.
     """
 
     workload: Workload
@@ -70,6 +71,7 @@ class ModelCosts:
     repeats: bool = False
     kv: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     experts: Mapping[str, Experts] = field(default_factory=dict)
+    recorded: Work | None = None
 
     @property
     def workload_activation_bytes(self) -> int:

@@ -102,6 +102,7 @@ class Costs:
         demand: beside their weights.
         workload: what both were measured for.
         prefill, decode: work of a pass outside all units.
+        recorded: work of a pass that is recorded and its backward, where the workload trains and it could be tried.
         hidden_bytes: that one token of one sequence hands from one unit to the next.
         num_readers: threads that read at once; each has a buffer where reads cannot go straight into place.
         ring_bytes: of the host's buffers on the way to accelerators, where there are any.
@@ -112,6 +113,7 @@ class Costs:
     workload: Workload
     prefill: Work = NOTHING
     decode: Work = NOTHING
+    recorded: Work | None = None
     hidden_bytes: int = 0
     num_readers: int = 1
     ring_bytes: int = 0

@@ -109,6 +109,11 @@ def _times(plan: Plan) -> list[str]:
     if estimate.load_s is not None:
         text += f"; weights load in {format_seconds(estimate.load_s)}"
     lines = [text]
+    if estimate.train_step_s is not None:
+        streamed = sum(plan.streamed_bytes_from(tier, in_prefill=True) for tier in ("disk", "cpu"))
+        fetched = f", for which {format_bytes(streamed)} are fetched twice" if streamed else ""
+        tokens = f"{plan.workload.num_sequences} x {plan.workload.prompt_tokens} tokens"
+        lines.append(f"a pass of {tokens} with its backward takes {format_seconds(estimate.train_step_s)}{fetched}")
     if estimate.binds:
         bound = "; ".join(f"{phase}: {resource}" for phase, resource in estimate.binds.items())
         lines.append(f"what binds: {bound}")

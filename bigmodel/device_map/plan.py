@@ -133,6 +133,8 @@ class Estimate:
             rate. The first pass, from empty slots, or a steady step. Resources are "disk", "link to cuda:0", "memory of cpu" and
             "arithmetic of cpu"; those of one device count apart. The largest is what the phase cannot fall below.
         bytes_per_s: resource -> the rate that was reckoned with; not of arithmetic.
+        train_step_s: of a workload that trains: seconds of a pass of the prompt that is recorded, and its backward, without the
+            optimizer's step.
     """
 
     peak_bytes: Mapping[str, int]
@@ -146,6 +148,7 @@ class Estimate:
     pass_s: Mapping[int, float] = field(default_factory=dict)
     least_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     bytes_per_s: Mapping[str, float] = field(default_factory=dict)
+    train_step_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

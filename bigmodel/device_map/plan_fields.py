@@ -55,6 +55,7 @@ _ESTIMATE = {
     "pass_s": mapped(number(0, _MOST_NUMBER), key=satisfying("a number of tokens", _is_number_of_tokens)),
     "least_s": mapped(mapped(number(0, _MOST_NUMBER))),
     "bytes_per_s": mapped(number(0, _MOST_NUMBER)),
+    "train_step_s": _SECONDS,
 }
 _NEEDED = {
     "placements": listed(_PLACEMENT),

@@ -17,6 +17,7 @@ from bigmodel.device_map.refusal import too_large
 from bigmodel.device_map.search import Found, Search
 from bigmodel.device_map.simulation import COMPUTATION, Step, simulate
 from bigmodel.device_map.tables import DISK, Choice, Ints, Tables
+from bigmodel.device_map.training_step import training_step_s
 from bigmodel.errors import DeviceMapError
 from bigmodel.progress import Report
 
@@ -352,6 +353,7 @@ def _estimate(tables: Tables, search: Search, maps: Ints, slots: Ints) -> Estima
         },
         least_s=least_s,
         bytes_per_s=bytes_per_s,
+        train_step_s=training_step_s(tables, maps[0].tolist(), int(slots[0])),
     )
 
 

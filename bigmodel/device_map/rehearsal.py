@@ -94,6 +94,7 @@ def rehearse(
             matrices = [each for each in module.parameters(recurse=False) if each.ndim == 2]
             if len(matrices) == 1:
                 module.register_forward_hook(_Adapter(counter))
+    gradients = [(each, each.grad) for each in model.parameters()]
     checkpointed = [twin.get_submodule(name) for name in units]
     for unit in checkpointed:
         unit.forward = functools.partial(_checkpointed, unit.forward)
@@ -115,12 +116,17 @@ def rehearse(
                 )
                 found = Rehearsal(counter.taken_bytes({}), tuple(moments.found), _sum_of(tally.take().values()))
             moments.forget()
+            if any(each.grad is not before for each, before in gradients):
+                raise NotTriedError("its forward reaches the model itself, past what a copy of it can be given")
             return found
     except NotTriedError:
         raise
     except Exception as error:
         raise NotTriedError(told_of(error)) from error
     finally:
+        for each, before in gradients:
+            if each.grad is not before:
+                each.grad = before
         for unit in checkpointed:  # which would hold itself, and the model's tensors with it
             vars(unit).pop("forward", None)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,10 +57,39 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """An attribute's value, to be changed without the original's changing; itself where it cannot be copied."""
     if isinstance(value, _PLAIN):
         return value
+    if isinstance(value, types.FunctionType):
+        return _rebound(value, memo)
+    if isinstance(value, types.MethodType):
+        return types.MethodType(_rebound(value.__func__, memo), _copied(value.__self__, memo))
     try:
         return copy.deepcopy(value, memo)
     except Exception:  # locks, modules of Python, and whatever refuses
         return value
+
+
+def _rebound(function: Any, memo: dict[int, Any]) -> Any:
+    """A function that was put in place of a module's own: where it reaches modules of the model, it is to reach the twin's."""
+    if not isinstance(function, types.FunctionType) or not function.__closure__:
+        return function
+    if id(function) in memo:
+        return memo[id(function)]
+    cells = tuple(types.CellType() for _ in function.__closure__)
+    made = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, closure=cells
+    )
+    memo[id(function)] = made
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__dict__.update({key: _reached(each, memo) for key, each in vars(function).items()})
+    for cell, before in zip(cells, function.__closure__, strict=True):
+        with contextlib.suppress(ValueError):  # an empty one stays so
+            cell.cell_contents = _reached(before.cell_contents, memo)
+    return made
+
+
+def _reached(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+        return _copied(value, memo)
+    return memo.get(id(value), value) if isinstance(value, nn.Module) else value
 
 
 def _own_hooks(hooks: Any) -> Any:

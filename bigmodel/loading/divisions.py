@@ -153,11 +153,12 @@ class Divisions:
         measured = measure(self.trial, self._skeleton.model, self._example_inputs, workload)
         if not workload.trains:
             return measured
-        nbytes = self.recorded.nbytes(workload.num_sequences, workload.prompt_tokens, adapts=True)
+        nbytes, work = self.recorded.tried(workload.num_sequences, workload.prompt_tokens, adapts=True)
         return replace(
             measured,
             prefill_bytes=max(measured.prefill_bytes, nbytes),
             device_bytes=max(measured.device_bytes, nbytes),
+            recorded=work,
         )
 
     @functools.cached_property
@@ -218,6 +219,7 @@ class Divisions:
             # In the first pass all that it holds is touched for the first time.
             prefill=(beside.prefill or NOTHING).plus(Work(fresh_bytes=demand.activation_bytes + prompt_kv_bytes)),
             decode=beside.decode or NOTHING,
+            recorded=measured.recorded,
             hidden_bytes=_hidden_bytes(model),
             num_readers=NUM_READERS,
             ring_bytes=RING_BYTES,

@@ -146,7 +146,7 @@ class PassLimit:
         fitting += [(workload.num_sequences, workload.prompt_tokens)] if workload.trains else []
         if any(batch_size <= sequences and num_tokens <= tokens for sequences, tokens in fitting):
             return
-        needed = self.recorded.nbytes(batch_size, num_tokens)
+        needed, _ = self.recorded.tried(batch_size, num_tokens)
         self._refuse_beyond(
             phase,
             0,

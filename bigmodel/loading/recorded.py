@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bigmodel.device_map.counter import NotTriedError
+from bigmodel.device_map.rates import Work
 from bigmodel.device_map.rehearsal import rehearse
 from bigmodel.device_map.trial import Call
 from bigmodel.models import example_inputs
@@ -21,7 +22,7 @@ logger = logging.getLogger("bigmodel.loading")
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """Bytes of passes of a model, and of their backward.
+    """Bytes and work of passes of a model, and of their backward.
 
     Attributes:
         model: not held.
@@ -30,7 +31,7 @@ class Recorded:
 
     model: weakref.ref[nn.Module]
     units: tuple[str, ...]
-    _seen: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    _seen: dict[tuple[int, int, int], tuple[int, Work | None]] = field(default_factory=dict)
 
     @property
     def num_trained(self) -> int:
@@ -38,16 +39,19 @@ class Recorded:
         model = self.model()
         return 0 if model is None else sum(each.numel() for each in model.parameters() if each.requires_grad)
 
-    def nbytes(self, batch_size: int, num_tokens: int, *, adapts: bool = False) -> int:
-        """The most that a pass of so many tokens a sequence holds beside the weights; 0 where it cannot be tried.
+    def tried(self, batch_size: int, num_tokens: int, *, adapts: bool = False) -> tuple[int, Work | None]:
+        """What a pass of so many tokens a sequence takes with its backward.
 
         Args:
             batch_size, num_tokens: of the pass.
             adapts: whether the model has no adapters yet, and is tried with some on all products.
+
+        Returns:
+            The most bytes that it holds beside the weights, and its work; 0 and None where it cannot be tried.
         """
         model = self.model()
         if model is None:
-            return 0
+            return 0, None
         key = batch_size, num_tokens, -1 if adapts else self.num_trained
         if key not in self._seen:
 
@@ -61,8 +65,9 @@ class Recorded:
 
             units = [name for name in self.units if name in dict(model.named_modules())]
             try:
-                self._seen[key] = rehearse(model, call, units, adapts=adapts).host_bytes
+                found = rehearse(model, call, units, adapts=adapts)
+                self._seen[key] = found.host_bytes, found.work
             except NotTriedError as error:
                 logger.info("what training takes could not be tried, and is not planned for: %s", error)
-                self._seen[key] = 0
+                self._seen[key] = 0, None
         return self._seen[key]

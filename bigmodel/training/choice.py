@@ -27,6 +27,7 @@ from bigmodel.training.forecast import Forecast
 from bigmodel.training.job import job_of
 from bigmodel.training.outlook import Outlook, has_deepspeed, look_out
 from bigmodel.training.processes import Processes
+from bigmodel.training.quantized import refuse_quantized
 from bigmodel.training.sources import Listed, Source
 from bigmodel.training.strategy import Engine, Plain, Sharded
 from bigmodel.training.swap import SwapFolder
@@ -47,6 +48,8 @@ CHOSEN = (
     "micro_batch_size",
 )
 """What a forecast chooses of a configuration."""
+# For several processes, where it could not be forecast: whether parameters are divided.
+_UNTRIED = {True: "fsdp", False: "ddp"}
 _OF_ENGINES = ("reshard_after_forward", "replicas", "offload_optimizer", "offload_params")
 
 # Samples that are looked at for the longest; what is sent to learn how fast processes talk, and how often.
@@ -63,7 +66,9 @@ def engine_of(config: TrainingConfig, processes: Processes) -> Make:
     """
     strategy = config.strategy
     if strategy == "auto":
-        strategy = "single" if processes.size == 1 else "fsdp"
+        strategy = "single" if processes.size == 1 else _UNTRIED[config.quantize_base is None]
+    if config.quantize_base is not None:
+        refuse_quantized(config.quantize_base, processes.device)
     if strategy == "single" and processes.size > 1:
         raise InvalidArgumentError(
             f'strategy is "single", and {processes.size} processes were started. Start one, or give "ddp" or "fsdp".'
@@ -181,7 +186,9 @@ def decide(
             logger.warning(
                 "What a step takes could not be tried, and nothing is chosen by it: the strategy is %s, a pass has the samples "
                 "that are stated, or one. Why: %s",
-                config.strategy if config.strategy != "auto" else ("single" if processes.size == 1 else "fsdp"),
+                config.strategy
+                if config.strategy != "auto"
+                else ("single" if processes.size == 1 else _UNTRIED[config.quantize_base is None]),
                 caught,
             )
         except Exception as caught:  # the others wait

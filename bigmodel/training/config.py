@@ -13,6 +13,7 @@ import torch
 
 from bigmodel.errors import InvalidArgumentError, shown
 from bigmodel.training.foreign import fields_of, owned_by_deepspeed, read_file, refused_by_us
+from bigmodel.training.quantized import QUANTIZATIONS
 
 __all__ = ["DTYPES", "OFFLOADS", "PRECISIONS", "STRATEGIES", "TrainingConfig"]
 
@@ -63,6 +64,8 @@ class TrainingConfig:
             by itself.
         nvme_folder: of "nvme", on a fast local disk: each process makes a folder of its own there, and removes it at its end.
             Tensors below 1 MiB stay in host memory. DeepSpeed compiles its reader at the first use (g++ and libaio's headers).
+        quantize_base: of "single" and "ddp" under adapters: "nf4" or "fp4" keeps the frozen weights of linear layers in blocks in
+            4 bits (by bitsandbytes; QLoRA), quantised as they are read; None for the dtype that they are stored in.
         reduce_dtype: in which gradients are summed over processes: "fp32", or "bf16" or "fp16", which sums micro-batches
             in it too; None for "fp32".
         engine_options: of "zero1" to "zero3": settings of a DeepSpeed JSON that no other field says; of "fsdp": `prefetch`, how
@@ -88,6 +91,7 @@ class TrainingConfig:
     offload_optimizer: str = "none"
     offload_params: str = "none"
     nvme_folder: str | os.PathLike[str] | None = None
+    quantize_base: str | None = None
     reduce_dtype: str | None = None
     find_unused_parameters: bool = False
     engine_options: Mapping[str, Any] = field(default_factory=dict)
@@ -139,6 +143,13 @@ class TrainingConfig:
                 f'compile_blocks is {shown(self.compile_blocks)}, and strategy="zero3" fetches weights by hooks inside of units, '
                 'which compiled code would leave out. Give another strategy ("fsdp" divides parameters too), or leave it out.'
             )
+        if self.quantize_base is not None:
+            _one_of("quantize_base", self.quantize_base, QUANTIZATIONS)
+            if self.strategy not in ("auto", "single", "ddp"):
+                raise InvalidArgumentError(
+                    f'quantize_base is "{self.quantize_base}", and strategy="{self.strategy}" divides what is in 4 bits. Give '
+                    'strategy="single" or "ddp", or leave it out.'
+                )
         if self.reduce_dtype is not None:
             _one_of("reduce_dtype", self.reduce_dtype, tuple(DTYPES))
         scale = self.loss_scale

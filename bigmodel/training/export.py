@@ -18,6 +18,7 @@ from bigmodel.errors import InvalidArgumentError
 from bigmodel.models import ADAPTER_FILES, adapter_config, adapter_tensors, is_adapted, merge_adapter, revert_of
 from bigmodel.training.checkpoint import together
 from bigmodel.training.processes import Processes
+from bigmodel.training.quantized import Quantized
 from bigmodel.training.strategy import Engine
 from bigmodel.training.weights import Origin
 
@@ -94,12 +95,14 @@ class _Gathered:
         if self._is_main:
             folder.absolute().parent.mkdir(parents=True, exist_ok=True)
             self._scratch = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=".exporting-"))
+        # The checkpoint has the values of what is in 4 bits.
+        packed = {f"{name}.weight" for name, each in engine.module.named_modules() if isinstance(each, Quantized)}
         try:
             for number, (name, parameter) in enumerate(engine.module.named_parameters()):
                 if names is not None and name not in names:
                     continue
-                whole = engine.whole(name)
-                if self._scratch is not None:
+                whole = engine.whole(name) if name not in packed else origin.whole(name) if self._is_main else None
+                if self._scratch is not None and whole is not None:
                     dtype = whole.dtype if names is not None else origin.stored_dtypes.get(name, parameter.dtype)
                     self.tensors[id(parameter)] = _mapped(self._scratch / str(number), whole, dtype)
                 del whole
@@ -146,8 +149,10 @@ def _mapped(file: Path, whole: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:
-    """FSDP2 puts a class of its own before the module's."""
+    """FSDP2 puts a class of its own before the module's, and what is in 4 bits has one."""
     kind = type(module)
+    if kind is Quantized:
+        return nn.Linear
     return next(each for each in kind.__mro__[1:] if each is not FSDPModule) if isinstance(module, FSDPModule) else kind
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bigmodel.device_map.rehearsal import Moment, OptimizerStep, Rehearsal
+from bigmodel.device_map.rehearsal import Moment, Rehearsal
 from bigmodel.footprint import MAPPED_BYTES
 from bigmodel.training.cluster import Cluster
+from bigmodel.training.job import Job
 
-__all__ = ["KINDS", "Forecast", "Group", "Job", "Way", "forecast"]
+__all__ = ["KINDS", "Forecast", "Way", "forecast"]
 
 KINDS = ("parameters", "optimizer", "gradients", "activations", "gathered", "buckets")
 """Of bytes: masters and the copies that compute, what is frozen among them; the optimizer's state and what it holds while it
@@ -32,63 +33,6 @@ NUM_SWAPPED, NUM_SWAP_BUFFERS = 32 << 20, 16
 """Of ZeRO's values on a disk: how many are in memory at once for a step, and of how many parameters for passes."""
 # DeepSpeed's defaults: elements.
 _REDUCED, _MOST_LIVE, _STEPPED = 500_000_000, 1_000_000_000, 1_000_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Parameters that are gathered together.
-
-    Attributes:
-        num_trained: values.
-        frozen_bytes: in the dtype that they are stored in.
-    """
-
-    num_trained: int
-    frozen_bytes: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is trained, whoever carries it out.
-
-    Attributes:
-        groups: in the order of the model; the last is the root's, with all that is in no other.
-        group_of: name of a parameter that is trained -> number of its group.
-        sizes: name -> values.
-        num_tail: groups at the end, before the root's, that come after the last block.
-        itemsize: bytes of a value that computes.
-        optimizer: of a step of all parameters.
-        rehearsed: of samples in a pass, whether units are checkpointed, and whether large blocks are told apart, as on a host:
-            what the pass takes.
-        has_scalars: whether a parameter has no dimension.
-        num_largest: values of the largest parameter, trained or not.
-        tokens_per_sample: the longest.
-        global_batch_size: samples of a step.
-    """
-
-    groups: tuple[Group, ...]
-    group_of: Mapping[str, int]
-    sizes: Mapping[str, int]
-    num_tail: int
-    itemsize: int
-    optimizer: OptimizerStep
-    rehearsed: Callable[[int, bool, bool], Rehearsal]
-    tokens_per_sample: int
-    global_batch_size: int
-    has_scalars: bool = False
-    num_largest: int = 0
-
-    @property
-    def num_trained(self) -> int:
-        return sum(each.num_trained for each in self.groups)
-
-    @property
-    def frozen_bytes(self) -> int:
-        return sum(each.frozen_bytes for each in self.groups)
-
-    def gathered_bytes(self, number: int) -> int:
-        """Of a group, as it computes."""
-        return self.itemsize * self.groups[number].num_trained + self.groups[number].frozen_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import bisect
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,16 +21,73 @@ from bigmodel.device_map.twin import twin_of
 from bigmodel.footprint import MAPPED_BYTES
 from bigmodel.models import example_inputs
 from bigmodel.training.config import PRECISIONS
-from bigmodel.training.forecast import Group, Job
+from bigmodel.training.quantized import Quantized
 from bigmodel.training.recompute import recomputed_units
 from bigmodel.training.weights import Origin
 
-__all__ = ["job_of", "num_states", "unread"]
+__all__ = ["Group", "Job", "job_of", "num_states", "unread"]
 
 _SIZE = 1024  # of a parameter that an optimizer is tried with
 _SIZES = (1, 2, 4, 8)  # samples of the passes that are tried
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters that are gathered together.
+
+    Attributes:
+        num_trained: values.
+        frozen_bytes: in the dtype that they are stored in.
+    """
+
+    num_trained: int
+    frozen_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is trained, whoever carries it out.
+
+    Attributes:
+        groups: in the order of the model; the last is the root's, with all that is in no other.
+        group_of: name of a parameter that is trained -> number of its group.
+        sizes: name -> values.
+        num_tail: groups at the end, before the root's, that come after the last block.
+        itemsize: bytes of a value that computes.
+        optimizer: of a step of all parameters.
+        rehearsed: of samples in a pass, whether units are checkpointed, and whether large blocks are told apart, as on a host:
+            what the pass takes.
+        has_scalars: whether a parameter has no dimension.
+        num_largest: values of the largest parameter, trained or not.
+        tokens_per_sample: the longest.
+        global_batch_size: samples of a step.
+    """
+
+    groups: tuple[Group, ...]
+    group_of: Mapping[str, int]
+    sizes: Mapping[str, int]
+    num_tail: int
+    itemsize: int
+    optimizer: OptimizerStep
+    rehearsed: Callable[[int, bool, bool], Rehearsal]
+    tokens_per_sample: int
+    global_batch_size: int
+    has_scalars: bool = False
+    num_largest: int = 0
+
+    @property
+    def num_trained(self) -> int:
+        return sum(each.num_trained for each in self.groups)
+
+    @property
+    def frozen_bytes(self) -> int:
+        return sum(each.frozen_bytes for each in self.groups)
+
+    def gathered_bytes(self, number: int) -> int:
+        """Of a group, as it computes."""
+        return self.itemsize * self.groups[number].num_trained + self.groups[number].frozen_bytes
 
 
 def job_of(
@@ -62,6 +119,7 @@ def job_of(
     groups, group_of, sizes = [], {}, {}
     seen: set[int] = set()
     names = {id(each): name for name, each in module.named_parameters()}
+    in_4_bits = {id(each.weight): each.held_bytes for each in module.modules() if isinstance(each, Quantized)}
     for number, root in enumerate([*found, module]):
         num_trained = frozen_bytes = 0
         for parameter in root.parameters():
@@ -73,7 +131,7 @@ def job_of(
                 group_of[names[id(parameter)]] = number
                 sizes[names[id(parameter)]] = parameter.numel()
             else:
-                frozen_bytes += parameter.nbytes
+                frozen_bytes += in_4_bits.get(id(parameter), parameter.nbytes)
         groups.append(Group(num_trained, frozen_bytes))
     blocks = [number for number, each in enumerate(found) if any(True for _ in each.children())]
     trained = [each.shape for each in module.parameters() if each.requires_grad]

@@ -13,7 +13,8 @@ from bigmodel.device_map.counter import NotTriedError
 from bigmodel.errors import DoesNotFitError
 from bigmodel.training.cluster import Cluster
 from bigmodel.training.config import TrainingConfig
-from bigmodel.training.forecast import KINDS, Forecast, Job, Way, forecast
+from bigmodel.training.forecast import KINDS, Forecast, Way, forecast
+from bigmodel.training.job import Job
 from bigmodel.units import format_bytes
 
 __all__ = ["Outlook", "has_deepspeed", "look_out"]
@@ -242,6 +243,8 @@ def _ways(job: Job, cluster: Cluster, config: TrainingConfig, deepspeed: bool) -
             strategies = [*strategies, *zero]
     if is_auto and _is_about_parts(config, cluster):
         strategies = ["fsdp"]
+    if is_auto and config.quantize_base is not None:
+        strategies = ["single" if size == 1 else "ddp"]
     if is_auto and not _is_whole(job, config):
         strategies = [each for each in strategies if each != "ddp"]  # it waits for every gradient
     if is_auto and job.has_scalars:

@@ -208,7 +208,12 @@ class TrainingRun(Collectives):
         _refuse_two_sizes(self.config, of_loader)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)  # weights that no checkpoint has are the same everywhere
-            origin = Origin.of(named["model"], adapter=adapter, trust_remote_code=trust_remote_code)
+            origin = Origin.of(
+                named["model"],
+                adapter=adapter,
+                quantize_base=self.config.quantize_base,
+                trust_remote_code=trust_remote_code,
+            )
         if not origin.streams:
             here, asked = unread(origin), self.config
             self._look_out = lambda: outlook_of(

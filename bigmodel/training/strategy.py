@@ -31,6 +31,7 @@ from bigmodel.training.float8 import use_float8
 from bigmodel.training.gradients import LossScale, gradients_of, norm_and_sums, scale
 from bigmodel.training.pieces import Pieces
 from bigmodel.training.processes import Processes
+from bigmodel.training.quantized import Quantized
 from bigmodel.training.swap import SwapFolder
 from bigmodel.training.weights import Origin, with_masters
 
@@ -319,6 +320,9 @@ class Sharded(Engine):
             for each in origin.module.parameters()
             if not each.ndim or (is_whole and not each.requires_grad and each.dtype == dtype)
         }
+        options["ignored_params"] |= {
+            each.weight for each in origin.module.modules() if isinstance(each, Quantized)
+        }  # held whole
         names = {module: name for name, module in origin.module.named_modules()}
         units = [names[module] for module in origin.groups(config.engine_options.get("units"))]
         in_float8: list[str] = []

@@ -29,6 +29,7 @@ from bigmodel.models import (
 )
 from bigmodel.offload.resident import ResidentLoad
 from bigmodel.progress import Report
+from bigmodel.training.quantized import Quantized, quantize
 
 __all__ = ["Origin", "part_of", "put", "with_masters"]
 
@@ -59,17 +60,33 @@ class Origin:
 
     @classmethod
     def of(
-        cls, model: str | os.PathLike[str] | nn.Module, *, adapter: Any = None, trust_remote_code: bool = False
+        cls,
+        model: str | os.PathLike[str] | nn.Module,
+        *,
+        adapter: Any = None,
+        quantize_base: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Origin:
         """Opens a checkpoint and builds its module, reading headers only; or takes the user's module as it is.
 
         Args:
             adapter: what is put around it, of which alone is trained, as in `adapt`; None for nothing.
+            quantize_base: of a TrainingConfig.
 
         Raises:
-            As `load_sharded`, for a checkpoint, and as `adapt`.
-            InvalidArgumentError: neither a path nor a module whose weights are in memory.
+            As `load_sharded`, for a checkpoint, and as `adapt` and `quantize`.
+            InvalidArgumentError: neither a path nor a module whose weights are in memory; or there is nothing to be quantised
+                under an adapter as it is read.
         """
+        if quantize_base is not None and (adapter is None or isinstance(model, nn.Module)):
+            raise InvalidArgumentError(
+                f'quantize_base is "{quantize_base}", and '
+                + (
+                    "there is no adapter: what is in 4 bits is not trained. Give adapter=peft.LoraConfig(...)."
+                    if adapter is None
+                    else "the model is in memory: weights are quantised as they are read. Give the folder of its checkpoint."
+                )
+            )
         if isinstance(model, nn.Module):
             streams = _is_hooked(model)
             away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -106,6 +123,9 @@ class Origin:
             no_split=skeleton.no_split,
             path=Path(checkpoint.path),
         )
+        if quantize_base is not None:
+            blocks = [each for each in found.groups() if any(True for _ in each.children())]
+            quantize(found.module, blocks, quantize_base)
         return found if adapter is None else found._adapted(adapter)
 
     def _adapted(self, adapter: Any) -> Origin:
@@ -186,6 +206,10 @@ class Origin:
                 if values.data_ptr() in places:  # a copy that is trained, and what it is a copy of
                     values = values.clone()
                 places.add(values.data_ptr())
+                layer, attribute = owners[id(parameters[name])][0]
+                if isinstance(layer, Quantized) and attribute == "weight":
+                    layer.take(values.to(device))
+                    continue
                 is_part = isinstance(parameters[name].data, DTensor)
                 put(parameters[name], values.to(home if is_part and home is not None else device), owners)
         self.fill_buffers(device)
@@ -238,6 +262,12 @@ class Origin:
             together = [converted.pop(name) for name in first.conversion.outputs if name in converted]
             made = ResidentLoad(together, stamps=self.stamps, may_map=False).finish()
             yield {name: tensor.reshape(-1)[slice(*wanted[name][:2])].clone() for name, tensor in made.items()}
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A parameter as the checkpoint has it, in the dtype that it is stored in."""
+        source = self.sources[name]
+        (found,) = self.values({name: (0, math.prod(source.shape), self.stored_dtypes[name])})
+        return found[name].view(source.shape)
 
 
 def _renamed(sources: Mapping[str, Source], names: Mapping[str, str]) -> dict[str, Source]:

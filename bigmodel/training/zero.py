@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO: optimizer state (1), gradients (2) or parameters (3) divided over processes, as ranges of flat tensors.
 
-The only file that knows DeepSpeed. Its optimizers keep float32 values flat: all of a group's parameters one after the other,
-cut into equal ranges (1, 2), or an equal range of each parameter, one after the other (3).
+With zero_disk.py all that knows DeepSpeed. Its optimizers keep float32 values flat: all of a group's parameters one after the
+other, cut into equal ranges (1, 2), or an equal range of each parameter, one after the other (3).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import logging
 import math
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from bigmodel.errors import InvalidArgumentError, TrainingError, join_some
 from bigmodel.models import owners_of
 from bigmodel.progress import Report
 from bigmodel.training.config import PRECISIONS, TrainingConfig
-from bigmodel.training.forecast import NUM_SWAP_BUFFERS, NUM_SWAPPED
 from bigmodel.training.gradients import LossScale, norm_and_sums, scale
 from bigmodel.training.job import num_states
 from bigmodel.training.pieces import Pieces
@@ -32,12 +30,12 @@ from bigmodel.training.processes import Processes
 from bigmodel.training.strategy import Engine, Stored, refuse_narrow, refuse_scalars, told_of_offload
 from bigmodel.training.swap import SwapFolder, mapped
 from bigmodel.training.weights import Origin, put, with_masters
+from bigmodel.training.zero_disk import Flats, held_of, load_reader, param_swapper, size_buffers
 
 __all__ = ["ZeRO", "refuse_float16"]
 
 logger = logging.getLogger("bigmodel.training")
 
-_NEW = ".new"
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
@@ -79,7 +77,7 @@ class ZeRO(Engine):
         self.gathers, self.needs_gradients = self._stage == 3, True
         self._given: dict[str, torch.Tensor] = {}  # values of a module in memory
         self._places: dict[str, _Place] = {}
-        self._flats: list[torch.Tensor] = []
+        self._flats = Flats([], None)
         self._groups: list[list[str]] = []
         self._blank: dict[tuple[int, str], torch.Tensor] = {}
         self._zero: Any = None
@@ -169,7 +167,7 @@ class ZeRO(Engine):
             return [each for group in self._zero.averaged_gradients.values() for each in group], 1
         if self.processes.device.type != "cpu":  # they are copied while backward goes on
             torch.accelerator.synchronize(self.processes.device)
-        found = [flat.grad for flat in self._flats if flat.grad is not None]
+        found = [flat.grad for flat in self._flats.tensors if flat.grad is not None]
         if self._config.offload_optimizer == "nvme":
             swapper = self._zero.optimizer_swapper
             swapper.flush_gradients()
@@ -184,23 +182,22 @@ class ZeRO(Engine):
     def _begin_absent(self) -> None:
         """Of what is on a disk, gradients of zeros for what had none: DeepSpeed steps with what its buffers hold."""
         for name, place in self._places.items() if self._config.offload_optimizer == "nvme" else ():
-            info = self._zero.optimizer_swapper.swap_params_info.get(self._name(place.flat))
+            info = self._zero.optimizer_swapper.swap_params_info.get(self._flats.name(place.flat))
             if info is not None and place.at not in info.swapped_gradients.keys() | info.unswapped_gradients.keys():
                 parameter: Any = self.module.get_parameter(name)
                 info.unswapped_gradients[place.at] = torch.zeros(parameter.partition_numel())
 
     @torch.no_grad()
     def _end_gradients(self) -> None:
-        """ZeRO-3 adds to gradients of the step before, or steps with them again, where a pass makes none."""
-        if self._stage < 3:
-            return
-        self._zero.grad_partitions_flat_buffer.zero_()
+        """Where a pass makes none, DeepSpeed adds to gradients of the step before, or steps with them again."""
+        if self._stage == 3:
+            self._zero.grad_partitions_flat_buffer.zero_()
         if self._config.offload_optimizer == "nvme":
             for info in self._zero.optimizer_swapper.swap_params_info.values():
                 info.swapped_gradients = {}
                 info.release_unswapped_gradients()
         if self._config.offload_optimizer != "none":
-            for flat in self._flats:
+            for flat in self._flats.tensors:
                 if flat.grad is not None:
                     flat.grad.zero_()
 
@@ -211,12 +208,12 @@ class ZeRO(Engine):
         parameter: Any
         for name, parameter in self.module.named_parameters():
             if name in self._places:
-                found[name] = self._pieces(name, self._values(self._places[name].flat))
+                found[name] = self._pieces(name, self._flats.values(self._places[name].flat))
             elif hasattr(parameter, "ds_tensor"):  # frozen, divided
                 size = parameter.ds_tensor.ds_numel
                 start = size * self.processes.rank
                 number = max(0, min(size, parameter.ds_numel - start))
-                found[name] = Pieces(parameter.ds_shape, start, _held(parameter).detach()[:number])
+                found[name] = Pieces(parameter.ds_shape, start, held_of(parameter).detach()[:number])
             else:
                 found[name] = parameter.detach()
         return found
@@ -229,14 +226,14 @@ class ZeRO(Engine):
         self._zero._partition_all_parameters()  # a pass without gradients leaves some gathered
         self._forget_read()
         for number in range(len(self._flats)):
-            flat, copies = self._values(number), self._zero.fp16_partitioned_groups_flat[number]
+            flat, copies = self._flats.values(number), self._zero.fp16_partitioned_groups_flat[number]
             if copies is not None:
                 copies.data.copy_(flat)
                 continue
             at = 0
             for parameter in self._zero.fp16_groups[number]:
                 size = parameter.ds_tensor.ds_numel
-                _held(parameter).copy_(flat[at : at + size])
+                held_of(parameter).copy_(flat[at : at + size])
                 at += size
         kept = [each for each in self._zero.persistent_parameters if each.requires_grad]
         if kept:  # held whole by each process
@@ -257,12 +254,12 @@ class ZeRO(Engine):
             flat = self._flats[place.flat]
             for key, value in optimizer.state.get(flat, {}).items():
                 tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-                size = self._size(place.flat)
-                is_away = self._is_swapped(place.flat) and not tensor.numel()
+                size = self._flats.size(place.flat)
+                is_away = self._flats.is_away(place.flat) and not tensor.numel()
                 is_like = tensor.ndim and (is_away or tensor.numel() == size)
                 # What is one for a flat tensor, such as a step, is saved once per parameter.
                 found.setdefault(name, {})[key] = (
-                    self._pieces(name, self._values(place.flat, key) if is_away else tensor)
+                    self._pieces(name, self._flats.values(place.flat, key) if is_away else tensor)
                     if is_like
                     else tensor.clone()
                 )
@@ -277,7 +274,7 @@ class ZeRO(Engine):
                     found.setdefault(name, {})[key] = torch.zeros(each.shape, dtype=each.dtype)
                     continue
                 if (place.flat, key) not in flats:
-                    flats[place.flat, key] = self._blank_values(place.flat, key, each.dtype)
+                    flats[place.flat, key] = self._flats.blank(place.flat, key, each.dtype)
                 found.setdefault(name, {})[key] = self._pieces(name, flats[place.flat, key])
         self._blank = flats
         return found
@@ -301,8 +298,7 @@ class ZeRO(Engine):
         if self._config.offload_optimizer == "nvme":
             self._zero.optimizer_swapper.purge_state()
         for (number, key), flat in self._blank.items():
-            if self._is_swapped(number):
-                os.replace(self._file(number, key) + _NEW, self._file(number, key))
+            self._flats.put(number, key)
             optimizer.state[self._flats[number]][key] = flat
         for name, values in states.items():
             for key, value in values.items():
@@ -349,38 +345,24 @@ class ZeRO(Engine):
                 is_pinned = self.processes.device.type != "cpu"
                 zero[key] = {"pin_memory": is_pinned, **zero.get(key, {}), "device": to}
         if "nvme" in (config.offload_optimizer, config.offload_params):
-            self._set_swapping(zero)
+            self._size_buffers(zero)
+            for key in ("offload_optimizer", "offload_param"):
+                if zero.get(key, {}).get("device") == "nvme" and self.swap is not None:
+                    zero[key]["nvme_path"] = str(self.swap.path)
         return {**settings, **options, "zero_optimization": zero}
 
-    def _set_swapping(self, zero: dict[str, Any]) -> int:
-        """Buffers as large as what goes through them, where the options say nothing: DeepSpeed's own take gigabytes.
-
-        Returns:
-            Bytes of them.
-        """
-        size, locked = self.processes.size, 0
-        numbers = [_num_values(each) for each in self.module.parameters()]
-        trained = [_num_values(each) for each in self.trained().values()]
-        group = min(int(zero.setdefault("sub_group_size", NUM_SWAPPED)) + max(trained) // size, sum(trained) // size)
-        section = zero.get("offload_optimizer", {})
-        if section.get("device") == "nvme":  # a master, a gradient, and states; of the groups before and after it too
-            ahead = sum(bool(section.get(key)) for key in ("pipeline_read", "pipeline_write"))
-            locked += 4 * group * int(section.setdefault("buffer_count", (2 + self._num_states) * (1 + ahead)))
-        read = zero.get("offload_param", {})
-        if read.get("device") == "nvme":
-            largest = -(-max(numbers) // size)
-            buffer = int(read.setdefault("buffer_size", max(largest, group if section.get("fast_init") else 0)))
-            locked += self._dtype.itemsize * (buffer * int(read.setdefault("buffer_count", NUM_SWAP_BUFFERS)) + group)
-            read.setdefault("max_in_cpu", 0)
-            # What stays gathered keeps its buffer.
-            zero.setdefault("stage3_max_reuse_distance", 0)
-        for each in (section, read):
-            if each.get("device") == "nvme" and self.swap is not None:
-                each["nvme_path"] = str(self.swap.path)
-        return locked
+    def _size_buffers(self, zero: dict[str, Any]) -> int:
+        return size_buffers(
+            zero,
+            numbers=[_num_values(each) for each in self.module.parameters()],
+            trained=[_num_values(each) for each in self.trained().values()],
+            num_states=self._num_states,
+            itemsize=self._dtype.itemsize,
+            num_processes=self.processes.size,
+        )
 
     def _swap_folder(self, optimizer: Optimizer) -> SwapFolder:
-        _reader(self.processes)
+        load_reader(self.processes)
         self._num_states = num_states(optimizer)
         on_disk = 0
         if self._config.offload_optimizer == "nvme":
@@ -392,7 +374,7 @@ class ZeRO(Engine):
             self._config.nvme_folder,
             self.processes,
             disk_bytes=-(-on_disk // self.processes.size),
-            locked_bytes=self._set_swapping(self._settings()["zero_optimization"]),
+            locked_bytes=self._size_buffers(self._settings()["zero_optimization"]),
         )
 
     def _fill(self) -> None:
@@ -416,7 +398,7 @@ class ZeRO(Engine):
                 parameter.partition()
 
         settings = {**settings, "train_batch_size": self.processes.size}
-        swapper = _param_swapper(settings, self._dtype) if self._config.offload_params == "nvme" else None
+        swapper = param_swapper(settings, self._dtype) if self._config.offload_params == "nvme" else None
         divided = Divided(module=nn.Module(), config_dict_or_path=settings, param_swapper=swapper)
         owners = owners_of(self.module)
         wanted = {}
@@ -434,7 +416,7 @@ class ZeRO(Engine):
         parameters: dict[str, Any] = dict(self.module.named_parameters())
         for tensors in self._origin.values(wanted, self._progress):
             for name, values in tensors.items():
-                _held(parameters[name])[: values.numel()].copy_(values)
+                held_of(parameters[name])[: values.numel()].copy_(values)
         self._origin.fill_buffers(self.processes.device)
 
     def _find(self, optimizer: Optimizer) -> None:
@@ -442,7 +424,7 @@ class ZeRO(Engine):
         zero = self._zero
         parameters: dict[str, Any] = dict(self.module.named_parameters())
         if self._stage == 3:
-            self._flats = list(zero.fp32_partitioned_groups_flat)
+            self._flats = Flats(list(zero.fp32_partitioned_groups_flat), zero)
             for name in (name for group in self._groups for name in group):
                 each = parameters[name]
                 flat, at, size = zero.grad_position[zero.get_param_id(each)]
@@ -450,7 +432,7 @@ class ZeRO(Engine):
                 number = max(0, min(size, each.ds_numel - start))
                 self._places[name] = _Place(each.ds_shape, start, number, flat, at)
             return
-        self._flats = [group["params"][0] for group in optimizer.param_groups]
+        self._flats = Flats([group["params"][0] for group in optimizer.param_groups], None)
         for flat, names in enumerate(self._groups):
             for name in names:
                 held = parameters[name]._hp_mapping
@@ -469,47 +451,13 @@ class ZeRO(Engine):
         for name, place in self._places.items():
             if name in self._given:
                 values = self._given[name].reshape(-1)[place.start : place.start + place.number]
-                self._range(name, self._values(place.flat)).copy_(values)
+                self._range(name, self._flats.values(place.flat)).copy_(values)
             elif name in self._origin.sources and self._origin.sources[name].stored_dtype != self._dtype:
                 narrow[name] = place.start, place.start + place.number, torch.float32
         self._given = {}
         for tensors in self._origin.values(narrow):
             for name, values in tensors.items():
-                self._range(name, self._values(self._places[name].flat)).copy_(values)
-
-    def _values(self, number: int, key: str | None = None) -> torch.Tensor:
-        """A flat tensor's values, in memory or the file's; or, of one in a file, what the optimizer keeps of them."""
-        if not self._is_swapped(number):
-            return self._flats[number].detach()
-        return mapped(self._file(number, key), self._size(number), torch.float32)
-
-    def _size(self, number: int) -> int:
-        """Values of a flat tensor."""
-        if not self._is_swapped(number):
-            return self._flats[number].numel()
-        return int(self._zero.fp16_partitioned_groups_flat_numel[number])
-
-    def _blank_values(self, number: int, key: str, dtype: torch.dtype) -> torch.Tensor:
-        flat = self._flats[number].detach()
-        if not self._is_swapped(number):
-            return torch.zeros_like(flat, dtype=dtype)
-        swapper, size = self._zero.optimizer_swapper, self._size(number)
-        file = self._file(number, key) + _NEW  # until it was read
-        with open(file, "wb") as opened:
-            os.posix_fallocate(opened.fileno(), 0, swapper._io_aligned_numel(size) * flat.itemsize)
-        return mapped(file, size, dtype)
-
-    def _is_swapped(self, number: int) -> bool:
-        return bool(self._stage == 3 and self._zero._swappable_optimizer_subgroup(number))
-
-    def _name(self, number: int) -> str:
-        flat: Any = self._flats[number]
-        return str(flat.ds_id)
-
-    def _file(self, number: int, key: str | None) -> str:
-        """Where DeepSpeed keeps it."""
-        swapper, name = self._zero.optimizer_swapper, self._name(number)
-        return os.path.join(swapper.swap_folder, f"{name if key is None else f'{key}-{name}'}.tensor.swp")
+                self._range(name, self._flats.values(self._places[name].flat)).copy_(values)
 
     def _range(self, name: str, flat: torch.Tensor) -> torch.Tensor:
         place = self._places[name]
@@ -521,56 +469,6 @@ class ZeRO(Engine):
 
 def _num_values(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def _held(parameter: Any) -> torch.Tensor:
-    """This process's range of a divided parameter ``[its share]``: in memory, or the file's values."""
-    if parameter.ds_tensor.status.name == "AVAILABLE":
-        held: torch.Tensor = parameter.ds_tensor.data
-        return held
-    swapper = parameter.nvme_swapper
-    swapper.synchronize_writes()
-    return mapped(swapper.get_path(parameter, True), parameter.ds_tensor.ds_numel, swapper.dtype)
-
-
-def _param_swapper(settings: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """DeepSpeed's reader of parameters from files, that takes what its caller gets wrong.
-
-    What is read ahead may name a parameter twice, for forward and for the backward that follows it; and what was read ahead for a
-    pass that did not come, such as backward after an evaluation, keeps its buffers.
-    """
-    from deepspeed.runtime.config import DeepSpeedConfig
-    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
-
-    class Swapper(AsyncPartitionedParameterSwapper):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__(DeepSpeedConfig(dict(settings)), dtype)
-            self._read: dict[int, Any] = {}
-
-        def swap_in(self, params: list[Any], async_op: bool = True, swap_in_buffers: Any = None) -> None:
-            wanted = {each.ds_id: each for each in params}
-            lacking = len(wanted) - self.available_swap_in_buffers()
-            if swap_in_buffers is None and lacking > 0:
-                raise TrainingError(
-                    f"{len(wanted)} parameters of one module are read together from the disk, such as one of "
-                    f"{tuple(next(iter(wanted.values())).ds_shape)}, and {self.available_swap_in_buffers()} buffers are free. "
-                    'Give more: engine_options={"zero_optimization": {"offload_param": {"buffer_count": ...}}}.'
-                )
-            self._read |= wanted
-            super().swap_in(list(wanted.values()), async_op=async_op, swap_in_buffers=swap_in_buffers)
-
-        def forget(self) -> None:
-            """Between passes: let go of what was read ahead and is not gathered."""
-            self.synchronize_reads()
-            self.remove_partition_and_release_buffers(
-                [
-                    each
-                    for key, each in self._read.items()
-                    if key in self.available_params and each.ds_status.name == "NOT_AVAILABLE"
-                ]
-            )
-
-    return Swapper()
 
 
 class _DeepSpeedScale(LossScale):
@@ -593,28 +491,6 @@ class _DeepSpeedScale(LossScale):
         if scaler.dynamic:
             scaler.cur_scale = state["value"]
             scaler.last_overflow_iter = scaler.cur_iter - 1 - int(state["num_good"])
-
-
-def _reader(processes: Processes) -> None:
-    """Compile DeepSpeed's reader and writer of files, where that was not done yet."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    builder = AsyncIOBuilder()
-    error: Exception | None = None
-    if not builder.is_compatible(verbose=False) or shutil.which("g++") is None:
-        error = InvalidArgumentError(
-            'offloading to "nvme" takes a part of DeepSpeed that is compiled here, and g++ or the headers of libaio are missing. '
-            'Install them (apt-get install g++ libaio-dev), or offload to "cpu".'
-        )
-    processes.all_right(error)
-    if processes.is_main:
-        logger.info("DeepSpeed's reader of files is loaded: the first time it is compiled, which takes minutes")
-    try:
-        with _quiet():
-            builder.load(verbose=False)
-    except Exception as caught:  # the others wait
-        error = InvalidArgumentError(f"DeepSpeed's reader of files could not be compiled: {caught}")
-    processes.all_right(error)
 
 
 def refuse_float16(processes: Processes) -> None:

@@ -5,36 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from planning import HOST, cost, plan_for, problem, room_on
+from planning import COPY_S, H2D, HOST, LAYER, cost, plan_for, problem, room_on
+from planning import copying as machine
 
-from bigmodel.device_map.machine import Accelerator, Machine
 from bigmodel.device_map.planner import decide, timeline
-from bigmodel.device_map.rates import Rates
 from bigmodel.device_map.simulation import simulate
 from bigmodel.device_map.tables import Choice, Tables
 
 GB = 10**9
-COPY_S = 2.74 / 40
-H2D = 25e9
-LAYER = int(COPY_S * H2D)
-
-
-def machine(num_accelerators=1, *, c=0.5, disk=1e30, **options):
-    """Copies of a layer take COPY_S, its computation c times as long, operators nothing beside their bytes."""
-    roofline = Rates.roofline(LAYER / (c * COPY_S), {"bfloat16": 1e30}, 0.0)
-    cards = tuple(
-        Accelerator(device=f"cuda:{n}", name="card", memory_bytes=1 << 50, rates=roofline, h2d_bytes_per_s=H2D)
-        for n in range(num_accelerators)
-    )
-    return Machine(
-        name="m",
-        host_bytes=1 << 50,
-        num_processors=1,
-        disk_bytes=1 << 50,
-        accelerators=cards,
-        disk_read_bytes_per_s=disk,
-        **options,
-    )
 
 
 def step_s(homes, runs, *, num_accelerators=1):

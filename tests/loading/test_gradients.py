@@ -1,5 +1,6 @@
 """Adapters on weights that stream are trained as on weights that stay: the same losses and gradients, to the bit."""
 
+import types
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,8 @@ from families import inputs_for, make_checkpoint, resident
 from simulated import COMPILER, IS_FRESH, passes_afresh, simulated
 
 import bigmodel
+from bigmodel.device_map.counter import NotTriedError
+from bigmodel.device_map.rehearsal import rehearse
 from bigmodel.errors import DoesNotFitError, GradientRefusedError
 
 peft = pytest.importorskip("peft")
@@ -147,6 +150,55 @@ def test_transformers_trainer_trains_them(tmp_path):
         found.append({name: each.detach() for name, each in around.named_parameters() if each.requires_grad})
     assert any("lora_B" in name and bool(each.any()) for name, each in found[0].items())
     assert [name for name, each in found[0].items() if not torch.equal(each, found[1][name])] == []
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # TRL asks by its old name
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_trl_s_trainer_trains_them(tiny_llama, tmp_path, recomputes):
+    if IS_FRESH:
+        pytest.skip("its Trainer moves what it trains")
+    import trl
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    data = Dataset.from_list([{"text": f"Sentence {number} is about {number + 1} things."} for number in range(8)])
+    found = []
+    for where in ("disk", "cpu"):
+        model = bigmodel.load_sharded(tiny_llama, {"": where}, workload=SMALL, progress=False)
+        settings = trl.SFTConfig(
+            str(tmp_path / where), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True,
+            bf16=False, save_strategy="no", disable_tqdm=True, gradient_checkpointing=recomputes,
+        )  # fmt: skip
+        around = adapted(model)
+        before = {name: each.detach().clone() for name, each in around.named_parameters() if each.requires_grad}
+        trl.SFTTrainer(model=around, args=settings, train_dataset=data, processing_class=tokenizer).train()
+        found.append({name: each.detach() for name, each in around.named_parameters() if each.requires_grad})
+        assert not any(torch.equal(each, before[name]) for name, each in found[-1].items())
+    assert [name for name, each in found[0].items() if not torch.equal(each, found[1][name])] == []
+
+
+REACHED = {}
+
+
+def _past_its_copy(self, *args, **kwargs):
+    return type(self).forward(REACHED["model"], *args, **kwargs)
+
+
+@pytest.mark.parametrize("way", ["closure", "global"])
+def test_a_trial_leaves_no_gradients_in_a_model_whose_forward_was_replaced(tmp_path, way):
+    model = resident(make_checkpoint("llama", tmp_path)).requires_grad_(True)
+    own = model.forward
+    if way == "closure":
+        model.forward = lambda *args, **kwargs: own(*args, **kwargs)
+        found = rehearse(model, lambda: ((), inputs_of("llama")), ())
+        assert {each.name for each in found.moments} == {name for name, _ in model.named_parameters()}
+    else:
+        REACHED["model"] = model
+        model.forward = types.MethodType(_past_its_copy, model)
+        with pytest.raises(NotTriedError, match="reaches the model itself"):
+            rehearse(model, lambda: ((), inputs_of("llama")), ())
+    assert [name for name, each in model.named_parameters() if each.grad is not None] == []
 
 
 def test_a_pass_whose_backward_does_not_fit_is_refused_before_it_begins(devices, tmp_path):
