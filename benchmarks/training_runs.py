@@ -27,10 +27,23 @@ import bigmodel.models
 from bigmodel.footprint import PeakFootprint, footprint_bytes
 from bigmodel.training import TrainingConfig, TrainingRun
 
-__all__ = ["calibrated", "collectives", "exact", "forecasts", "load", "loops", "overhead", "resume", "speed", "taken"]
+__all__ = [
+    "calibrated",
+    "collectives",
+    "exact",
+    "forecasts",
+    "load",
+    "loops",
+    "overhead",
+    "reference",
+    "resume",
+    "speed",
+    "taken",
+]
 
 # Of a sample; the fewer where many engines take their turns.
 NUM_TOKENS, SHORT = 256, 64
+_REFERENCE: list[torch.Tensor] = []
 
 
 class _Tokens(Dataset[Any]):
@@ -196,13 +209,16 @@ def taken(path: str, tiny: str, *, micro_batch_size: int, num_tokens: int, **opt
     """Optimizer steps of one pass of each process.
 
     Returns:
-        ``rise_bytes``: the peak of steps 2 to 5 over what there was before `prepare`; ``seconds`` of steps 2 to 5, each.
+        ``rise_bytes``: the peak of steps 2 to 5 over what there was before `prepare`; ``seconds`` of steps 2 to 5, each;
+        ``reference_s``, as `reference` has it, between them.
     """
     _warm(tiny, **options)
+    _reference_s()
     gc.collect()
     before = footprint_bytes()
     run, model, loader = _prepared(path, num_tokens, micro_batch_size=micro_batch_size, **options)
     times: list[float] = []
+    references: list[float] = []
     memory: PeakFootprint | None = None
     with contextlib.ExitStack() as stack:
         started_s = time.perf_counter()
@@ -213,11 +229,40 @@ def taken(path: str, tiny: str, *, micro_batch_size: int, num_tokens: int, **opt
                 memory = stack.enter_context(PeakFootprint())
             else:
                 times.append(time.perf_counter() - started_s)
+            references.append(_reference_s())
             started_s = time.perf_counter()
             if len(times) == 4:
                 break
     assert memory is not None
-    return {"rise_bytes": memory.peak_bytes - before, "seconds": times}
+    return {
+        "rise_bytes": memory.peak_bytes - before,
+        "seconds": times,
+        "reference_s": statistics.median(references),
+    }
+
+
+def reference() -> dict[str, Any]:
+    """How fast the machine is now, with as many processes as there are, at once.
+
+    Returns:
+        ``reference_s``: of products and sums over memory, such as steps are made of.
+    """
+    TrainingRun(TrainingConfig(precision="fp32", strategy="auto"))  # joins the others
+    return {"reference_s": statistics.median(_reference_s() for _ in range(9))}
+
+
+def _reference_s() -> float:
+    """It takes 0.1 to 0.3 s, and 32 MiB, which were there before."""
+    if not _REFERENCE:
+        _REFERENCE.extend([torch.ones(1024, 576), torch.ones(576, 1536), torch.ones(6 << 20)])
+    rows, columns, values = _REFERENCE
+    if dist.is_initialized():
+        dist.barrier()
+    started_s = time.perf_counter()
+    for _ in range(4):
+        rows @ columns
+        values.add_(1.0)
+    return time.perf_counter() - started_s
 
 
 def forecasts(

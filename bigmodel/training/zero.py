@@ -81,6 +81,7 @@ class ZeRO(Engine):
         self._groups: list[list[str]] = []
         self._blank: dict[tuple[int, str], torch.Tensor] = {}
         self._zero: Any = None
+        self._num_passes = 0  # of a global batch, where their gradients are summed in host memory
         self._num_states = 0  # tensors that the optimizer keeps of a parameter
 
     def take(self, optimizer: Optimizer | None) -> None:
@@ -134,6 +135,10 @@ class ZeRO(Engine):
         yield
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
+        # Of several passes DeepSpeed would step with what the last one makes gradients of; `_finish_sums` knows all of them.
+        is_summed = self._stage > 1 and self._config.offload_optimizer != "none"
+        is_last = is_last and not (is_summed and self._num_passes)
+        self._num_passes += is_summed
         self.model.set_gradient_accumulation_boundary(is_last)  # type: ignore[operator]
         self.model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
 
@@ -141,10 +146,12 @@ class ZeRO(Engine):
         if self.loss_scale is not None:
             self._zero.clip_grad = most or 0.0
             total = self.processes.summed(torch.tensor(sums, dtype=torch.float64)).tolist()
+            self._finish_sums()
             self._begin_absent()
             self.model.step()  # type: ignore[operator]
             self._end_gradients()
             return float(self._zero._global_grad_norm), total, not self._zero.overflow
+        self._finish_sums()
         # DeepSpeed's own factor is rounded to float32 three times, and a bfloat16 run shows each last bit.
         gradients, num_copies = self._gradients()
         norm, total = norm_and_sums(gradients, sums, self.processes, num_copies)
@@ -156,7 +163,15 @@ class ZeRO(Engine):
         self._end_gradients()
         return norm, total, not self._zero.overflow
 
+    def _finish_sums(self) -> None:
+        """Sums of several passes in host memory go to where the step is computed."""
+        if self._num_passes > 1:
+            self.model.set_gradient_accumulation_boundary(True)  # type: ignore[operator]
+            self._zero.finalize_gradient_accumulation_boundary()
+        self._num_passes = 0
+
     def forget(self, optimizer: Optimizer) -> None:
+        self._num_passes = 0
         self._zero.zero_grad()  # those of the optimizer's own parameters are DeepSpeed's, and stay where it is offloaded
 
     def _gradients(self) -> tuple[list[torch.Tensor], int]:
@@ -197,9 +212,10 @@ class ZeRO(Engine):
                 info.swapped_gradients = {}
                 info.release_unswapped_gradients()
         if self._config.offload_optimizer != "none":
-            for flat in self._flats.tensors:
-                if flat.grad is not None:
-                    flat.grad.zero_()
+            sums = getattr(self._zero, "accumulated_grads_in_cpu", {}).values()
+            for each in [*sums, *(flat.grad for flat in self._flats.tensors)]:
+                if each is not None:
+                    each.zero_()
 
     # --- Logical tensors
 
