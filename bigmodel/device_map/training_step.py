@@ -21,7 +21,7 @@ class _Slot:
 def training_step_s(tables: Tables, choices: Sequence[int], num_slots: int) -> float | None:
     """Seconds of a step that is not the first: a pass that is recorded, and its backward, in which units are computed again.
 
-    What a unit takes in backward is its share of what the whole step takes beyond its forward. A unit that is still in its slot,
+    In backward each unit takes so many times its forward as the whole step does beyond its own. A unit that is still in its slot,
     as the last ones are where backward begins, is not fetched again.
 
     Args:
@@ -40,9 +40,12 @@ def training_step_s(tables: Tables, choices: Sequence[int], num_slots: int) -> f
     forward = {u: float(tables.compute[0, u, choices[u]]) for u in order}
     last = device[order[-1]] if order else 0
     glue_s = float(tables.glue[0, last])
-    whole_s = tables.machine.rates_of(tables.devices[last]).seconds(work)
-    forward_s = sum(forward.values()) + glue_s
-    again = max(0.0, whole_s / forward_s - 1) if forward_s else 0.0
+    once = tables.costs.prefill
+    for unit in tables.costs.units:
+        once = once if unit.prefill is None else once.plus(unit.prefill)
+    rates = tables.machine.rates_of(tables.devices[last])
+    forward_s = rates.seconds(once)
+    again = max(0.0, rates.seconds(work) / forward_s - 1) if forward_s else 0.0
     visits = [(u, forward[u]) for u in order]
     visits += [(-1, glue_s * (1 + again)), *((u, again * forward[u]) for u in reversed(order))]
 

@@ -59,6 +59,9 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
     if isinstance(value, types.FunctionType):
         return _rebound(value, memo)
+    if isinstance(value, functools.partial):
+        keywords = {key: _reached(each, memo) for key, each in value.keywords.items()}
+        return functools.partial(_copied(value.func, memo), *(_reached(each, memo) for each in value.args), **keywords)
     if isinstance(value, types.MethodType):
         return types.MethodType(_rebound(value.__func__, memo), _copied(value.__self__, memo))
     try:
@@ -69,18 +72,20 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 def _rebound(function: Any, memo: dict[int, Any]) -> Any:
     """A function that was put in place of a module's own: where it reaches modules of the model, it is to reach the twin's."""
-    if not isinstance(function, types.FunctionType) or not function.__closure__:
+    closure = getattr(function, "__closure__", None) or ()
+    defaults = getattr(function, "__defaults__", None) or ()
+    own = getattr(function, "__kwdefaults__", None) or {}
+    if not isinstance(function, types.FunctionType) or not (closure or defaults or own):
         return function
     if id(function) in memo:
         return memo[id(function)]
-    cells = tuple(types.CellType() for _ in function.__closure__)
-    made = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, closure=cells
-    )
+    cells = tuple(types.CellType() for _ in closure)
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, closure=cells or None)
     memo[id(function)] = made
-    made.__kwdefaults__ = function.__kwdefaults__
+    made.__defaults__ = tuple(_reached(each, memo) for each in defaults) or None
+    made.__kwdefaults__ = {key: _reached(each, memo) for key, each in own.items()} or None
     made.__dict__.update({key: _reached(each, memo) for key, each in vars(function).items()})
-    for cell, before in zip(cells, function.__closure__, strict=True):
+    for cell, before in zip(cells, closure, strict=True):
         with contextlib.suppress(ValueError):  # an empty one stays so
             cell.cell_contents = _reached(before.cell_contents, memo)
     return made

@@ -145,6 +145,11 @@ class TrainingConfig:
             )
         if self.quantize_base is not None:
             _one_of("quantize_base", self.quantize_base, QUANTIZATIONS)
+            if self.precision == "fp8":
+                raise InvalidArgumentError(
+                    f'quantize_base is "{self.quantize_base}", and adapters are not trained with precision="fp8". Give '
+                    'precision="bf16".'
+                )
             if self.strategy not in ("auto", "single", "ddp"):
                 raise InvalidArgumentError(
                     f'quantize_base is "{self.quantize_base}", and strategy="{self.strategy}" divides what is in 4 bits. Give '

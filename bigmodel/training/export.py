@@ -59,9 +59,11 @@ def export_model(
         )
     together(processes, "export")
     names = set(engine.trained()) if adapters and not merge else None
-    gathered, written = _Gathered(folder, engine, origin, processes, names), []
+    gathered: _Gathered | None = None
+    written: list[Path] = []
     failed: BaseException | None = None
     try:
+        gathered = _Gathered(folder, engine, origin, processes, names)
         twin = gathered.twin(engine.module)
         if processes.is_main and adapters and not merge:
             own = {id(each) for name, each in twin.named_parameters() if names and name in names}
@@ -77,7 +79,8 @@ def export_model(
     except Exception as error:
         failed = error
     finally:
-        gathered.close()
+        if gathered is not None:
+            gathered.close()
     processes.all_right(failed)
     return written
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from bigmodel.errors import InvalidArgumentError
+from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.models import owners_of
 
-__all__ = ["QUANTIZATIONS", "Quantized", "quantize", "refuse_quantized"]
+__all__ = ["QUANTIZATIONS", "Quantized", "keep_trained", "quantize", "refuse_quantized"]
 
 QUANTIZATIONS = ("nf4", "fp4")
 # As in the paper: values that share a scale, and scales, in 8 bits then, that share another one.
 _BLOCK, _NESTED = 64, 256
+_RANGE = 16 << 20  # values that are quantised at once, whole blocks of scales
 
 
 class Quantized(nn.Linear):
@@ -40,15 +45,30 @@ class Quantized(nn.Linear):
 
     def take(self, values: torch.Tensor) -> None:
         """The weight's values, flattened, ``[out_features * in_features]``, in the dtype that products are to have them in."""
-        from bitsandbytes.functional import quantize_4bit
+        from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
 
-        weight = values.view(self.out_features, self.in_features)
-        packed, self.state = quantize_4bit(weight, blocksize=_BLOCK, compress_statistics=True, quant_type=self.kind)
+        # In ranges: on a host it makes several copies of what it is given.
+        parts = [quantize_4bit(each, blocksize=_BLOCK, quant_type=self.kind) for each in torch.split(values, _RANGE)]
+        packed, scales = (torch.cat(each) for each in ([part for part, _ in parts], [each.absmax for _, each in parts]))
+        offset = scales.mean()
+        scales, nested = quantize_blockwise(scales - offset, blocksize=_NESTED)
+        self.state = QuantState(
+            absmax=scales,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=get_4bit_type(self.kind, device=values.device),  # type: ignore[no-untyped-call]
+            blocksize=_BLOCK,
+            quant_type=self.kind,
+            dtype=values.dtype,
+            offset=offset,
+            state2=nested,
+        )
         self.weight = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
         if self.state is None:
+            if self.weight.is_meta:
+                raise TrainingError("A linear layer that is kept in 4 bits was called before it had its weight.")
             tried: torch.Tensor = _Tried.apply(input, self.weight)  # type: ignore[no-untyped-call]
             return tried if bias is None else tried + bias
         from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]
@@ -75,7 +95,8 @@ class _Tried(torch.autograd.Function):
 def quantize(module: nn.Module, blocks: Iterable[nn.Module], kind: str) -> list[Quantized]:
     """Let linear layers keep their weights in 4 bits, once they get them; in place.
 
-    What is not in a block (embeddings, the head) stays as it is, as do weights that several layers share, biases and norms.
+    What is not in a block (embeddings, projectors, the head) stays as it is, as do biases, norms, experts in one tensor, weights
+    that several layers share, and those that the model's own code reads beside the layer's call, such as their dtype.
 
     Args:
         module: the model, on meta.
@@ -90,12 +111,14 @@ def quantize(module: nn.Module, blocks: Iterable[nn.Module], kind: str) -> list[
     """
     owners = owners_of(module)
     found: list[Quantized] = []
-    for block in blocks:
-        for layer in block.modules():
-            if type(layer) is nn.Linear and len(owners[id(layer.weight)]) == 1 and layer.weight.is_floating_point():
-                layer.weight.requires_grad_(False)
+    layer: Any
+    for parent in (parent for block in blocks for parent in block.modules()):
+        for name, layer in parent.named_children():
+            is_own = type(layer) is nn.Linear and len(owners[id(layer.weight)]) == 1
+            kind_of_parent: Any = type(parent)
+            if is_own and layer.weight.is_floating_point() and not _is_read(kind_of_parent, name):
+                layer.requires_grad_(False)
                 layer.__class__ = Quantized
-                assert isinstance(layer, Quantized)
                 layer.kind = kind
                 found.append(layer)
     if not found:
@@ -106,8 +129,28 @@ def quantize(module: nn.Module, blocks: Iterable[nn.Module], kind: str) -> list[
     return found
 
 
+def keep_trained(module: nn.Module) -> None:
+    """Layers whose weights are trained, such as copies that an adapter makes of them, are what they were; in place."""
+    for layer in module.modules():
+        if isinstance(layer, Quantized) and layer.weight.requires_grad:
+            vars(layer).pop("kind")
+            known: Any = layer
+            known.__class__ = nn.Linear
+
+
+@functools.cache
+def _is_read(kind: type[nn.Module], name: str) -> bool:
+    """Whether a module's class reads the weight of its layer of this name."""
+    text = ""
+    for each in kind.__mro__:
+        if not each.__module__.startswith(("torch.", "builtins")):
+            with contextlib.suppress(OSError, TypeError):  # nobody has its source
+                text += inspect.getsource(each)
+    return re.search(rf"\b{re.escape(name)}\.weight\b", text) is not None
+
+
 def refuse_quantized(kind: str, device: torch.device) -> None:
-    """InvalidArgumentError where bitsandbytes is not there, or does not multiply on a device, or not rightly."""
+    """InvalidArgumentError where bitsandbytes is not there, or does not compute on a device, or wrong gradients."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -115,8 +158,8 @@ def refuse_quantized(kind: str, device: torch.device) -> None:
             f'quantize_base is "{kind}", which is bitsandbytes\', and it is not installed. Run pip install '
             '"bigmodel[quantization]", or leave it out.'
         ) from error
-    layer = nn.Linear(2 * _BLOCK, _BLOCK, bias=False, device="meta")
-    (tried,) = quantize(nn.Sequential(layer), [layer], kind)
+    block = nn.Sequential(nn.Linear(2 * _BLOCK, _BLOCK, bias=False, device="meta"))
+    (tried,) = quantize(block, [block], kind)
     weight = torch.linspace(0.1, 1, 2 * _BLOCK * _BLOCK, device=device)
     given = torch.linspace(0, 1, 3 * 2 * _BLOCK, device=device).view(1, 3, 2 * _BLOCK).requires_grad_()
     try:

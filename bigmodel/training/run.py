@@ -38,6 +38,7 @@ from bigmodel.training.outlook import Outlook
 from bigmodel.training.place import Cursor, Division
 from bigmodel.training.prepared import PreparedOptimizer, PreparedScheduler
 from bigmodel.training.processes import Processes
+from bigmodel.training.quantized import Quantized
 from bigmodel.training.recompute import compile_units, recompute
 from bigmodel.training.saves import Hook, Saves
 from bigmodel.training.shortage import note_shortage
@@ -279,6 +280,11 @@ class TrainingRun(Collectives):
             logger.info("%s", engine.describe())
             if is_adapted(origin.module):
                 logger.info("adapters: %d of %d parameters are trained", *trained)
+                packed = [each for each in origin.module.modules() if isinstance(each, Quantized)]
+                if packed:
+                    number = sum(each.in_features * each.out_features for each in packed)
+                    told = len(packed), number / 1e6, trained[1] / 1e6
+                    logger.info("in 4 bits: %d linear layers, %.1f of %.1f million parameters", *told)
         engine.model.register_forward_pre_hook(self._look, with_kwargs=True)
         engine.model.register_forward_hook(lambda module, args, outputs: self._weighed.saw(outputs))
         engine.model.register_forward_hook(self._note, always_call=True)  # also where it fails

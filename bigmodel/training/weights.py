@@ -29,7 +29,7 @@ from bigmodel.models import (
 )
 from bigmodel.offload.resident import ResidentLoad
 from bigmodel.progress import Report
-from bigmodel.training.quantized import Quantized, quantize
+from bigmodel.training.quantized import Quantized, keep_trained, quantize
 
 __all__ = ["Origin", "part_of", "put", "with_masters"]
 
@@ -82,9 +82,9 @@ class Origin:
             raise InvalidArgumentError(
                 f'quantize_base is "{quantize_base}", and '
                 + (
-                    "there is no adapter: what is in 4 bits is not trained. Give adapter=peft.LoraConfig(...)."
-                    if adapter is None
-                    else "the model is in memory: weights are quantised as they are read. Give the folder of its checkpoint."
+                    "the model is in memory: weights are quantised as they are read. Give the folder of its checkpoint."
+                    if isinstance(model, nn.Module)
+                    else "there is no adapter: what is in 4 bits is not trained. Give adapter=peft.LoraConfig(...)."
                 )
             )
         if isinstance(model, nn.Module):
@@ -124,13 +124,23 @@ class Origin:
             path=Path(checkpoint.path),
         )
         if quantize_base is not None:
-            blocks = [each for each in found.groups() if any(True for _ in each.children())]
+            listed = {each for those in found.module.modules() if isinstance(those, nn.ModuleList) for each in those}
+            blocks = [each for each in found.groups() if each in listed or type(each).__name__ in skeleton.no_split]
             quantize(found.module, blocks, quantize_base)
         return found if adapter is None else found._adapted(adapter)
 
     def _adapted(self, adapter: Any) -> Origin:
         """With an adapter around the module, and what was known of its weights by their new names."""
         module, names = adapt(self.module, adapter)
+        keep_trained(module)
+        in_4_bits = any(isinstance(each, Quantized) for each in module.modules())
+        for each in getattr(module, "peft_config", {}).values() if in_4_bits else ():
+            for asked in ("use_dora", "target_parameters"):
+                if getattr(each, asked, None):
+                    raise InvalidArgumentError(
+                        f"The adapter has {asked}, which computes with the base's weights themselves, and they are kept in 4 "
+                        "bits. Leave it out, or leave quantize_base out."
+                    )
         dtypes = {name: each.dtype for name, each in module.named_parameters()}
         dtypes |= {new: self.stored_dtypes[old] for new, old in names.items() if old in self.stored_dtypes}
         return replace(self, module=module, sources=_renamed(self.sources, names), stored_dtypes=dtypes)
@@ -209,6 +219,8 @@ class Origin:
                 layer, attribute = owners[id(parameters[name])][0]
                 if isinstance(layer, Quantized) and attribute == "weight":
                     layer.take(values.to(device))
+                    for other, _ in owners[id(parameters[name])][1:]:  # an adapter's copies of a layer
+                        other.weight, other.state = layer.weight, layer.state
                     continue
                 is_part = isinstance(parameters[name].data, DTensor)
                 put(parameters[name], values.to(home if is_part and home is not None else device), owners)

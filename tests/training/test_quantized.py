@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import bigmodel
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.training import TrainingConfig, TrainingRun
+from bigmodel.training.cluster import Cluster
 from bigmodel.training.job import job_of
+from bigmodel.training.outlook import look_out
 from bigmodel.training.quantized import Quantized
 from bigmodel.training.weights import Origin
 from training.loops import Sentences, adapted, lora
@@ -119,16 +123,59 @@ def test_blocks_are_in_4_bits_as_it_was_forecast(folder):
     frozen = sum(each.nbytes for _, each in named if not each.requires_grad)
     scales = sum(each.held_bytes - each.weight.nbytes for each in layers)
     assert sum(each.frozen_bytes for each in job.groups) == frozen + scales
-    assert "ddp" not in run.explain()
+    two = Cluster.of(replace(bigmodel.Machine.probe(), accelerators=()), num_per_node=2)
+    asked = TrainingConfig(precision="fp32", global_batch_size=2, micro_batch_size=1, quantize_base="nf4")
+    assert {each.way.strategy for each in look_out(job, two, asked).forecasts} == {"ddp"}
 
 
-@pytest.mark.parametrize("gradient_checkpointing", ["on", "off"])
-def test_what_is_recomputed_has_the_same_gradients(folder, gradient_checkpointing):
+def test_what_is_recomputed_has_the_same_gradients(folder):
     asked = {"path": str(folder), "precision": "fp32", "micro_batch_size": 2, "quantize_base": "nf4"}
     plain = adapted(**asked)
-    again = adapted(activation_checkpointing=gradient_checkpointing, **asked)
+    again = adapted(activation_checkpointing="on", **asked)
     assert plain["losses"] == again["losses"]
     assert all(torch.equal(each, plain["parameters"][name]) for name, each in again["parameters"].items())
+
+
+def test_copies_of_layers_are_trained_as_they_are(folder, tmp_path):
+    adapter = lora(modules_to_save=["up_proj"])
+    asked = {"precision": "bf16", "quantize_base": "nf4", "adapter": adapter}
+    found = adapted(str(folder), exports=str(tmp_path / "out"), **asked)
+    whole = [name for name in found["parameters"] if "up_proj" in name]
+    assert len(whole) == 2
+    assert all(found["parameters"][name].dtype == torch.float32 for name in whole)
+    assert found["is_moved"]
+    assert found["is_base_kept"]
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(torch.equal(each, found["parameters"][whole[0]]) for each in saved.values())
+
+
+def test_layers_that_an_adapter_repeats(folder):
+    run = prepared(folder, lora(layer_replication=[[0, 2], [1, 2]]), precision="fp32")
+    module = run._prepared().module
+    layers = [each for each in module.modules() if isinstance(each, Quantized)]
+    assert len(layers) == 3 * 7
+    assert len({id(each.weight) for each in layers}) == 2 * 7
+    assert not any(each.weight.is_meta or each.state is None for each in layers)
+    assert all(bool(each.isfinite().all()) for each in gradients(module).values())
+
+
+@pytest.mark.parametrize("family", ["t5", "qwen3_moe", "mamba", "llava"])
+def test_families(tmp_path, family):
+    from families import inputs_for, make_checkpoint
+
+    targets = {"t5": ["q"], "mamba": ["in_proj"]}.get(family, ["q_proj"])
+    run = prepared(make_checkpoint(family, tmp_path), lora(target_modules=targets, task_type=None), precision="fp32")
+    module = run._prepared().module
+    layers = {name for name, each in module.named_modules() if isinstance(each, Quantized)}
+    assert layers
+    # What their own code reads, and what is in no block.
+    assert not any(name.endswith((".wo", ".dt_proj", "linear_1", "lm_head")) for name in layers)
+    inputs = inputs_for(family)
+    labels = inputs["decoder_input_ids" if family == "t5" else "input_ids"].contiguous()
+    module(**inputs, labels=labels).loss.backward()
+    found = [each.grad for each in module.parameters() if each.grad is not None]  # a tower's last layer has none
+    assert all(bool(each.isfinite().all()) for each in found)
+    assert any(bool(each.any()) for each in found)
 
 
 def test_biases_are_trained_where_they_are_asked_for(tmp_path):
@@ -162,6 +209,11 @@ def test_what_cannot_be_quantised_is_refused(two, folder, monkeypatch):
     model = bigmodel.load_sharded(folder, device_map={"": "disk"}, progress=False)
     with pytest.raises(InvalidArgumentError, match="the model is in memory: weights are quantised as they are read"):
         TrainingRun(config).prepare(model=model, adapter=lora(), **asked)
+    dora = lora(use_dora=True)
+    with pytest.raises(InvalidArgumentError):
+        TrainingRun(config).prepare(model=str(folder), adapter=dora, **asked)
+    with pytest.raises(InvalidArgumentError, match='adapters are not trained with precision="fp8"'):
+        TrainingConfig(quantize_base="nf4", precision="fp8")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(InvalidArgumentError, match=r'pip install "bigmodel\[quantization\]"'):
         TrainingRun(config)
