@@ -30,7 +30,7 @@ FIELDS = {
     "Placement": ["unit", "home", "run_on", "prefill_on", "weight_bytes", "parameters"],
     "Estimate": [
         "peak_bytes", "baseline_bytes", "load_s", "ttft_s", "time_per_token_s", "tokens_per_s", "binds",
-        "phase_peak_bytes", "pass_s", "least_s", "bytes_per_s",
+        "phase_peak_bytes", "pass_s", "least_s", "bytes_per_s", "train_step_s",
     ],
     "StreamStats": [
         "num_passes", "pass_s", "stall_s", "num_reads", "read_bytes", "num_hits", "num_misses", "resident_bytes",

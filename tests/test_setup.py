@@ -51,7 +51,8 @@ EVERYBODYS = {"torch", "numpy"}
 PEERS = {
     "accelerate": {"bench/peers/hugging_face"},
     "airllm": {"bench/peers/airllm"},
-    "deepspeed": {"bench/peers/deepspeed", "training/zero"},
+    "deepspeed": {"bench/peers/deepspeed", "training/zero", "training/zero_disk"},
+    "bitsandbytes": {"training/quantized"},
     "gguf": {"bench/peers/gguf_file", "bench/peers/llama_cpp"},
     "xllamacpp": {"bench/peers/llama_cpp"},
 }
