@@ -52,12 +52,12 @@ PEERS = {
     "accelerate": {"bench/peers/hugging_face"},
     "airllm": {"bench/peers/airllm"},
     "deepspeed": {"bench/peers/deepspeed", "training/zero", "training/zero_disk"},
-    "bitsandbytes": {"training/quantized"},
     "gguf": {"bench/peers/gguf_file", "bench/peers/llama_cpp"},
     "xllamacpp": {"bench/peers/llama_cpp"},
 }
-# What comes with the extra "training", beside DeepSpeed.
+# What comes with the extras "training", beside DeepSpeed, and "quantization".
 TRAINING = {
+    "bitsandbytes": {"training/quantized"},
     "datasets": {"training/data"},
     "peft": {"models/adapters"},
     "torchao": {"training/float8"},
