@@ -14,6 +14,7 @@
     |-- DoesNotFitError              a tier's limit is too small: needed, available, what would do
     |-- BenchmarkError               nothing could be measured: why
     |-- TrainingError                a training loop cannot go on: why
+    |-- LaunchError                  a process that was started failed: which one first, and why
     |-- SavingError                  a model cannot be written as asked; what was there is left as it was
     `-- StreamingError               while a loaded model runs
         |-- ReadError                the bytes of a unit could not be read
@@ -40,6 +41,7 @@ __all__ = [
     "GradientRefusedError",
     "InvalidArgumentError",
     "KeyMismatchError",
+    "LaunchError",
     "MalformedFileError",
     "MissingFilesError",
     "MoveRefusedError",
@@ -121,6 +123,18 @@ class BenchmarkError(BigModelError):
 
 class TrainingError(BigModelError):
     """A training loop cannot go on; the message says why."""
+
+
+class LaunchError(BigModelError):
+    """Of processes that were started together, one failed, or they did not come together.
+
+    Attributes:
+        exit_code: of the process that failed first; 128 and its number for a signal.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class SavingError(BigModelError):

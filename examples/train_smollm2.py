@@ -1,7 +1,7 @@
 """Fine-tune a real model on a text, and see the loss fall.
 
     python examples/train_smollm2.py CHECKPOINT
-    torchrun --nproc-per-node 2 examples/train_smollm2.py CHECKPOINT --strategy fsdp
+    bigmodel launch --processes 2 examples/train_smollm2.py CHECKPOINT --strategy fsdp
 
 CHECKPOINT: what ``python examples/make_smollm2.py`` wrote, or any causal language model with its tokenizer.
 """

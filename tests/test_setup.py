@@ -28,6 +28,7 @@ ORDER = (
     {"hooks"},
     {"models", "saving"},
     {"loading"},
+    {"launch"},
     {"generation", "training"},
     {"bench"},
     {"cli"},
@@ -43,8 +44,8 @@ OWNERS = {
     "psutil": {"device_map/machine"},
     "rich": {"progress", "cli/app"},
     "safetensors": {"checkpoint/", "saving"},
-    "transformers": {"models/pretrained", "generation/text", "bench/"},
-    "typer": {"cli/app", "cli/options"},
+    "transformers": {"models/pretrained", "generation/text", "bench/", "training/checkup"},
+    "typer": {"cli/app", "cli/checking", "cli/configuring", "cli/ending", "cli/launching", "cli/options"},
 }
 EVERYBODYS = {"torch", "numpy"}
 # What `bigmodel bench` compares with: each has one owner too, and comes with the extra of that name.
@@ -55,8 +56,9 @@ PEERS = {
     "gguf": {"bench/peers/gguf_file", "bench/peers/llama_cpp"},
     "xllamacpp": {"bench/peers/llama_cpp"},
 }
-# What comes with the extras "training", beside DeepSpeed, and "quantization".
+# What comes with the extras "training", beside DeepSpeed and "quantization".
 TRAINING = {
+    "cloudpickle": {"launch/notebook"},
     "bitsandbytes": {"training/quantized"},
     "datasets": {"training/data"},
     "peft": {"models/adapters"},
@@ -64,7 +66,7 @@ TRAINING = {
     "yaml": {"training/foreign"},
 }
 # The command line is made of typer and is imported by nothing, so it alone imports it at the top.
-AT_THE_TOP = {("cli/app", "typer"), ("cli/options", "typer")}
+AT_THE_TOP = {(file, "typer") for file in OWNERS["typer"]}
 
 
 class Import(NamedTuple):

@@ -1,18 +1,14 @@
-"""The ``bigmodel`` command: run, plan, bench, calibrate and env.
+"""The ``bigmodel`` command: run, plan, bench, calibrate, launch and env.
 
 What was asked for goes to stdout: the generated text, the plan, the list of versions. What is said about it goes to
 stderr: the plan of a run, progress, figures, errors. So ``bigmodel run ... > answer.txt`` writes the answer alone.
 
-Exit status: 0 done; 1 an error, told in a sentence; 2 wrong usage; 3 it does not fit; 130 interrupted.
+Exit status: 0 done; 1 an error, told in a sentence; 2 wrong usage; 3 it does not fit; 130 interrupted; that of launch is the
+failed process's.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -22,12 +18,17 @@ import bigmodel
 from bigmodel.cli.arguments import (
     check_guesses,
     check_sampling,
+    check_training,
     parse_batch_size,
     parse_device_map,
     parse_limits,
     read_prompt,
     write_page,
 )
+from bigmodel.cli.checking import check_up
+from bigmodel.cli.configuring import CONFIG_EXAMPLES, config
+from bigmodel.cli.ending import DOES_NOT_FIT, INTERRUPTED, on_command_line, say, say_nothing, told_in_a_sentence, write
+from bigmodel.cli.launching import LAUNCH_EXAMPLES, launch
 from bigmodel.cli.options import (
     AllowCpuCompute,
     DeviceMap,
@@ -42,11 +43,8 @@ from bigmodel.cli.options import (
     WithTraceback,
 )
 from bigmodel.cli.prompts import read_prompts
-from bigmodel.errors import BigModelError, DoesNotFitError, InvalidArgumentError
 
 __all__ = ["app", "main"]
-
-DOES_NOT_FIT, INTERRUPTED, BROKEN_PIPE = 3, 130, 141
 
 app = typer.Typer(
     name="bigmodel",
@@ -176,7 +174,7 @@ def run(
 ) -> None:
     """Load a model, stream the text that it generates, and tell what it took."""
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    with _told_in_a_sentence(with_traceback):
+    with told_in_a_sentence(with_traceback):
         check_sampling(sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         check_guesses(lookup=lookup, draft=draft, prompts=prompts, output=output)
         text = None if prompts is not None else read_prompt(prompt, prompt_file)
@@ -206,11 +204,11 @@ def run(
             adapter=adapter,
             sampling=sampling if sample else None,
             seed=seed,
-            tell=_say_nothing if quiet else _say,
+            tell=say_nothing if quiet else say,
             is_quiet=quiet,
         )
         if text is not None:
-            answer(settings, text, _write)
+            answer(settings, text, write)
         else:
             answer_all(settings, lines, output)
 
@@ -228,6 +226,7 @@ Only headers are read: of the weight files here, or of a Hub repo's, or config.j
 bigmodel: desktop-24gb, desktop-2x24gb, laptop-16gb, server-80gb, server-141gb, server-8x80gb, unified-64gb."""
 )
 def plan(
+    context: typer.Context,
     path: PathArgument,
     max_memory: MaxMemory = None,
     device_map: DeviceMap = "auto",
@@ -335,17 +334,16 @@ def plan(
     with_traceback: WithTraceback = False,
 ) -> None:
     """Show where every weight would rest, each tier's peak and the predicted speed, without loading anything."""
-    with _told_in_a_sentence(with_traceback):
+    with told_in_a_sentence(with_traceback):
+        check_training(train, on_command_line(context))
+        limits = parse_limits(max_memory)
         if train:
             from bigmodel.cli.training import plan_training
 
-            if html_file is not None:
-                raise InvalidArgumentError(
-                    "--html draws the plan of a run, and --train has none. Leave one of them out."
-                )
             outlook = plan_training(
                 path,
                 machine=machine,
+                limits=limits,
                 num_nodes=nodes,
                 num_per_node=gpus,
                 num_tokens=seq,
@@ -361,7 +359,6 @@ def plan(
             if outlook.chosen is None:
                 raise typer.Exit(DOES_NOT_FIT)
             return
-        limits = parse_limits(max_memory)
         where = parse_device_map(device_map)
         stated: dict[str, Any] = {
             "batch_size": None if batch_size is None else parse_batch_size(batch_size),
@@ -483,7 +480,7 @@ def bench(
     with_traceback: WithTraceback = False,
 ) -> None:
     """Measure what a model takes here, beside the plan's prediction and the machine's bounds, and against other libraries."""
-    with _told_in_a_sentence(with_traceback):
+    with told_in_a_sentence(with_traceback):
         from bigmodel.cli.benching import Asked, measured
 
         asked = Asked(
@@ -513,7 +510,7 @@ def bench(
         )
         if html_file is not None:
             write_page(html_file, None)  # one that cannot be written is told now, not after the rounds
-        found = measured(asked, _say)
+        found = measured(asked, say)
         typer.echo(found.to_json() if as_json else found.table())
         if html_file is not None:
             write_page(html_file, found.page())
@@ -539,7 +536,7 @@ def calibrate(
     with_traceback: WithTraceback = False,
 ) -> None:
     """Measure this machine's disk, memory, arithmetic and links once, in about half a minute."""
-    with _told_in_a_sentence(with_traceback):
+    with told_in_a_sentence(with_traceback):
         machine = bigmodel.Machine.calibrate(folder)
         if as_json:
             typer.echo(machine.to_json())
@@ -550,59 +547,19 @@ def calibrate(
             typer.echo(f"{name + ':':<17} {value}")
 
 
+app.command(
+    epilog=LAUNCH_EXAMPLES,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+)(launch)
+app.command(epilog=CONFIG_EXAMPLES)(config)
+app.command(name="test")(check_up)
+
+
 @app.command()
 def env(with_traceback: WithTraceback = False) -> None:
     """List versions and hardware, for a bug report."""
-    with _told_in_a_sentence(with_traceback):
+    with told_in_a_sentence(with_traceback):
         from bigmodel.cli.environment import describe_environment
 
         for name, value in describe_environment().items():
             typer.echo(f"{name + ':':<17} {value}")
-
-
-@contextmanager
-def _told_in_a_sentence(with_traceback: bool) -> Iterator[None]:
-    """Ends the command with an error's exit status; its message goes to stderr, the traceback before it if wanted."""
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except KeyboardInterrupt:
-        if with_traceback:
-            traceback.print_exc()
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except BrokenPipeError:
-        # Who read the text has had enough. Python would complain once more when it flushes stdout at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(BROKEN_PIPE) from None
-    except Exception as error:
-        if with_traceback:
-            traceback.print_exc()
-        if isinstance(error, BigModelError):
-            text = str(error)
-        else:  # foreign: it says little without its type, and often runs over many lines
-            text = f"{type(error).__name__}: {' '.join(str(error).split())} (--traceback shows where)"
-        typer.echo(f"error: {text}", err=True)
-        raise typer.Exit(_status_of(error)) from None
-
-
-def _status_of(error: Exception) -> int:
-    if isinstance(error, DoesNotFitError):
-        return DOES_NOT_FIT
-    return 2 if isinstance(error, InvalidArgumentError) else 1
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
-
-
-def _say_nothing(text: str) -> None:
-    pass
-
-
-def _write(text: str) -> None:
-    """Text on its way to a person or a pipe: at once, and whatever stdout's encoding cannot show as a question mark."""
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-    sys.stdout.flush()

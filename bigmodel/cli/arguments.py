@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_guesses",
     "check_sampling",
+    "check_training",
     "parse_batch_size",
     "parse_device_map",
     "parse_limits",
@@ -26,6 +28,12 @@ __all__ = [
 ]
 
 _MOST_DIGITS = 30
+# Of `bigmodel plan`: what only one of the two plans knows.
+_OF_TRAINING = ("nodes", "gpus", "seq", "global_batch", "micro_batch", "strategy", "precision", "lora", "quantize_base")
+_OF_RUNNING = (
+    *("batch_size", "prompt_tokens", "new_tokens", "device_map", "dtype", "allow_cpu_compute", "html_file"),
+    *("revision", "subfolder", "variant", "offload_folder"),
+)
 
 
 def check_sampling(
@@ -48,6 +56,32 @@ def check_guesses(*, lookup: bool, draft: str | None, prompts: str | None, outpu
         raise InvalidArgumentError("--lookup and --draft guess for one text at a time. Leave them out with --prompts.")
     if output is not None and prompts is None:
         raise InvalidArgumentError("--output is for the answers to --prompts. Redirect stdout for the answer to one.")
+
+
+def check_training(train: bool, stated: Collection[str]) -> None:
+    """Refuses what a plan of training does not heed, and without --train what nothing else does.
+
+    Args:
+        stated: parameters of the command that stand on the command line.
+    """
+    unheeded = [
+        f"--{name.removesuffix('_file').replace('_', '-')}"
+        for name in (_OF_RUNNING if train else _OF_TRAINING)
+        if name in stated
+    ]
+    if unheeded and train:
+        raise InvalidArgumentError(
+            f"{' and '.join(unheeded)} {_are(unheeded)} for a model that runs, and --train plans one that is trained. Leave "
+            "them out, or --train."
+        )
+    if unheeded:
+        raise InvalidArgumentError(
+            f"{' and '.join(unheeded)} {_are(unheeded)} for a plan of training. Give --train with them."
+        )
+
+
+def _are(names: Collection[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def read_prompt(prompt: str | None, prompt_file: str | None) -> str:

@@ -28,6 +28,10 @@ def read_prompts(file: str, other: str | None = None) -> list[dict[str, Any]]:
     """
     if other is not None:
         raise InvalidArgumentError("--prompts stands for --prompt and --prompt-file. Give one of the three.")
+    if file == "-" and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InvalidArgumentError(
+            "--prompts is -, and several processes were launched, which cannot share stdin. Give a file."
+        )
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 import bigmodel
 from bigmodel.checkpoint.resolve import locate
 from bigmodel.cli.live import bottom_line
-from bigmodel.cli.prompts import Answers
+from bigmodel.cli.turns import Turns, num_launched
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.footprint import PeakFootprint, footprint_bytes
 from bigmodel.generation.drafts import MOST_GUESSES, Draft, lookup_options
@@ -71,7 +72,16 @@ class Settings:
 
 
 def answer(settings: Settings, prompt: str, write: Callable[[str], None]) -> None:
-    """Write the text that a model generates after a prompt, as it comes."""
+    """Write the text that a model generates after a prompt, as it comes.
+
+    Raises:
+        InvalidArgumentError: several processes were launched, which would all answer it.
+    """
+    if num_launched() > 1:
+        raise InvalidArgumentError(
+            f"{num_launched()} processes were launched, and there is one prompt. Give --prompts, whose lines they divide, or "
+            "launch one process."
+        )
     tokenizer = _tokenizer_of(settings)
     inputs = encode_prompt(tokenizer, prompt, chat=settings.chat)
     # A first pass checks guesses already, and the last ones may go beyond the end.
@@ -102,6 +112,8 @@ def answer(settings: Settings, prompt: str, write: Callable[[str], None]) -> Non
 def answer_all(settings: Settings, prompts: Sequence[Mapping[str, Any]], output: str | None) -> None:
     """Write an answer to every prompt that has none yet, in order, as many at once as the plan finds fastest.
 
+    Processes that a launcher started divide them; the main one writes.
+
     Args:
         settings: without `lookup` and `draft`, which guess for one text at a time.
         prompts: of `read_prompts`.
@@ -109,41 +121,46 @@ def answer_all(settings: Settings, prompts: Sequence[Mapping[str, Any]], output:
     """
     tokenizer = _tokenizer_of(settings)
     encoded = [encode_prompt(tokenizer, each["prompt"], chat=settings.chat)["input_ids"][0] for each in prompts]
-    answers = Answers(output, prompts)
+    turns = Turns(output, prompts)
+    if not turns.is_main:  # it would say the same once more
+        settings = replace(settings, tell=_say_nothing, is_quiet=True)
     try:
-        waiting = range(answers.num_done, len(prompts))
-        if answers.num_done:
-            settings.tell(f"{answers.num_done} of {len(prompts)} prompts were answered before")
+        waiting = range(turns.num_done, len(prompts))
+        if turns.num_done:
+            settings.tell(f"{turns.num_done} of {len(prompts)} prompts were answered before")
         if not waiting:
             return
         longest = max(len(encoded[number]) for number in waiting)
-        workload = _fastest_workload(settings, longest, len(waiting))
-        num_tokens, start_s = 0, time.perf_counter()
+        workload = _fastest_workload(settings, longest, math.ceil(len(waiting) / turns.size))
+        own_tokens, start_s = 0, time.perf_counter()
         with (
             _loaded(settings, workload, tokenizer) as run,
             progress_bar(settings.progress, beside=run.headline) as report,
         ):
             report(GENERATING, 0, len(waiting))
-            for first in range(waiting.start, waiting.stop, workload.num_sequences):
-                batch = range(first, min(first + workload.num_sequences, waiting.stop))
+            while batch := turns.take(workload.num_sequences):
                 if settings.seed is not None:
-                    torch.manual_seed(settings.seed + first)
+                    torch.manual_seed(settings.seed + batch.start)
                 inputs = padded([encoded[number] for number in batch], _padding_of(tokenizer, run.model))
                 texts, counts = run.texts(inputs)
-                answers.write(
+                turns.put(
+                    batch.start,
                     [
                         {**prompts[number], "text": text, "num_tokens": count}
                         for number, text, count in zip(batch, texts, counts, strict=True)
-                    ]
+                    ],
                 )
-                num_tokens += sum(counts)
-                report(GENERATING, batch.stop - waiting.start, len(waiting))
+                own_tokens += sum(counts)
+                report(GENERATING, turns.num_written - turns.num_done, len(waiting))
+            own_end_s = time.perf_counter()
+            turns.finish(lambda number: report(GENERATING, number, len(waiting)))
             end_s = time.perf_counter()
-        parts = [f"{len(waiting)} prompts, {workload.num_sequences} at once"]
-        parts.append(f"{num_tokens / (end_s - start_s):.2f} tokens/s over {num_tokens} tokens")
-        run.tell(settings, parts, max(1, num_tokens), end_s - start_s)
+        shared = f" in each of {turns.size} processes" if turns.size > 1 else ""
+        parts = [f"{len(waiting)} prompts, {workload.num_sequences} at once{shared}"]
+        parts.append(f"{turns.num_tokens / (end_s - start_s):.2f} tokens/s over {turns.num_tokens} tokens")
+        run.tell(settings, parts, max(1, own_tokens), own_end_s - start_s)
     finally:
-        answers.close()
+        turns.close()
 
 
 @dataclass(eq=False)
@@ -294,6 +311,10 @@ def _fastest_workload(settings: Settings, prompt_tokens: int, num_prompts: int) 
         settings.path, None, workload, settings.limits, most_sequences=num_prompts, **settings.load
     )
     return plan.workload
+
+
+def _say_nothing(text: str) -> None:
+    pass
 
 
 def _padding_of(tokenizer: Any, model: Any) -> int:

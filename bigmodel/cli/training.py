@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ def plan_training(
     path: str,
     *,
     machine: str | None,
+    limits: Mapping[int | str, int] | None,
     num_nodes: int,
     num_per_node: int | None,
     num_tokens: int,
@@ -32,10 +34,14 @@ def plan_training(
 ) -> Any:
     """The `Outlook` of fine-tuning a checkpoint with AdamW, of which headers alone are read.
 
+    Args:
+        limits: as max_memory: of all processes of a node together where it is "cpu" or "disk".
+
     Raises:
         InvalidArgumentError: an option means nothing here.
         TrainingError: the model cannot be tried without its weights.
     """
+    from bigmodel.device_map.maps import resolve_limits
     from bigmodel.models import lora_of
     from bigmodel.training.choice import outlook_of
     from bigmodel.training.cluster import Cluster
@@ -43,6 +49,8 @@ def plan_training(
     from bigmodel.training.weights import Origin
 
     there = bigmodel.Machine.probe() if machine is None else bigmodel.Machine.load(machine)
+    if limits is not None:
+        there = _within(there, resolve_limits(limits, there))
     if num_per_node is not None and there.accelerators and num_per_node > len(there.accelerators):
         first = there.accelerators[0]
         kind = first.device.partition(":")[0]
@@ -50,7 +58,8 @@ def plan_training(
             there,
             accelerators=tuple(replace(first, device=f"{kind}:{number}") for number in range(num_per_node)),
         )
-    cluster = Cluster.of(there, num_nodes=num_nodes, num_per_node=num_per_node)
+    reserve = {} if limits is None else {"spare": 0.0}  # what is stated is used whole
+    cluster = Cluster.of(there, num_nodes=num_nodes, num_per_node=num_per_node, **reserve)
     config = TrainingConfig(
         strategy=strategy,
         precision=precision,
@@ -72,3 +81,14 @@ def plan_training(
         return outlook_of(config, origin, cluster, num_tokens=num_tokens, deepspeed=True)
     except NotTriedError as error:
         raise TrainingError(f"What a step of {path} takes could not be tried: {error}") from error
+
+
+def _within(machine: bigmodel.Machine, limits: Mapping[str, int]) -> bigmodel.Machine:
+    """A machine that has what may be used of it."""
+    used = [each for each in machine.accelerators if limits.get(each.device, 0) > 0]
+    return replace(
+        machine,
+        accelerators=tuple(replace(each, memory_bytes=limits[each.device]) for each in used),
+        host_bytes=limits["cpu"],
+        disk_bytes=limits["disk"],
+    )

@@ -82,6 +82,7 @@ class Machine:
         disk_bytes: free bytes of the file system that is written to.
         accelerators: in order of index.
         num_sharing: processes of this job on this machine; unstated limits are divided among them.
+        place: of this process among them, from 0; the accelerators of its place are its own where no limit is stated.
         host_rates: of host memory and the processors' arithmetic.
         disk_read_bytes_per_s: of large reads from where the checkpoint is.
         disks: file system -> the same, for those that were measured.
@@ -97,6 +98,7 @@ class Machine:
     disk_bytes: int
     accelerators: tuple[Accelerator, ...] = ()
     num_sharing: int = 1
+    place: int = 0
     host_rates: Rates = _HOST_RATES
     disk_read_bytes_per_s: float = _DISK_BYTES_PER_S
     disks: Mapping[str, float] = field(default_factory=dict)
@@ -133,7 +135,8 @@ class Machine:
             num_processors=max(1, math.floor(min([len(os.sched_getaffinity(0)), *groups.processors()]))),
             disk_bytes=_free_disk_bytes(Path(folder) if folder is not None else Path.home()),
             accelerators=_probe_accelerators(host),
-            num_sharing=_num_local_processes(),
+            num_sharing=_launched("LOCAL_WORLD_SIZE", 1),
+            place=_launched("LOCAL_RANK", 0),
         )
         known = calibration.kept()
         return machine if known is None else machine._with(known)
@@ -206,6 +209,7 @@ class Machine:
                 disk_bytes=parse_bytes(disk.get("free", 0)),
                 accelerators=accelerators,
                 num_sharing=described.get("processes", 1),
+                place=described.get("place", 0),
                 host_rates=Rates.from_json(host, _HOST_RATES),
                 disk_read_bytes_per_s=float(disk.get("read_bytes_per_s", _DISK_BYTES_PER_S)),
                 disks={name: float(rate) for name, rate in disk.get("measured", {}).items()},
@@ -240,6 +244,7 @@ class Machine:
             "h2d_bytes_per_s_all": None if math.isinf(self.h2d_bytes_per_s_all) else self.h2d_bytes_per_s_all,
             "d2d_bytes_per_s": self.d2d_bytes_per_s,
             "processes": self.num_sharing,
+            "place": self.place,
         }
         return json.dumps(described, indent=1)
 
@@ -270,6 +275,15 @@ class Machine:
                 return repr((limit, each.name, each.rates.to_json(), each.h2d_bytes_per_s, each.is_unified))
         return tier
 
+    @property
+    def own_accelerators(self) -> tuple[Accelerator, ...]:
+        """Those of this process's place: an equal part in order, or one that others use too, where there are fewer of them."""
+        count, sharing = len(self.accelerators), max(1, self.num_sharing)
+        if count < sharing:
+            return self.accelerators[self.place % count :][:1] if count else ()
+        place = self.place % sharing
+        return self.accelerators[place * count // sharing : (place + 1) * count // sharing]
+
     def unstated_limit_bytes(self, tier: str) -> int:
         """What may be used of a tier whose limit nobody stated: this process's share of what is free, less a reserve.
 
@@ -277,7 +291,9 @@ class Machine:
             tier: ``"cpu"``, ``"disk"``, or an accelerator's device string.
         """
         if tier not in ("cpu", "disk"):
-            return _less_spare(next((each.memory_bytes for each in self.accelerators if each.device == tier), 0))
+            num_on_it = max(1, -(-self.num_sharing // max(1, len(self.accelerators))))
+            found = next((each.memory_bytes for each in self.accelerators if each.device == tier), 0)
+            return _less_spare(found) // num_on_it
         free = self.host_bytes if tier == "cpu" else self.disk_bytes
         return _less_spare(free) // self.num_sharing
 
@@ -311,10 +327,10 @@ def _cut(path: object, most: int = 300) -> str:
     return str(path) if len(str(path)) <= most else f"{str(path)[:most]}..."
 
 
-def _num_local_processes() -> int:
-    """Processes of a launcher's job on this machine; 1 where no launcher says otherwise."""
-    text = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(text)) if text.isdecimal() else 1
+def _launched(name: str, least: int) -> int:
+    """What a launcher says of this process; the least where there is none."""
+    text = os.environ.get(name, "")
+    return max(least, int(text)) if text.isdecimal() else least
 
 
 def _less_spare(free: int) -> int:

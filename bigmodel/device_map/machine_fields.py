@@ -40,6 +40,7 @@ _MACHINE = record(
         "h2d_bytes_per_s_all": number(1e3, 1e18, or_none=True),
         "d2d_bytes_per_s": PER_S,
         "processes": _COUNT,
+        "place": integer(0, 2**20),
         **dict.fromkeys(("source", "sources", "notes", "comment"), anything),
     },
     needed=("host",),

@@ -71,7 +71,7 @@ def resolve_limits(max_memory: Mapping[Any, Any] | None, machine: Machine) -> di
         stated[tier] = parse_bytes(size, f"max_memory[{shown(key)}]")
     tiers = ["cpu", "disk"]
     if max_memory is None:
-        tiers = [*(each.device for each in machine.accelerators), *tiers]
+        tiers = [*(each.device for each in machine.own_accelerators), *tiers]
     return stated | {tier: machine.unstated_limit_bytes(tier) for tier in tiers if tier not in stated}
 
 

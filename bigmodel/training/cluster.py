@@ -74,6 +74,7 @@ class Cluster:
         num_per_node: int | None = None,
         network_bytes_per_s: float = _NETWORK_BYTES_PER_S,
         link_bytes_per_s: float | None = None,
+        spare: float = _SPARE,
     ) -> Cluster:
         """Nodes like a machine.
 
@@ -82,6 +83,7 @@ class Cluster:
             num_nodes: how many there are.
             num_per_node: processes of each: all accelerators, or one on the host's processors, if None.
             network_bytes_per_s, link_bytes_per_s: as the attributes; the machine's, or a default, if None.
+            spare: part of memory and disk that is left to others; 0 where what the machine has is what may be used.
 
         Raises:
             InvalidArgumentError: there are more processes than accelerators.
@@ -92,10 +94,10 @@ class Cluster:
             raise InvalidArgumentError(
                 f"{number} processes on a node, and {machine.name!r} has {len(accelerators)} accelerators. Give at most as many."
             )
-        host = int(machine.host_bytes * (1 - _SPARE)) // number
+        host = int(machine.host_bytes * (1 - spare)) // number
         disk: dict[str, Any] = {
             "disk_read_bytes_per_s": machine.disk_read_bytes_per_s / number,
-            "disk_limit_bytes": int(machine.disk_bytes * (1 - _SPARE)) // number,
+            "disk_limit_bytes": int(machine.disk_bytes * (1 - spare)) // number,
         }
         if not accelerators:
             return cls(
@@ -117,7 +119,7 @@ class Cluster:
         return cls(
             rates=slowest.rates,
             host_rates=machine.host_rates,
-            limit_bytes=int(least * (1 - _SPARE)),
+            limit_bytes=int(least * (1 - spare)),
             host_limit_bytes=host,
             num_nodes=num_nodes,
             num_per_node=number,

@@ -15,7 +15,10 @@ from bigmodel.errors import InvalidArgumentError, shown
 from bigmodel.training.foreign import fields_of, owned_by_deepspeed, read_file, refused_by_us
 from bigmodel.training.quantized import QUANTIZATIONS
 
-__all__ = ["DTYPES", "OFFLOADS", "PRECISIONS", "STRATEGIES", "TrainingConfig"]
+__all__ = ["CONFIGURATION", "DTYPES", "OFFLOADS", "PRECISIONS", "STRATEGIES", "TrainingConfig"]
+
+CONFIGURATION = "BIGMODEL_CONFIG"
+"""Names the file that `bigmodel launch --config` was given, in the environment of the processes that it starts."""
 
 STRATEGIES = ("auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3")
 OFFLOADS = ("none", "cpu", "nvme")
@@ -98,12 +101,16 @@ class TrainingConfig:
 
     @classmethod
     def read(
-        cls, source: str | os.PathLike[str] | Mapping[str, Any], *, num_processes: int | None = None, **fields: Any
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        *,
+        num_processes: int | None = None,
+        **fields: Any,
     ) -> TrainingConfig:
-        """What a DeepSpeed JSON, or the YAML that `accelerate config` writes, asks for.
+        """What a file asks for: one that `bigmodel config` wrote, a DeepSpeed JSON, or the YAML that `accelerate config` writes.
 
         Args:
-            source: file, or its settings.
+            source: file, or its settings; the file that `bigmodel launch --config` was given if None, where there is one.
             num_processes: that will train; those of the launcher (WORLD_SIZE) if None.
             fields: of TrainingConfig, beside it; what both say must be the same.
 
@@ -111,9 +118,19 @@ class TrainingConfig:
             MissingFilesError: there is no such file.
             InvalidArgumentError: it asks for what is not there, or contradicts itself or `fields`; the message names the key.
         """
+        source = source if source is not None else os.environ.get(CONFIGURATION)
+        if source is None:
+            return cls(**fields)
         size = int(os.environ.get("WORLD_SIZE", "1")) if num_processes is None else num_processes
         folder = Path() if isinstance(source, Mapping) else Path(source).parent
-        found = fields_of(read_file(source), size, folder, fields)
+        settings = read_file(source)
+        if settings.keys() & {"launch", "training"}:
+            from bigmodel.training.configuration import Configuration
+
+            name = "the settings" if isinstance(source, Mapping) else str(source)
+            found = dict(Configuration.of(settings, name).training)
+        else:
+            found = fields_of(settings, size, folder, fields)
         if "engine_options" in found and isinstance(fields.get("engine_options"), Mapping):
             both = found["engine_options"].keys() & fields["engine_options"].keys()
             found["engine_options"] = {**fields["engine_options"], **found["engine_options"]}

@@ -11,7 +11,7 @@ from typing import Any
 
 from bigmodel.errors import InvalidArgumentError, MissingFilesError, join_some, shown
 
-__all__ = ["fields_of", "owned_by_deepspeed", "read_file", "refused_by_us"]
+__all__ = ["fields_of", "launching_of", "owned_by_deepspeed", "read_file", "refused_by_us"]
 
 logger = logging.getLogger("bigmodel.training")
 
@@ -114,6 +114,33 @@ def fields_of(
     if fields.get("engine_options") and fields["strategy"] != "fsdp":
         logger.info("passed through to DeepSpeed: %s", ", ".join(_paths(fields["engine_options"])))
     return fields
+
+
+def launching_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What Accelerate's YAML says of how processes are started, as fields of `LaunchSettings`; nothing of a DeepSpeed JSON.
+
+    Raises:
+        InvalidArgumentError: its processes do not divide over its machines.
+    """
+    if "distributed_type" not in settings and "compute_environment" not in settings:
+        return {}
+    found: dict[str, Any] = {}
+    nodes, processes = settings.get("num_machines") or 1, settings.get("num_processes")
+    for key, value in (("num_machines", nodes), ("num_processes", processes)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise InvalidArgumentError(f"{key} is {shown(value)}. Give a whole number from 1 on.")
+    if nodes > 1:
+        found["num_nodes"] = nodes
+    if processes is not None:
+        if processes % nodes:
+            raise InvalidArgumentError(
+                f"num_processes is {processes}, of all machines together, and num_machines is {nodes}. Give a multiple of it."
+            )
+        found["num_processes"] = processes // nodes
+    host, port = settings.get("main_process_ip"), settings.get("main_process_port")
+    if host and nodes > 1:
+        found["endpoint"] = f"{host}:{port}" if port else str(host)
+    return found
 
 
 def refused_by_us(options: Mapping[str, Any]) -> list[str]:

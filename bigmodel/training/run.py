@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from bigmodel.training.saves import Hook, Saves
 from bigmodel.training.shortage import note_shortage
 from bigmodel.training.sources import Source
 from bigmodel.training.strategy import Engine, Streamed
+from bigmodel.training.track import Tracking, flops_per_position, num_multiplied, positions_of
 from bigmodel.training.weighing import Weighing, loss_of, moved
 from bigmodel.training.weights import Origin
 
@@ -75,7 +76,7 @@ class StepRecord:
     skipped: bool = False
 
 
-class TrainingRun(Collectives):
+class TrainingRun(Collectives, Tracking):
     """The verbs of a training loop, the same for every engine.
 
     ::
@@ -89,7 +90,7 @@ class TrainingRun(Collectives):
                 run.step()
 
     Args:
-        config: what is asked for.
+        config: what is asked for; if None what the file asks for that `bigmodel launch --config` was given, or the defaults.
 
     Attributes:
         config, processes: as they are.
@@ -99,7 +100,7 @@ class TrainingRun(Collectives):
     def __init__(self, config: TrainingConfig | None = None) -> None:
         if config is not None and not isinstance(config, TrainingConfig):
             raise InvalidArgumentError(f"config is a {type(config).__name__}. Give a bigmodel.training.TrainingConfig.")
-        self.config = config or TrainingConfig()
+        self.config = config or TrainingConfig.read()
         self.processes = Processes.join()
         self._trims = self.processes.device.type == "cpu" and bound_heap()
         self._make_engine = engine_of(self.config, self.processes)
@@ -125,6 +126,8 @@ class TrainingRun(Collectives):
         self._loaders: list[GlobalLoader] = []
         self._outlook: Outlook | None = None
         self._look_out: Callable[[], Outlook] | None = None
+        self._counts = (0, 0, 0.0)  # parameters that are trained, all, and those that a token is multiplied with
+        self._begin_tracking()
 
     def prepare(
         self,
@@ -268,6 +271,7 @@ class TrainingRun(Collectives):
         before = dict(origin.module.named_parameters())
         counts = [(each.numel(), each.requires_grad) for each in before.values()]
         trained = sum(number for number, is_trained in counts if is_trained), sum(number for number, _ in counts)
+        multiplied = num_multiplied(origin.module)  # while names and shapes are the model's own
         with progress_bar(progress if self.is_main_process else False) as report:
             make = Streamed if origin.streams else self._make_engine
             engine: Engine = make(origin, self.config, self.processes, report)
@@ -275,6 +279,7 @@ class TrainingRun(Collectives):
             engine.take(own)
         _refuse_wrong_masters(engine)
         self._engine, self._origin, self._optimizer = engine, origin, own
+        self._counts = (*trained, multiplied)
         self._seed_draws(0)  # dropout is another in each process
         if self.is_main_process:
             logger.info("%s", engine.describe())
@@ -422,10 +427,12 @@ class TrainingRun(Collectives):
         clipped, self._clipped = self._clipped, None
         self._is_stepping = True
         try:
-            norm, (lost, stopping), has_stepped = engine.step(optimizer, most, [lost, float(self._wants_to_stop)])
+            sums = [lost, float(self._wants_to_stop), float(self._num_positions)]
+            norm, (lost, stopping, positions), has_stepped = engine.step(optimizer, most, sums)
         finally:
             self._is_stepping = self._is_fresh = False
         self._most, self._stops, self._was_scheduled = None, stopping > 0, schedules
+        self._num_positions = 0
         if has_stepped:
             if schedules and self._scheduler is not None:
                 self._scheduler.step()
@@ -443,6 +450,7 @@ class TrainingRun(Collectives):
             self._loader.stepped()
         if self._trims:
             trim_heap()
+        self._tell(self.last_step, int(positions))
 
     def train_step(self) -> StepRecord:
         """Forward, backward and step for all micro-batches of the next global batch; after the last of an epoch, of the next.
@@ -513,12 +521,14 @@ class TrainingRun(Collectives):
 
     @property
     def should_stop(self) -> bool:
-        """Whether any process called `stop`, or was sent SIGTERM since this was first asked: as of the last optimizer step,
-        so that all processes get the same answer. A loop that asks decides itself what a SIGTERM does."""
+        """Whether any process called `stop`, or was sent SIGTERM or SIGUSR1 (SLURM's ``--signal=USR1@300``) since this was first
+        asked: as of the last optimizer step, so that all processes get the same answer. A loop that asks decides itself what
+        they do."""
         if not self._heeds_signals:
             self._heeds_signals = True
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, lambda *_: self.stop())
+                for each in (signal.SIGTERM, signal.SIGUSR1):
+                    signal.signal(each, lambda *_: self.stop())
         return self._stops
 
     @contextlib.contextmanager
@@ -586,7 +596,13 @@ class TrainingRun(Collectives):
             }
 
         chosen = {name: getattr(self.config, name) for name in CHOSEN}
-        manifest = {"step": self._num_steps, "cursor": cursor, "adapter": self._scales(), "chosen": chosen}
+        manifest = {
+            "step": self._num_steps,
+            "cursor": cursor,
+            "adapter": self._scales(),
+            "quantize_base": self.config.quantize_base,
+            "chosen": chosen,
+        }
         self._saves.write(path, engine, self._optimizer, manifest, others, keep=keep, wait=wait)
         return path
 
@@ -614,6 +630,13 @@ class TrainingRun(Collectives):
                     if (saved or {}).get(name) != (own or {}).get(name)
                 )
                 raise TrainingError(f"{path} is of another adapter: {told}. Prepare the one that was saved.")
+            base = manifest.get("quantize_base")
+            if base != self.config.quantize_base:
+                raise TrainingError(
+                    f"The adapter of {path} was trained on a base {_told_base(base)}, and this one is "
+                    f"{_told_base(self.config.quantize_base)}: its losses would be others. Give quantize_base={base!r}; or, to "
+                    "change the base, run.export, and prepare with the exported folder as adapter."
+                )
             if manifest["cursor"] is not None and self._loader is not None:
                 self._loader.refuse_other(Cursor(**manifest["cursor"]), others.get("data"))
 
@@ -781,6 +804,26 @@ class TrainingRun(Collectives):
         assert isinstance(stated, int)
         return stated
 
+    def _tracked_name(self) -> str:
+        return self._saves.run_id[:8]
+
+    def _last_number(self) -> int:
+        return self._num_steps
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        engine = self._prepared()
+        return {
+            **{each.name: getattr(self.config, each.name) for each in fields(self.config)},
+            "num_processes": self.processes.size,
+            "model": type(engine.module).__name__,
+            "num_parameters": self._counts[1],
+            "num_trained": self._counts[0],
+            "optimizer": None if self._optimizer is None else type(self._optimizer).__name__,
+        }
+
+    def _flops_per_position(self) -> float:
+        return flops_per_position(*self._counts)
+
     @property
     def _weighed(self) -> Weighing:
         self._prepared()
@@ -791,6 +834,8 @@ class TrainingRun(Collectives):
         return loss if self._loader is None else self._weighed.weighed(loss, self._loader.number)
 
     def _look(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if module.training and torch.is_grad_enabled():
+            self._num_positions += positions_of(args, kwargs)
         return self._weighed.look(None if self._loader is None else self._loader.number, args, kwargs)
 
     def _note(self, model: nn.Module, *of_forward: Any) -> None:
@@ -828,6 +873,10 @@ def _refuse_two_sizes(config: TrainingConfig, of_loader: int | None) -> None:
             f"micro_batch_size is {stated}, and the DataLoader's batch_size is {of_loader}. Both are the samples of one "
             "pass of one process: give one of them."
         )
+
+
+def _told_base(quantization: str | None) -> str:
+    return "as it is stored" if quantization is None else f"in {quantization}"
 
 
 def _refuse_wrong_masters(engine: Engine) -> None:

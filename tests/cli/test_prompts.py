@@ -150,6 +150,51 @@ def test_draws_are_the_same_where_a_run_goes_on(tiny_llama, tmp_path):
     assert output.read_text() == whole
 
 
+def launched(*arguments):
+    """In two processes, as `bigmodel launch` starts them."""
+    command = [
+        sys.executable,
+        "-m",
+        "bigmodel",
+        "launch",
+        "-n",
+        "2",
+        "--module",
+        "bigmodel",
+        "run",
+        *map(str, arguments),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.slow  # four launched processes with a model each
+def test_launched_processes_divide_the_lines(tiny_llama, expected, tmp_path):
+    file, output = written(tmp_path / "in.jsonl", PROMPTS), tmp_path / "out.jsonl"
+    asked = (tiny_llama, "--prompts", file, "--output", output, "-n", "6")
+    done = launched(*asked)
+    assert done.returncode == 0, done.stderr
+    assert lines_of(output.read_text()) == expected
+    match = re.search(r"11 prompts, (\d) at once in each of 2 processes, [\d.]+ tokens/s over 66 tokens", done.stderr)
+    assert match is not None, done.stderr
+    assert 1 <= int(match[1]) <= 6
+    assert done.stderr.count("11 prompts") == 1  # the main process alone tells
+    output.write_text("".join(output.read_text().splitlines(keepends=True)[:4]) + '{"torn')
+    again = launched(*asked)
+    assert "4 of 11 prompts were answered before" in again.stderr
+    assert lines_of(output.read_text()) == expected
+
+
+@pytest.mark.slow  # four launched processes
+def test_what_launched_processes_cannot_divide_is_refused(tiny_llama, tmp_path):
+    done = launched(tiny_llama, "--prompt", "the quick")
+    assert done.returncode == 2
+    assert "2 processes were launched, and there is one prompt" in done.stderr
+    assert "rank 0 failed" in done.stderr
+    stdin = launched(tiny_llama, "--prompts", "-")
+    assert stdin.returncode == 2
+    assert "cannot share stdin" in stdin.stderr
+
+
 def test_shorter_prompts_are_filled_up_before_their_beginning():
     import torch
 

@@ -1,5 +1,7 @@
 """What users say about tiers: limits, maps in Accelerate's grammar, and units that a map divides."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -132,6 +134,27 @@ def test_processes_of_one_job_share_the_host():
     shared = Machine(name="host", host_bytes=64 * GIB, num_processors=2, disk_bytes=500 * GIB, num_sharing=4)
     assert resolve_limits(None, shared)["cpu"] <= 16 * GIB
     assert resolve_limits({"cpu": "40GiB"}, shared)["cpu"] == 40 * GIB
+
+
+@pytest.mark.parametrize(
+    ("num_sharing", "used"),
+    [(1, [{0, 1}]), (2, [{0}, {1}]), (3, [{0}, {1}, {0}])],
+)
+def test_processes_of_one_job_have_accelerators_of_their_own(tmp_path, num_sharing, used):
+    for place, indices in enumerate(used):
+        own = replace(TWO, num_sharing=num_sharing, place=place)
+        limits = resolve_limits(None, own)
+        assert set(limits) == {"cpu", "disk", *(f"cuda:{index}" for index in indices)}
+        whole = resolve_limits(None, TWO)[f"cuda:{min(indices)}"]
+        assert limits[f"cuda:{min(indices)}"] == whole // (2 if num_sharing == 3 else 1)
+        assert set(resolve_limits({0: GIB, 1: GIB}, own)) == {
+            "cpu",
+            "disk",
+            "cuda:0",
+            "cuda:1",
+        }  # what is stated is used
+        (tmp_path / "own.json").write_text(own.to_json())
+        assert Machine.load(tmp_path / "own.json").own_accelerators == own.own_accelerators
 
 
 @pytest.mark.parametrize(

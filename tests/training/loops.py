@@ -902,6 +902,41 @@ def in_float16(path: str, folder: str, *, strategy: str) -> dict[str, Any]:
         del accelerator.is_fp16_supported, accelerator.supported_dtypes
 
 
+def tracked(path: str, folder: str, *trackers: Any, steps: int = 3, **options: Any) -> dict[str, Any]:
+    """What a run tells, and where it is told."""
+    asked = {"strategy": "single", "precision": "fp32", "global_batch_size": 4, "micro_batch_size": 1, "seed": 5}
+    run = TrainingRun(TrainingConfig(**(asked | options)))
+    model, loader = run.prepare(
+        model=path, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), data=Sentences(64), progress=False
+    )[::2]
+    calls = []
+
+    @run.metric(every=2)
+    def answers(record: Any) -> dict[str, float]:
+        calls.append(record.step)
+        return {"half": record.step / 2}
+
+    @run.metric
+    def rank(record: Any) -> float:
+        return float(sum(run.processes.gathered(run.processes.rank)))
+
+    records = []
+    with run.track(*trackers, folder=folder, name="own", hyperparameters={"note": "tried"}) as track:
+        for batch in loader:
+            with run.accumulate():
+                run.backward(run.loss(model(**batch), batch))
+                run.step()
+            if run.sync_gradients:
+                records.append(run.last_step)
+            if len(records) == steps:
+                break
+        track.log({"after": torch.tensor(7.0)})
+        track.images("picture", [torch.zeros(3, 4, 5), torch.full((1, 4, 5), 255, dtype=torch.uint8)])
+        track.table("answers", ["prompt", "text"], [["a | b", "c"], ["d", torch.tensor(3)]])
+    run.train_step()  # told to nobody
+    return {"records": [(each.step, each.loss, each.grad_norm) for each in records], "calls": calls}
+
+
 def hooked(folder: str) -> list[str]:
     """The files that hooks of two processes find."""
     run = TrainingRun(TrainingConfig(strategy="ddp", precision="fp32"))

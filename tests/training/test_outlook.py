@@ -277,6 +277,31 @@ def test_plans_of_training_from_the_command_line(folder, options):
     assert (found["frozen_bytes"] > 0) == (options[:1] == ("--lora",))
 
 
+def test_limits_of_plans_of_training_are_used_whole(folder):
+    asked = ["plan", str(folder), "--train", "--machine", "server-8x80gb", "--seq", "64", "--json", "--max-memory"]
+    found = json.loads(CliRunner().invoke(app, [*asked, "0=16GiB,cuda:1=17GiB"]).stdout)
+    assert found["num_per_node"] == 2
+    assert {each["limit_bytes"] for each in found["ways"]} == {16 * GIB}
+    host = json.loads(CliRunner().invoke(app, [*asked, "cpu=8GiB", "--gpus", "2"]).stdout)
+    assert {each["limit_bytes"] for each in host["ways"]} == {4 * GIB}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ("--train", "--html", "page.html", "--device-map", "disk"),
+            "--device-map and --html are for a model that runs",
+        ),
+        (("--lora", "8"), "--lora is for a plan of training. Give --train"),
+    ],
+)
+def test_options_of_the_other_plan_are_refused(folder, options, told):
+    done = CliRunner().invoke(app, ["plan", str(folder), *options])
+    assert done.exit_code == 2
+    assert told in done.stderr
+
+
 def test_a_disk_is_weighed_where_there_is_one(folder):
     near = accelerators(2, host_limit_bytes=8 * GIB)
     there = replace(near, disk_limit_bytes=64 * GIB, disk_read_bytes_per_s=2e9)

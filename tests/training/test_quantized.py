@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import bigmodel
-from bigmodel.errors import InvalidArgumentError
+from bigmodel.errors import InvalidArgumentError, TrainingError
 from bigmodel.training import TrainingConfig, TrainingRun
 from bigmodel.training.cluster import Cluster
 from bigmodel.training.job import job_of
@@ -224,3 +224,16 @@ def test_a_model_without_linear_layers_in_blocks_is_refused(tmp_path):
 
     with pytest.raises(InvalidArgumentError, match="has no block with a linear layer of its own"):
         prepared(make_checkpoint("gpt2", tmp_path), lora(target_modules=["c_attn"]), precision="fp32")
+
+
+def test_a_checkpoint_is_gone_on_with_on_the_same_base(folder, tmp_path):
+    prepared(folder, precision="fp32").save(tmp_path / "one")
+    prepared(folder, precision="fp32").load(tmp_path / "one")
+    whole = TrainingRun(TrainingConfig(precision="fp32"))
+    model = whole.prepare(
+        model=str(folder), adapter=lora(), progress=False, optimizer=torch.optim.SGD, data=Sentences(8)
+    )[0]
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    with pytest.raises(TrainingError, match=r"on a base in nf4, and this one is as it is stored.*quantize_base='nf4'"):
+        whole.load(tmp_path / "one")
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
