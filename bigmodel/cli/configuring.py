@@ -62,11 +62,10 @@ def config(
 
 
 def _check(file: str, output: str | None, *, force: bool) -> None:
-    import bigmodel
-    from bigmodel.launch.settings import LaunchSettings
+    from bigmodel.launch.settings import Detected, LaunchSettings
     from bigmodel.training.configuration import convert
 
-    number = LaunchSettings().where(bigmodel.Machine.probe(), {}).num_processes
+    number = LaunchSettings().where(Detected.here(), {}).num_processes
     found = convert(file, number)
     if output is not None and found.kind == "bigmodel":
         raise InvalidArgumentError(
@@ -101,12 +100,11 @@ def _answers(ask: Ask) -> dict[str, dict[str, Any]]:
     """Fields of a `Configuration`; what is detected is offered, and what is not asked keeps its default."""
     import os
 
-    import bigmodel
-    from bigmodel.launch.settings import LaunchSettings
+    from bigmodel.launch.settings import Detected, LaunchSettings
     from bigmodel.launch.slurm import nodes_of_slurm
     from bigmodel.training.config import PRECISIONS, STRATEGIES
 
-    machine = bigmodel.Machine.probe()
+    detected = Detected.here()
     launch: dict[str, Any] = {}
     slurm = nodes_of_slurm(os.environ)
     nodes = ask("Machines that train together", 1 if slurm is None else slurm.num_nodes, kind=int)
@@ -114,14 +112,14 @@ def _answers(ask: Ask) -> dict[str, dict[str, Any]]:
         launch["num_nodes"] = nodes
         if slurm is None:
             launch["endpoint"] = ask("One of them, where they meet: HOST or HOST:PORT", None)
-    devices = len(machine.accelerators)
-    found = f"{devices} accelerators" if devices else f"no accelerator, {machine.num_processors} processors"
-    default = LaunchSettings().where(machine, {}).num_processes
-    launch["num_processes"] = ask(f"Processes on each ({found} here)", default, kind=int)
+    default = LaunchSettings().where(detected, {}).num_processes
+    launch["num_processes"] = ask(f"Processes on each ({detected} here)", default, kind=int)
     launch["num_restarts"] = ask("Times that all are started again after one failed", 0, kind=int)
     training: dict[str, Any] = {}
     training["strategy"] = ask("Strategy; auto is the fastest that fits", "auto", choices=STRATEGIES)
-    training["precision"] = ask("Precision of passes", "bf16" if devices or _has_bf16() else "fp32", choices=PRECISIONS)
+    training["precision"] = ask(
+        "Precision of passes", "bf16" if detected.num_devices or _has_bf16() else "fp32", choices=PRECISIONS
+    )
     total = ask("Samples of an optimizer step, of all processes; 0: one pass of each", 0, kind=int)
     if total:
         training["global_batch_size"] = total

@@ -24,7 +24,7 @@ from bigmodel.errors import InvalidArgumentError, reason, shown
 from bigmodel.progress import Report, progress_bar
 from bigmodel.units import GIB, parse_bytes
 
-__all__ = ["DEFAULT_RATES", "OTHER_DISK", "SHIPPED", "Accelerator", "Machine"]
+__all__ = ["DEFAULT_RATES", "OTHER_DISK", "SHIPPED", "Accelerator", "Machine", "usable_processors"]
 
 # What is left to others of a tier whose limit nobody stated.
 _SPARE_BYTES, _SPARE_FRACTION = GIB, 0.05
@@ -132,7 +132,7 @@ class Machine:
         machine = cls(
             name=os.uname().nodename,
             host_bytes=host,
-            num_processors=max(1, math.floor(min([len(os.sched_getaffinity(0)), *groups.processors()]))),
+            num_processors=usable_processors(root),
             disk_bytes=_free_disk_bytes(Path(folder) if folder is not None else Path.home()),
             accelerators=_probe_accelerators(host),
             num_sharing=_launched("LOCAL_WORLD_SIZE", 1),
@@ -317,6 +317,15 @@ class Machine:
             d2d_bytes_per_s=known.d2d_bytes_per_s or _D2D_BYTES_PER_S,
             rates_from=f"measured {known.date[:10]}",
         )
+
+
+def usable_processors(root: str | os.PathLike[str] = "/") -> int:
+    """Processors that this process may use: its affinity's, and no more than its control groups' quotas amount to.
+
+    Args:
+        root: where /proc and /sys are looked for.
+    """
+    return max(1, math.floor(min([len(os.sched_getaffinity(0)), *ControlGroups(Path(root)).processors()])))
 
 
 def _names() -> str:

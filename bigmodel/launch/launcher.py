@@ -18,11 +18,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigmodel.device_map.machine import Machine
 from bigmodel.errors import InvalidArgumentError, LaunchError
 from bigmodel.launch.child import pid_of
 from bigmodel.launch.failures import Ended, first_of
-from bigmodel.launch.settings import LaunchSettings, Where
+from bigmodel.launch.settings import Detected, LaunchSettings, Where
 from bigmodel.launch.slurm import num_unused
 
 __all__ = ["launch"]
@@ -47,7 +46,6 @@ def launch(
     kind: str = "file",
     variables: Mapping[str, str] | None = None,
     shows: str = "terminal",
-    machine: Machine | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> None:
     """Run a script in processes that can talk to each other, until all of them have ended.
@@ -64,7 +62,6 @@ def launch(
         shows: what becomes of what processes write: "terminal", the first of this machine has this process's stdout and stderr,
             and lines of the others come with their ranks; "lines", those of all come so, through `sys.stdout` and
             `sys.stderr`; "nothing", it goes to the files of `settings.logs` alone.
-        machine: this one, probed if None.
         tell: called with what becomes of the processes, a line at a time; written to stderr if None.
 
     Raises:
@@ -76,7 +73,7 @@ def launch(
 
     say = tell or (lambda text: print(text, file=sys.stderr, flush=True))
     _refuse_missing(target, kind)
-    where = settings.where(machine or Machine.probe())
+    where = settings.where(Detected.here())
     unused = num_unused(os.environ) if where.num_nodes == 1 else 0
     if unused:
         say(

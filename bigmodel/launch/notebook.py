@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigmodel.device_map.machine import Machine
 from bigmodel.errors import InvalidArgumentError, LaunchError
 from bigmodel.launch.launcher import launch
-from bigmodel.launch.settings import LaunchSettings
+from bigmodel.launch.settings import Detected, LaunchSettings
 
 __all__ = ["notebook_launcher", "surroundings"]
 
@@ -63,16 +62,15 @@ def notebook_launcher(
             f"{where} has a TPU here, and XLA is not supported. Choose a GPU, or no accelerator."
         )
     _refuse_initialised()
-    machine = Machine.probe() if not _is_cuda_there() else _probed_elsewhere()
-    number = settings.where(machine).num_processes
+    detected = Detected.here()
+    number = settings.where(detected).num_processes
     folder = Path(tempfile.mkdtemp(prefix="bigmodel-notebook-"))
     try:
         file = folder / "call"
         file.write_bytes(pickle.dumps({"path": sys.path, "sources": _sources(), "call": _pickled(fn, args)}))
-        kind = machine.accelerators[0].name if machine.accelerators else "the processors"
-        print(f"{number} process{'es' if number > 1 else ''} on {kind} ({where})", flush=True)
+        print(f"{number} process{'es' if number > 1 else ''} ({where}, {detected})", flush=True)
         try:
-            launch(settings, str(file), kind="call", machine=machine, shows="lines", tell=_say)
+            launch(settings, str(file), kind="call", shows="lines", tell=_say)
         except LaunchError as error:
             raise LaunchError(str(error), exit_code=error.exit_code) from None  # one that shows no frames of ours
         return [pickle.loads((folder / f"returned-{rank}").read_bytes()) for rank in range(number)]
@@ -96,12 +94,6 @@ def surroundings(modules: Mapping[str, Any] | None = None, environment: Mapping[
     return "Jupyter" if "IPKernelApp" in getattr(shell, "config", {}) else "IPython"
 
 
-def _is_cuda_there() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _refuse_initialised() -> None:
     import torch
 
@@ -112,20 +104,6 @@ def _refuse_initialised() -> None:
             "need the devices for themselves. Restart the kernel, and move models and tensors to devices inside of "
             "the function alone."
         )
-
-
-def _probed_elsewhere() -> Machine:
-    """The machine, asked by a process of its own: asking initialises CUDA, and its context stays."""
-    import subprocess
-
-    script = "from bigmodel import Machine; print(Machine.probe().to_json())"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise LaunchError(f"What accelerators there are could not be asked: {done.stderr.strip().splitlines()[-1:]}")
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        file.write(done.stdout[done.stdout.index("{") :])
-        file.flush()
-        return Machine.load(file.name)
 
 
 def _pickled(fn: Callable[..., Any], args: Sequence[Any]) -> bytes:

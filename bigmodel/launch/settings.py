@@ -8,14 +8,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigmodel.device_map.machine import Machine
+from bigmodel.device_map.machine import usable_processors
 from bigmodel.errors import InvalidArgumentError, shown
 from bigmodel.launch.slurm import nodes_of_slurm
 
-__all__ = ["LaunchSettings", "Where"]
+__all__ = ["Detected", "LaunchSettings", "Where"]
 
 PORT = 29400
 """Where launchers of several machines meet, unless it is stated: torchrun's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detected:
+    """What a launcher has to know of its machine.
+
+    Attributes:
+        num_devices: accelerators.
+        num_processors: that this process may use.
+    """
+
+    num_devices: int
+    num_processors: int
+
+    @classmethod
+    def here(cls) -> Detected:
+        """This machine. Accelerators are counted, and not asked for their memory: that would leave a context on each of them, for
+        as long as the launcher runs."""
+        import torch
+
+        devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+        return cls(num_devices=devices, num_processors=usable_processors())
+
+    def __str__(self) -> str:
+        if not self.num_devices:
+            return "no accelerator, " + _counted(self.num_processors, "processor")
+        return _counted(self.num_devices, "accelerator")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +108,11 @@ class LaunchSettings:
         if self.logs is not None and Path(self.logs).exists() and not Path(self.logs).is_dir():
             raise InvalidArgumentError(f"logs is {shown(str(self.logs))}, which is a file. Give a folder.")
 
-    def where(self, machine: Machine, environment: Mapping[str, str] | None = None) -> Where:
+    def where(self, detected: Detected, environment: Mapping[str, str] | None = None) -> Where:
         """With what was detected.
 
         Args:
-            machine: this one.
+            detected: of this machine.
             environment: variables; this process's if None.
 
         Raises:
@@ -99,7 +126,7 @@ class LaunchSettings:
             )
         slurm = nodes_of_slurm(known) if self.num_nodes is None and self.endpoint is None else None
         num_nodes = self.num_nodes or (1 if slurm is None else slurm.num_nodes)
-        devices = len(machine.accelerators)
+        devices = detected.num_devices
         number = self.num_processes or max(1, devices)
         if devices and number > devices:
             raise InvalidArgumentError(
@@ -119,11 +146,15 @@ class LaunchSettings:
             num_nodes=num_nodes,
             num_processes=number,
             num_threads=self.num_threads
-            or (int(stated) if stated.isdecimal() and int(stated) else max(1, machine.num_processors // number)),
+            or (int(stated) if stated.isdecimal() and int(stated) else max(1, detected.num_processors // number)),
             endpoint=endpoint,
             is_host=is_host,
             job=self.job or ("bigmodel" if slurm is None else slurm.job),
         )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _with_port(endpoint: str | None) -> str:

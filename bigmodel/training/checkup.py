@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigmodel.device_map.machine import Machine
 from bigmodel.errors import InvalidArgumentError, LaunchError, shown
 from bigmodel.launch.launcher import launch
-from bigmodel.launch.settings import LaunchSettings
+from bigmodel.launch.settings import Detected, LaunchSettings
 from bigmodel.progress import progress_bar
 
 __all__ = ["ENGINES", "Verdict", "check_engines"]
@@ -78,9 +77,9 @@ def check_engines(
         if each not in ENGINES:
             raise InvalidArgumentError(f"There is no engine {shown(each)}. They are: {', '.join(ENGINES)}.")
     tried = [each for each in ENGINES if engines is None or each in engines or each == "single"]
-    machine = Machine.probe()
-    number = num_processes or min(_MOST_PROCESSES, max(2, len(machine.accelerators)))
-    allowed = _LOSS_DIFFERS_ON_DEVICES if machine.accelerators else _LOSS_DIFFERS
+    num_devices = Detected.here().num_devices
+    number = num_processes or min(_MOST_PROCESSES, max(2, num_devices))
+    allowed = _LOSS_DIFFERS_ON_DEVICES if num_devices else _LOSS_DIFFERS
     folder = Path(tempfile.mkdtemp(prefix="bigmodel-test-"))
     expected: list[float] | None = None
     try:
@@ -89,7 +88,7 @@ def check_engines(
             for place, engine in enumerate(tried):
                 report("trying engines", place, len(tried))
                 verdict, losses = _tried(
-                    engine, folder, 1 if engine == "single" else number, machine, tell, expected, allowed
+                    engine, folder, 1 if engine == "single" else number, num_devices, tell, expected, allowed
                 )
                 expected = expected or losses
                 yield verdict
@@ -102,7 +101,7 @@ def _tried(
     engine: str,
     folder: Path,
     number: int,
-    machine: Machine,
+    num_devices: int,
     tell: Callable[[str], None],
     expected: list[float] | None,
     allowed: float,
@@ -110,8 +109,8 @@ def _tried(
     if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         told = 'left out: DeepSpeed is not installed (pip install "bigmodel[training]")'
         return Verdict(engine=engine, told=told), None
-    if machine.accelerators and number > len(machine.accelerators):
-        told = f"left out: {len(machine.accelerators)} accelerator, and it takes {number}"
+    if 0 < num_devices < number:
+        told = f"left out: {num_devices} accelerator{'s' if num_devices > 1 else ''}, and it takes {number}"
         return Verdict(engine=engine, told=told), None
     losses = folder / _LOSSES
     losses.unlink(missing_ok=True)
@@ -119,7 +118,7 @@ def _tried(
     said = folder / "said"
     try:
         settings = LaunchSettings(num_processes=number, logs=said)
-        launch(settings, __name__, [str(folder), engine], kind="module", machine=machine, shows="nothing")
+        launch(settings, __name__, [str(folder), engine], kind="module", shows="nothing")
         found = json.loads(losses.read_text())
     except (LaunchError, OSError, ValueError) as error:
         for file in sorted(said.rglob("stderr.log")):

@@ -134,6 +134,8 @@ def test_all_are_started_again_where_that_is_asked_for(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         dist.all_reduce(torch.ones(1))
         pathlib.Path(sys.argv[1], f"done {dist.get_rank()}").touch()
+        dist.barrier()
+        dist.destroy_process_group()
         """,
     )
     found = done("-n", "2", "--restarts", "2", "--logs", tmp_path / "logs", file, tmp_path)

@@ -87,7 +87,7 @@ def texts(notebook, folder: Path, **variables: str) -> list[str]:
 
 def test_a_function_of_a_notebook_runs_in_two_processes(tmp_path):
     _, worked, broke, kept = run(CELLS, tmp_path)
-    assert "2 processes on the processors (Jupyter)" in worked or "on cuda" in worked
+    assert "2 processes (Jupyter, " in worked
     assert "[rank 0] Pair 0: 46" in worked
     assert "[rank 1] Pair 1: 46" in worked
     assert "[{'rank': None, 'value': 46}, {'rank': None, 'value': 46}]" in worked

@@ -6,22 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from bigmodel.device_map.machine import Accelerator, Machine
+from bigmodel.device_map.machine import Machine
 from bigmodel.errors import InvalidArgumentError
 from bigmodel.launch.binding import _device_nodes, _nodes, share_of
 from bigmodel.launch.failures import Ended, first_of
-from bigmodel.launch.settings import LaunchSettings
+from bigmodel.launch.settings import Detected, LaunchSettings
 from bigmodel.launch.slurm import hosts_of, nodes_of_slurm, num_unused
 
-GIB = 1 << 30
-HOST = Machine(name="host", host_bytes=GIB, num_processors=8, disk_bytes=GIB)
-EIGHT = Machine(
-    name="eight",
-    host_bytes=GIB,
-    num_processors=96,
-    disk_bytes=GIB,
-    accelerators=tuple(Accelerator(device=f"cuda:{number}", name="a", memory_bytes=GIB) for number in range(8)),
-)
+HOST = Detected(num_devices=0, num_processors=8)
+EIGHT = Detected(num_devices=8, num_processors=96)
 STEP = {
     "SLURM_JOB_ID": "81234",
     "SLURM_STEP_ID": "2",
@@ -34,6 +27,8 @@ STEP = {
 
 
 def test_processes_are_detected():
+    assert Detected.here().num_processors == Machine.probe().num_processors
+    assert (str(HOST), str(EIGHT)) == ("no accelerator, 8 processors", "8 accelerators")
     assert LaunchSettings().where(HOST, {}).num_processes == 1
     assert LaunchSettings().where(HOST, {}).num_threads == 8
     found = LaunchSettings().where(EIGHT, {})

@@ -221,7 +221,7 @@ def test_engines_are_tried_and_what_fails_is_told(monkeypatch):
         list(check_engines(["ddq"], tell=said.append))
 
 
-@pytest.mark.slow  # eight engines in processes of their own
+@pytest.mark.long  # eight engines in processes of their own
 def test_every_engine_trains_as_one_process():
     done = CliRunner().invoke(app, ["test", "-n", "2"])
     assert done.exit_code == 0, done.stdout + done.stderr
